@@ -1,0 +1,335 @@
+"""THE METHOD: teacher and student write one answer together (TESSY, arXiv 2604.14164, algorithm 1).
+
+A prompt, two speakers and the settings go in, a :class:`~tessy_hf.trajectory.Trajectory` comes out. The student
+starts. The current author writes at most k tokens, its boundary predictor says where its kind of text ends, what lies
+beyond is rolled back, and the other author takes over. When the thinking is closed, the student writes the final
+answer.
+
+Words are judged one by one, each once it can no longer change, and cuts fall on word ends; so with greedy decoding
+and a causal predictor the accepted text does not depend on k. Knows nothing of datasets, HTTP, retries or the Hub.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Literal, NamedTuple
+
+from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.engines.base import Completion, Request
+from tessy_hf.errors import PromptError, RequestError
+from tessy_hf.repetition import LoopDetector
+from tessy_hf.speaker import Speaker
+from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Trajectory
+from tessy_hf.transcript import TokenList, Transcript
+from tessy_hf.vocabulary import words
+
+LONGEST_WORD = 8_192
+"""Characters without a space after which a text counts as a degenerate loop."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who writes what, and how. The first two fields tell the paper's data recipes apart.
+
+    Attributes:
+        thinking: ``alternate`` for TESSY, else the one author of the thinking.
+        answer: Who writes the final answer.
+        chunk_tokens: k, the most tokens asked of an author at once while alternating.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Nucleus sampling mass.
+        max_thinking_tokens: Thinking budget, in the student's tokens.
+        max_answer_tokens: Answer budget, in the answering author's tokens.
+    """
+
+    thinking: Literal["alternate", "teacher", "student"] = "alternate"
+    answer: Author = "student"
+    chunk_tokens: int = 20
+    temperature: float = 0.6
+    top_p: float = 1.0
+    max_thinking_tokens: int = 32_768
+    max_answer_tokens: int = 8_192
+
+
+_MOST_TOKENS_PER_CHARACTER = 4
+
+
+class Boundary(NamedTuple):
+    """Where the current author's text ends.
+
+    Attributes:
+        kept: Characters of the tentative text that are the author's kind and complete.
+        cut: Whether the text after ``kept`` is the other author's to write.
+    """
+
+    kept: int
+    cut: bool
+
+
+async def synthesize(prompt: Prompt, teacher: Speaker, student: Speaker, plan: Plan) -> Trajectory:
+    """Write one row.
+
+    Args:
+        prompt: The row's question.
+        teacher: The strong model; must be started.
+        student: The model to be trained; must be started.
+        plan: Who writes what, and how.
+
+    Returns:
+        The row's trajectory. A prompt that cannot be used or a request that failed for good gives
+        ``finish_reason="error"`` with what was kept so far.
+
+    Raises:
+        EngineDeadError: An engine is gone; no row can go on.
+    """
+    row = Row(prompt, {"teacher": teacher, "student": student}, plan)
+    try:
+        row.open()
+        await _think(row)
+        if row.finish is None:
+            await _answer(row)
+    except (PromptError, RequestError) as error:
+        row.end("error", str(error))
+        row.trajectory.retryable = isinstance(error, RequestError) and error.retryable
+    finally:
+        teacher.engine.release(prompt.key)
+        student.engine.release(prompt.key)
+    return row.trajectory
+
+
+async def _think(row: Row) -> None:
+    """Algorithm 1, lines 5 to 20. One author alone is the same loop with nobody to hand over to."""
+    author: Author = "student" if row.plan.thinking == "alternate" else row.plan.thinking  # lines 5, 6
+    while not row.trajectory.closed and row.finish is None:  # line 7
+        written = await row.write(author)  # line 8
+        if written is None:
+            return
+        boundary = await row.boundary(author, written)  # line 9
+        row.keep(author, written, boundary)  # lines 10, 11
+        if boundary.cut:  # line 12
+            author = "teacher" if author == "student" else "student"  # lines 14 to 18
+            row.hand_over()
+
+
+async def _answer(row: Row) -> None:
+    """Algorithm 1, lines 21 and 22."""
+    author = row.plan.answer
+    speaker, view = row.speakers[author], row.transcript.views[author]
+    before, marker, after = speaker.dialect.close.partition(speaker.dialect.end_marker)
+    view.append(before)
+    view.ids.extend(speaker.vocabulary.encode_template(marker + after))
+    completion = await row.ask(author, "answer", row.plan.max_answer_tokens)
+    if completion is None:
+        return
+    text = speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]).strip()
+    row.trajectory.add(author, "answer", text)
+    if completion.stop_id is not None:
+        row.end("stop")
+    else:
+        row.end("repetition" if LoopDetector().feed(text) is not None else "length")
+
+
+class Written(NamedTuple):
+    """An author's tentative text: all it wrote that is neither settled nor dropped.
+
+    Attributes:
+        text: The text, up to the end of thinking.
+        ends: Where each token's text ends in it.
+        closed: Whether the author ended the thinking after it.
+    """
+
+    text: str
+    ends: list[int]
+    closed: bool
+
+
+@dataclass
+class Row:
+    """One row under way: its transcript, its trajectory and whose turn it is."""
+
+    prompt: Prompt
+    speakers: dict[Author, Speaker]
+    plan: Plan
+    trajectory: Trajectory = field(init=False)
+    transcript: Transcript = field(init=False)
+    finish: FinishReason | None = None
+    _turn_is_empty: bool = True
+    _judged: int = 0
+    _loops: LoopDetector = field(default_factory=LoopDetector)
+
+    def __post_init__(self) -> None:
+        """Begin the trajectory."""
+        self.trajectory = Trajectory(self.prompt.key, seed=self.prompt.seed)
+
+    def open(self) -> None:
+        """Render the prompt for all who write, and for the student, by whose tokens the budget is counted.
+
+        Raises:
+            PromptError: A template refuses the prompt, or it leaves no room in a model's context.
+        """
+        views: dict[Author, TokenList] = {}
+        writers = {"student", self.plan.thinking, self.plan.answer} | ({"teacher"} if self._alternates else set())
+        for author, speaker in self.speakers.items():
+            if author not in writers:
+                continue
+            ids, tail = speaker.open_turn(self.prompt.messages)
+            if len(ids) >= speaker.engine.context_length:
+                raise PromptError(
+                    f"Row {self.prompt.key!r}: the prompt has {len(ids)} tokens for the {author} "
+                    f"{speaker.engine.model!r}, whose context holds {speaker.engine.context_length}. "
+                    "Shorten or filter such prompts, or serve the model with a longer context."
+                )
+            views[author] = TokenList(speaker.vocabulary, ids, tail)
+        predictors = [speaker.boundary for speaker in self.speakers.values() if self._alternates and speaker.boundary]
+        self.transcript = Transcript(views, [predictor.vocabulary for predictor in predictors])
+
+    @property
+    def _alternates(self) -> bool:
+        return self.plan.thinking == "alternate"
+
+    def end(self, finish: FinishReason, error: str | None = None) -> None:
+        """Record how the row ended."""
+        self.finish = self.trajectory.finish_reason = finish
+        self.trajectory.error = error
+
+    def hand_over(self) -> None:
+        """Begin the other author's turn."""
+        self._turn_is_empty, self._judged = True, 0
+
+    # --- writing
+
+    async def ask(self, author: Author, part: Part, max_tokens: int) -> Completion | None:
+        """Let an author continue; ``None`` where its context is full, which ends the row.
+
+        Raises:
+            RequestError: The engine failed for good, or answered with nothing at all.
+        """
+        engine, ids = self.speakers[author].engine, self.transcript.views[author].ids
+        room = min(max_tokens, engine.context_length - len(ids))
+        if room <= 0:
+            self.end("length")
+            return None
+        vocabulary = self.speakers[author].vocabulary
+        stop_ids = self.speakers[author].end_ids if part == "thinking" else vocabulary.special_ids
+        completion = await engine.complete(
+            Request(
+                row=self.prompt.key,
+                order=self.prompt.order,
+                part=part,
+                prompt_ids=ids,
+                max_tokens=room,
+                temperature=self.plan.temperature,
+                top_p=self.plan.top_p,
+                seed=self.prompt.seed,
+                stop_ids=stop_ids,
+            )
+        )
+        if not len(completion.token_ids) and completion.stop_id is None:
+            raise RequestError(
+                f"Row {self.prompt.key!r}: the {author} {engine.model!r} wrote nothing and gave no reason. "
+                "At least one token was expected; look at the engine's log."
+            )
+        self.trajectory.generated[author] += len(completion.token_ids)
+        return completion
+
+    async def write(self, author: Author) -> Written | None:
+        """Let the author write on, and return all of its text that is not settled yet."""
+        view = self.transcript.views[author]
+        room = self.plan.max_thinking_tokens - self.transcript.views["student"].length
+        k = self.plan.chunk_tokens if self._alternates else max(room, self.plan.chunk_tokens)
+        completion = await self.ask(author, "thinking", k)
+        if completion is None:
+            self.trajectory.discarded[author] += view.drop()
+            return None
+        view.push(completion.token_ids)
+        text, ends = view.tentative()
+        # An end marker may also be spelled out in tokens that are not special.
+        found = [at for at in (text.find(s.dialect.end_marker) for s in self.speakers.values()) if at >= 0]
+        return Written(text[: min(found, default=len(text))], ends, bool(found) or completion.stop_id is not None)
+
+    # --- judging
+
+    async def boundary(self, author: Author, written: Written) -> Boundary:
+        """Say where the author's kind of text ends.
+
+        A word is judged by the token that begins it, once later tokens can no longer change that token: for predictors
+        that look ahead, when the word has begun; for the others, when the next word has begun; always when thinking
+        has ended.
+        """
+        spans = words(written.text)
+        complete = len(spans) if written.closed else max(0, len(spans) - 1)
+        predictor = self.speakers[author].boundary if self._alternates else None
+        first = sum(end <= self._judged for _, end in spans)
+        other = None
+        if predictor is not None:
+            judgeable = len(spans) if predictor.label_shift else complete
+            other = await self._first_of_other_kind(author, predictor, written.text, spans[:judgeable], first)
+        if other == 0 and self._turn_is_empty:  # an author that took over keeps at least one word
+            other = 1 if complete else None
+        if other is None:
+            return Boundary(spans[complete - 1][1] if complete else 0, cut=False)
+        return Boundary(spans[other - 1][1] if other else 0, cut=True)
+
+    async def _first_of_other_kind(
+        self, author: Author, predictor: BoundaryPredictor, text: str, spans: Sequence[tuple[int, int]], first: int
+    ) -> int | None:
+        """Return the index of the first word, from ``first`` on, that is not the author's kind of text."""
+        reader = self.transcript.reader(predictor.vocabulary)
+        if not spans[first:]:
+            return None
+        preview = reader.preview(text)
+        letters = [end - len(text[start:end].lstrip()) for start, end in spans[first:]]
+        positions = [preview.token_at(letter) - predictor.label_shift for letter in letters]
+        own_kind = author == "student"  # style is the student's to write
+        style = dict.fromkeys(positions, own_kind)  # before the first token there is nothing that could look ahead
+        by_window = groupby((p for p in positions if p >= 0), lambda p: window_start(p, predictor.window))
+        for start, group in by_window:
+            inside = list(group)
+            labels = await predictor.labels(preview.window(start, inside[-1] + 1))
+            style.update((p, labels[p - start]) for p in inside)
+        return next((first + i for i, p in enumerate(positions) if style[p] != own_kind), None)
+
+    # --- keeping
+
+    def keep(self, author: Author, written: Written, boundary: Boundary) -> None:
+        """Settle what is the author's own, drop what lies beyond the boundary, end the row at a limit."""
+        kept, limit = self._limit(written, boundary)
+        cut = boundary.cut or limit is not None or written.closed
+        if not cut:  # settle only up to a word end that is also a token end; the words between are judged already
+            aligned = {0, *written.ends}
+            stop = max(end for end in (0, *(end for _, end in words(written.text[:kept]))) if end in aligned)
+            self._judged, kept = kept - stop, stop
+        spelled = self.transcript.spell(written.text[:kept], first=not self.trajectory.spans)
+        if cut:
+            dropped = self.transcript.cut(author, written.text, written.ends, kept, spelled)
+            self.trajectory.discarded[author] += dropped
+            self._judged = 0
+        elif kept:
+            self.transcript.settle(author, written.text, written.ends, kept, spelled)
+        self.trajectory.add(author, "thinking", spelled)
+        self._turn_is_empty &= not spelled
+        if limit is not None:
+            self.end(limit)
+        elif written.closed and not boundary.cut:
+            self.trajectory.closed = True
+
+    def _limit(self, written: Written, boundary: Boundary) -> tuple[int, FinishReason | None]:
+        """Apply the loop detector and the budget: how much may be kept, and how the row ends if that is all."""
+        text, kept = written.text, boundary.kept
+        looped = self._loops.feed(text[self._judged : kept])
+        if looped is not None:
+            return self._judged + looped, "repetition"
+        if len(text) - kept > LONGEST_WORD and not boundary.cut:
+            return kept, "repetition"
+        student = self.transcript.views["student"]
+        budget = self.plan.max_thinking_tokens
+        if budget - student.length >= _MOST_TOKENS_PER_CHARACTER * len(text):
+            return kept, None  # spares the exact count while the budget is far
+        preview = student.preview(text)
+        room, ends = budget - (preview.begin - student.start), [end for _, end in preview.encoding.offsets]
+        if bisect_right(ends, kept) <= room:
+            return kept, None
+        fits = ends[room - 1] if room > 0 else 0
+        return max((end for _, end in words(text) if end <= fits), default=0), "length"

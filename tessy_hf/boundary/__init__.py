@@ -1,0 +1,1 @@
+"""Boundary prediction: where one author's kind of text ends."""

@@ -1,0 +1,269 @@
+"""Read a boundary predictor: which tokens of a text are style, and which are capability.
+
+Token ids go in, one boolean per asked position comes out (``True`` for style). The model is a stock
+``AutoModelForTokenClassification``. Knows nothing of authors or rollback.
+
+A token at position ``p`` of the thinking is always read from a window that starts at :func:`window_start` of ``p``, so
+what is predicted depends on the text alone and not on how it was cut into chunks (METHOD decision: k is a speed knob).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from tessy_hf.errors import BoundaryError
+from tessy_hf.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LabelShift = Literal[0, 1]
+"""0: the label at token j is about token j. 1: it is about token j + 1."""
+
+DEFAULT_WINDOW = 200
+"""Tokens of thinking that are read at most (what the released scripts use)."""
+
+MAX_BATCH = 256
+
+
+class Convention(NamedTuple):
+    """How a checkpoint's labels are to be read."""
+
+    label_shift: LabelShift
+    style_label: int
+
+
+KNOWN_CHECKPOINTS = {
+    "CoopReason/Boundary_Predictor_Teacher_Code": Convention(label_shift=1, style_label=1),
+    "CoopReason/Boundary_Predictor_Student_Code": Convention(label_shift=1, style_label=1),
+}
+"""Foreign checkpoints whose config does not state the convention."""
+
+
+def window_start(position: int, window: int) -> int:
+    """Return where the window of a token begins: a multiple of half the window, at most ``window`` tokens back."""
+    stride = max(1, window // 2)
+    return max(0, -(-(position + 1 - window) // stride)) * stride
+
+
+class BoundaryPredictor:
+    """A token classifier that tells style from capability.
+
+    Describes the checkpoint until :meth:`start` loads it, so that it can be pickled and fingerprinted.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        label_shift: See :data:`LabelShift`; needed where the checkpoint's config does not state it.
+        style_label: The label number that means style; needed where the config's label names do not say it.
+        window: How many tokens are read at most; by default what the config says, else 200.
+        device: Torch device; by default CUDA, then MPS, then CPU.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        label_shift: LabelShift | None = None,
+        style_label: int | None = None,
+        window: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.model = str(model)
+        self.revision = revision
+        self._stated = {"label_shift": label_shift, "style_label": style_label, "window": window}
+        self._device = device
+        self._live: _LivePredictor | None = None
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> BoundaryPredictor:
+        """Load a predictor at once.
+
+        Args:
+            model: Hub id or folder.
+            **options: As for the class.
+
+        Raises:
+            BoundaryError: There is no such token classifier, or nothing states how its labels are to be read.
+        """
+        predictor = cls(str(model), **options)
+        predictor.start()
+        return predictor
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the predictions, for the run's fingerprint."""
+        return {"model": self.model, "revision": self.revision, **self._stated}
+
+    def start(self) -> None:
+        """Load the model. Does nothing where it is loaded."""
+        if self._live is None:
+            self._live = _LivePredictor(self.model, self.revision, self._stated, self._device)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+
+    @property
+    def live(self) -> _LivePredictor:
+        """The loaded model; loads it on first use."""
+        self.start()
+        assert self._live is not None
+        return self._live
+
+    @property
+    def label_shift(self) -> int:
+        """How far ahead a label looks, in tokens."""
+        return self.live.convention.label_shift
+
+    @property
+    def window(self) -> int:
+        """How many tokens are read at most."""
+        return self.live.window
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The predictor's own vocabulary."""
+        return self.live.vocabulary
+
+    async def labels(self, window: Sequence[int]) -> Sequence[bool]:
+        """Return, for each token of ``window``, whether its label says style. Calls that wait are read together."""
+        return await self.live.submit(window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the description only."""
+        return {**self.__dict__, "_live": None}
+
+    def __repr__(self) -> str:
+        return f"BoundaryPredictor({self.model!r})"
+
+
+class _LivePredictor:
+    """A loaded classifier with one worker thread; what waits while it works is read in one batch."""
+
+    def __init__(self, model: str, revision: str | None, stated: dict[str, Any], device: str | None) -> None:
+        import torch
+
+        from tessy_hf.engines.transformers import pick_device, share_cores
+
+        network, tokenizer = _load(model, revision)
+        self.convention = _convention(model, network.config, stated)
+        self.window = stated["window"] or getattr(network.config, "window", None) or DEFAULT_WINDOW
+        if self.window < 2:
+            raise BoundaryError(
+                f"The window of {model!r} is {self.window}. Pass window=200 or another number above 1."
+            )
+        self.vocabulary = Vocabulary(tokenizer, model)
+        self._torch = torch
+        self._device = pick_device(device)
+        self._network = network.to(self._device).eval()
+        self._waiting: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]] = []
+        self._busy = False
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-boundary", initializer=share_cores)
+
+    async def submit(self, window: Sequence[int]) -> Sequence[bool]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Sequence[bool]] = loop.create_future()
+        self._waiting.append((window, future))
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._next_batch, loop)  # later in this turn of the loop: let the others join first
+        return await future
+
+    def _next_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+        batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+        if not batch:
+            self._busy = False
+            return
+        forward = loop.run_in_executor(self._worker, self.read, [window for window, _ in batch])
+        forward.add_done_callback(lambda done: self._deliver(loop, batch, done))
+
+    def _deliver(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]],
+        done: asyncio.Future[list[list[bool]]],
+    ) -> None:
+        error = done.exception()
+        for index, (_, future) in enumerate(batch):
+            if future.done():
+                continue
+            if error is not None:
+                future.set_exception(BoundaryError(f"The boundary predictor failed: {error!r}."))
+            else:
+                future.set_result(done.result()[index])
+        self._next_batch(loop)
+
+    def read(self, windows: list[Sequence[int]]) -> list[list[bool]]:
+        """Run the classifier over windows of ids, right-padded into one batch."""
+        torch = self._torch
+        longest = max(map(len, windows))
+        ids = torch.zeros((len(windows), longest), dtype=torch.long)
+        mask = torch.zeros((len(windows), longest), dtype=torch.long)
+        for row, window in enumerate(windows):
+            ids[row, : len(window)] = torch.tensor(list(window), dtype=torch.long)
+            mask[row, : len(window)] = 1
+        with torch.inference_mode():
+            logits = self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
+        style = (logits.argmax(-1) == self.convention.style_label).cpu().tolist()
+        return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def _load(model: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        network, info = AutoModelForTokenClassification.from_pretrained(
+            model, revision=revision, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise BoundaryError(
+            f"No boundary predictor could be loaded from {model!r}: {error} "
+            "A Hub id or folder with a token-classification model in safetensors and its tokenizer is expected."
+        ) from error
+    if info["missing_keys"]:
+        raise BoundaryError(
+            f"{model!r} has no trained weights for {sorted(info['missing_keys'])[:3]}: it is not a token classifier. "
+            "Pass a boundary predictor, for instance one of "
+            f"{', '.join(KNOWN_CHECKPOINTS)}, or train one."
+        )
+    return network, tokenizer
+
+
+def _convention(model: str, config: Any, stated: dict[str, Any]) -> Convention:
+    """Settle how labels are read: stated by the user, else by the config, else by the table of known checkpoints."""
+    known = KNOWN_CHECKPOINTS.get(model)
+    named = [i for i, name in (config.id2label or {}).items() if str(name).lower() == "style"]
+    candidates: dict[str, tuple[Any, ...]] = {
+        "label_shift": (stated["label_shift"], getattr(config, "label_shift", None), known and known.label_shift),
+        "style_label": (stated["style_label"], named[0] if named else None, known and known.style_label),
+    }
+    found: dict[str, Any] = {
+        key: next((v for v in values if v is not None), None) for key, values in candidates.items()
+    }
+    if found["style_label"] is None and config.num_labels == 2:
+        found["style_label"] = 1 if found["label_shift"] is not None else None
+    if found["label_shift"] not in (0, 1):
+        raise BoundaryError(
+            f"The config of the boundary predictor {model!r} does not say if a label is about its own token or the "
+            f"next one (label_shift is {found['label_shift']!r}; labels {dict(config.id2label)}). "
+            "Pass BoundaryPredictor(..., label_shift=0) for its own token (the paper's text) or label_shift=1 for the "
+            "next token (the authors' released checkpoints), or add it to config.json."
+        )
+    if found["style_label"] not in range(config.num_labels):
+        raise BoundaryError(
+            f"The boundary predictor {model!r} has the labels {dict(config.id2label)}; none is called 'style'. "
+            "Pass BoundaryPredictor(..., style_label=1) with the number that means style, or name it in config.json."
+        )
+    return Convention(found["label_shift"], int(found["style_label"]))

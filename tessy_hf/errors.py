@@ -1,0 +1,60 @@
+"""The failure vocabulary: every error a user can meet, and what it means for the run.
+
+    TessyError
+    ├── SettingsError      a setting is unknown or out of range                      → nothing starts
+    ├── DatasetError       the dataset lacks a column, or would lose one             → nothing starts
+    ├── TemplateError      a chat template cannot carry open or finished thinking    → nothing starts
+    ├── BoundaryError      a boundary predictor cannot be read without more knowledge → nothing starts
+    ├── PromptError        one row's prompt cannot be used                           → that row fails, with this text
+    └── EngineError        an engine could not answer
+        ├── RequestError   one request failed for good                               → that row fails, with this text
+        └── EngineDeadError the engine is gone or refuses the credential             → the run stops, finished rows
+        kept
+
+Each message says what was seen, what was expected and what to do.
+"""
+
+
+class TessyError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class SettingsError(TessyError, ValueError):
+    """A setting is unknown, missing or out of range."""
+
+
+class DatasetError(TessyError, ValueError):
+    """The dataset does not fit the transform: a column is missing or would be overwritten."""
+
+
+class TemplateError(TessyError, ValueError):
+    """A chat template or tokenizer cannot carry the thinking the way the method needs."""
+
+
+class BoundaryError(TessyError, ValueError):
+    """A boundary predictor cannot be loaded or its labels cannot be read."""
+
+
+class PromptError(TessyError, ValueError):
+    """One row's prompt cannot be used. The row fails with this text; the run goes on."""
+
+
+class EngineError(TessyError, RuntimeError):
+    """An engine could not answer a request."""
+
+
+class RequestError(EngineError):
+    """One request failed for good. Its row fails with this text; the run goes on.
+
+    Args:
+        message: What was seen, what was expected, what to do.
+        retryable: Whether the same request may succeed when sent again.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+class EngineDeadError(EngineError):
+    """The engine is gone for good, or refuses the credential. The run stops."""

@@ -1,0 +1,238 @@
+"""One row's text so far, as each model sees it: growing token lists with exact seams between vocabularies.
+
+Text goes in as words are accepted; each list's ids come out ready for its engine. A list is only ever appended to or
+cut back at its end, never rebuilt, so a chunk costs the same however long the row is. Knows nothing of authors,
+boundaries or engines.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tessy_hf.trajectory import Author
+from tessy_hf.vocabulary import Encoding, Vocabulary, words
+
+
+class Preview(NamedTuple):
+    """A token list with more text after it.
+
+    Attributes:
+        ids: The list's own ids, of which the first ``begin`` hold.
+        begin: The index of the first new id.
+        encoding: The new ids, with offsets in the new text (below 0 for the settled word before it).
+    """
+
+    ids: array[int]
+    begin: int
+    encoding: Encoding
+
+    def token_at(self, character: int) -> int:
+        """Return the index, in the whole list, of the token that holds a character of the new text."""
+        inside = bisect_right(self.encoding.offsets, character, key=lambda offsets: offsets[1])
+        return self.begin + min(inside, len(self.encoding.ids) - 1)
+
+    def window(self, start: int, stop: int) -> list[int]:
+        """Return the ids from ``start`` to ``stop`` of the whole list."""
+        old, new = self.ids[start : min(stop, self.begin)], self.encoding.ids
+        return [*old, *new[max(0, start - self.begin) : max(0, stop - self.begin)]]
+
+
+class TokenList:
+    """The token ids of one growing text in one vocabulary.
+
+    The list is ``settled ids`` followed by ``tentative ids``: what an author generated and nobody has judged yet.
+    Foreign text is tokenised together with the last settled word, so that the ids equal a tokenisation of the whole
+    text wherever that is defined (an author's own ids stay as generated).
+
+    Args:
+        vocabulary: The vocabulary of the model that reads the list.
+        ids: The ids of the rendered prompt.
+        tail: The whitespace that ends the rendered prompt, which a tokenizer may join with the first word.
+    """
+
+    __slots__ = ("_tail", "_tail_tokens", "_tentative", "ids", "start", "vocabulary")
+
+    def __init__(self, vocabulary: Vocabulary, ids: Sequence[int] = (), tail: str = "") -> None:
+        self.vocabulary = vocabulary
+        self.ids = array("i", ids)
+        self.start = len(self.ids)
+        self._tentative = 0
+        encoded = vocabulary.encode(tail).ids
+        exact = len(encoded) > 0 and list(self.ids[-len(encoded) :]) == encoded
+        self._tail, self._tail_tokens = (tail, len(encoded)) if exact else ("", 0)
+
+    @property
+    def settled(self) -> int:
+        """How many ids are settled, the prompt's included."""
+        return len(self.ids) - self._tentative
+
+    @property
+    def length(self) -> int:
+        """How many ids the settled text has, without the prompt's."""
+        return self.settled - self.start
+
+    @property
+    def seam(self) -> int:
+        """The index, counted from the text's start, before which settled ids will not change any more."""
+        return max(0, self.settled - self._tail_tokens - self.start)
+
+    # --- what others wrote
+
+    def append(self, text: str) -> None:
+        """Settle ``text`` written by another author."""
+        if text:
+            self._replace_tail(self._tail + text, self.vocabulary.encode(self._tail + text))
+
+    def preview(self, text: str) -> Preview:
+        """Return what the list would hold after :meth:`append`, without changing it."""
+        shift = len(self._tail)
+        encoded = self.vocabulary.encode(self._tail + text)
+        offsets = [(start - shift, end - shift) for start, end in encoded.offsets]
+        return Preview(self.ids, self.settled - self._tail_tokens, Encoding(encoded.ids, offsets))
+
+    def adopt(self, other: TokenList, since: int) -> None:
+        """Take over another list's settled ids of the same vocabulary, from the ``since``-th id of the text on."""
+        del self.ids[self.start + since :]
+        self.ids.extend(other.ids[other.start + since : other.settled])
+        own_tokens = len(self.ids) - self.start
+        inside = other._tail_tokens <= own_tokens
+        self._tail, self._tail_tokens = (
+            (other._tail, other._tail_tokens) if inside else (other._tail.lstrip(), own_tokens)
+        )
+
+    # --- what the model itself wrote
+
+    def push(self, ids: Sequence[int]) -> None:
+        """Add ids that the model just generated, as tentative."""
+        self.ids.extend(ids)
+        self._tentative += len(ids)
+
+    def tentative(self) -> tuple[str, list[int]]:
+        """Return the text of the tentative ids and where each id's text ends in it."""
+        ids, context = self.ids[self.settled :], self.ids[self.settled - 1 : self.settled]
+        text = self.vocabulary.decode(ids, context)
+        return text, self.vocabulary.token_ends(ids, text, context)
+
+    def settle(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
+        """Settle the first ``kept`` characters of the tentative ``text`` and leave what follows tentative.
+
+        Args:
+            text: The tentative text, from :meth:`tentative`.
+            ends: Where each tentative id's text ends, from :meth:`tentative`.
+            kept: How many characters to settle; one of ``ends``.
+            spelled: The kept text as all vocabularies read it. Where that differs, it is spelled anew.
+        """
+        count = sum(end <= kept for end in ends)
+        if spelled == text[:kept]:
+            self._tentative -= count
+            self._freeze(count, spelled)
+        else:
+            later = self.ids[self.settled + count :]
+            self.drop()
+            self.append(spelled)
+            self.push(later)
+
+    def cut(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
+        """Settle ``kept`` characters of the tentative text, drop the rest, return how many ids were dropped."""
+        count = sum(end <= kept for end in ends)
+        aligned = ends[count - 1] if count else 0
+        dropped = self._tentative - count
+        if spelled != text[:kept]:
+            self.drop()
+            self.append(spelled)
+            return dropped
+        self.settle(text, ends, aligned, spelled[:aligned])
+        self.drop()
+        self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is spelled anew
+        return dropped
+
+    def drop(self) -> int:
+        """Take all tentative ids back and return how many there were."""
+        count = self._tentative
+        if count:
+            del self.ids[-count:]
+        self._tentative = 0
+        return count
+
+    # --- the seam
+
+    def _freeze(self, count: int, text: str) -> None:
+        """Move the seam over the last ``count`` settled ids, which the model itself made for ``text``."""
+        encoded = self.vocabulary.encode(self._tail + text)
+        if list(self.ids[self.settled - count - self._tail_tokens : self.settled]) == encoded.ids:
+            self._move_seam(self._tail + text, encoded)
+        elif (
+            text
+        ):  # sampled ids need not be the tokenizer's choice for their text: they stay, and the seam is after them
+            self._tail, self._tail_tokens = "", 0
+
+    def _replace_tail(self, text: str, encoded: Encoding) -> None:
+        if self._tail_tokens:
+            del self.ids[-self._tail_tokens :]
+        self.ids.extend(encoded.ids)
+        self._move_seam(text, encoded)
+
+    def _move_seam(self, text: str, encoded: Encoding) -> None:
+        """Let the tail begin at the last word that no token straddles into."""
+        ends = [end for _, end in encoded.offsets]
+        for start, _ in reversed(words(text)):
+            index = bisect_right(ends, start)
+            if text[start].isspace() and start > 0 and index < len(ends) and encoded.offsets[index][0] >= start:
+                self._tail, self._tail_tokens = text[start:], len(ends) - index
+                return
+        self._tail, self._tail_tokens = text, len(ends)
+
+
+class Transcript:
+    """One row's thinking so far: for each author the ids its engine continues, for each predictor the ids it reads.
+
+    Args:
+        views: Each author's list, holding its rendered prompt.
+        readers: The predictors' vocabularies; equal ones share a list.
+    """
+
+    __slots__ = ("_readers", "views")
+
+    def __init__(self, views: Mapping[Author, TokenList], readers: Iterable[Vocabulary]) -> None:
+        self.views = views
+        self._readers = {vocabulary.fingerprint: TokenList(vocabulary) for vocabulary in readers}
+
+    def reader(self, vocabulary: Vocabulary) -> TokenList:
+        """Return the thinking as a predictor with ``vocabulary`` reads it."""
+        return self._readers[vocabulary.fingerprint]
+
+    def spell(self, text: str, *, first: bool) -> str:
+        """Return ``text`` as every model reads it, so that all see the same characters."""
+        for view in self.views.values():
+            text = view.vocabulary.normalize(text)
+        return text.lstrip() if first else text
+
+    def settle(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
+        """Settle an author's tentative text up to ``kept`` for everyone. See :meth:`TokenList.settle`."""
+        own = self.views[author]
+        before = own.seam
+        own.settle(text, ends, kept, spelled)
+        self._share(author, before, spelled)
+
+    def cut(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
+        """Settle an author's text up to ``kept`` for everyone and drop the rest. See :meth:`TokenList.cut`."""
+        own = self.views[author]
+        before = own.seam
+        dropped = own.cut(text, ends, kept, spelled)
+        self._share(author, before, spelled)
+        return dropped
+
+    def _share(self, author: Author, before: int, text: str) -> None:
+        own = self.views[author]
+        for name, view in self.views.items():
+            if name == author:
+                continue
+            if view.vocabulary.fingerprint == own.vocabulary.fingerprint:
+                view.adopt(own, before)
+            else:
+                view.append(text)
+        for reader in self._readers.values():
+            reader.append(text)

@@ -1,0 +1,123 @@
+"""One tokenizer, read exactly: text to ids and ids to text, with no special meaning given to model text.
+
+Knows nothing of rows or chat templates. Only tokenizers backed by the ``tokenizers`` library are accepted, because
+the seams of :mod:`tessy_hf.transcript` need character offsets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tessy_hf.errors import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CLAUSE_END = "，。！？；：、"
+WORD = re.compile(rf"\s*(?:[^\s{_CLAUSE_END}]+[{_CLAUSE_END}]*|[{_CLAUSE_END}]+)")
+"""A word with the whitespace before it. Scripts without spaces are cut after their punctuation instead."""
+
+
+class Encoding(NamedTuple):
+    """Token ids and, for each, its ``(start, end)`` character offsets in the encoded text."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Vocabulary:
+    """Exact encoding and decoding with one tokenizer.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer.
+        name: What to call it in errors.
+
+    Raises:
+        TemplateError: The tokenizer has no ``tokenizers`` backend.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise TemplateError(
+                f"The tokenizer of {name!r} is a {type(tokenizer).__name__} without a `tokenizers` backend; a fast "
+                "tokenizer is needed for character offsets. Convert it once with "
+                "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder) and use that folder."
+            )
+        self.tokenizer = tokenizer
+        self.name = name
+        self._template_backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        serialized = json.loads(backend.to_str())
+        # A post-processor may trim the whitespace off token offsets; here each character belongs to a token.
+        serialized["padding"] = serialized["truncation"] = serialized["post_processor"] = None
+        # A private copy: here "<|im_end|>" written by a model is text, while chat templates need it to be special.
+        self._backend = Tokenizer.from_str(json.dumps(serialized))
+        self._backend.encode_special_tokens = True
+        self._normalizer = self._backend.normalizer
+        identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        # Tokenizers that mark word starts (SentencePiece) would add a mark at the start of every fragment.
+        joined = self._backend.encode("a b", add_special_tokens=False).ids
+        apart = [i for piece in ("a", " b") for i in self._backend.encode(piece, add_special_tokens=False).ids]
+        self._anchor = "" if joined == apart else "a"
+        self.special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
+
+    def encode(self, text: str) -> Encoding:
+        """Encode model text, never reading special tokens into it.
+
+        Exact as a continuation when ``text`` starts at a word: the ids equal that part of the whole text's ids.
+        """
+        anchor = self._anchor if text[:1].isspace() else ""
+        encoded = self._backend.encode(anchor + text, add_special_tokens=False)
+        if not anchor:
+            return Encoding(encoded.ids, encoded.offsets)
+        first = next((i for i, (_, end) in enumerate(encoded.offsets) if end > 1), len(encoded.ids))
+        return Encoding(encoded.ids[first:], [(start - 1, end - 1) for start, end in encoded.offsets[first:]])
+
+    def encode_template(self, text: str) -> list[int]:
+        """Encode a rendered chat template: special tokens in it are special."""
+        ids: list[int] = self._template_backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], context: Sequence[int] = ()) -> str:
+        """Decode ``ids`` as the continuation of the ids in ``context`` (one or a few are enough)."""
+        if not len(context):
+            return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        before = self._backend.decode(list(context), skip_special_tokens=False)
+        both = self._backend.decode([*context, *ids], skip_special_tokens=False)
+        return str(both[len(before) :])
+
+    def token_ends(self, ids: Sequence[int], text: str, context: Sequence[int] = ()) -> list[int]:
+        """Return, for each token, where its text ends in ``text``, the decoded ``ids``."""
+        encoded = self.encode(text)
+        if encoded.ids == list(ids):
+            return [end for _, end in encoded.offsets]
+        # Ids a model sampled need not be the tokenizer's own choice for the text: measure them one by one.
+        ends = [len(self.decode(ids[: i + 1], context)) for i in range(len(ids))]
+        return [min(end, len(text)) for end in ends]
+
+    def normalize(self, text: str) -> str:
+        """Return the text as the tokenizer reads it (for instance in Unicode NFC)."""
+        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of ``token`` where it is one token of the vocabulary, else ``None``."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def chat_text(self, messages: Sequence[Any], **options: Any) -> str:
+        """Render ``messages`` through the tokenizer's chat template as text."""
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def words(text: str) -> list[tuple[int, int]]:
+    """Return the ``(start, end)`` of each word of ``text``, leading whitespace included, trailing excluded."""
+    return [match.span() for match in WORD.finditer(text)]

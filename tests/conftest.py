@@ -1,0 +1,21 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.worlds import TOKENIZERS, make_tokenizer
+
+settings.register_profile("tessy", deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("tessy")
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session", params=sorted(TOKENIZERS))
+def tokenizer(request):
+    """One tokenizer of each kind the field uses."""
+    return make_tokenizer(request.param)

@@ -1,0 +1,113 @@
+"""The ids an engine gets equal a from-scratch tokenisation; all authors see the same characters."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tessy_hf.transcript import TokenList, Transcript
+from tessy_hf.vocabulary import Vocabulary, words
+from tests.worlds import TEXT, TOKENIZERS, make_tokenizer
+
+VOCABULARIES = {kind: Vocabulary(make_tokenizer(kind), kind) for kind in sorted(TOKENIZERS)}
+
+pieces_of_text = st.one_of(
+    st.sampled_from(TEXT.split(" ")),
+    st.sampled_from(
+        [" ", "  ", "\n", "\n\n", " \n", "\t", "\r\n", ".", ",\n", "}\n\n", "don't", "1234", "é", "你好", "。", "🙂"]
+    ),
+    st.text(max_size=6),
+)
+texts = st.lists(pieces_of_text, min_size=1, max_size=30).map("".join)
+
+
+def cut_at_words(text, draw):
+    """Cut a text at random word ends."""
+    ends = [end for _, end in words(text)]
+    chosen = sorted(draw(st.sets(st.sampled_from(ends)))) if ends else []
+    bounds = [0, *chosen, *(ends[-1:] or [0])]
+    return [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@settings(max_examples=150)
+@given(data=st.data(), text=texts)
+def test_appended_pieces_equal_a_tokenisation_from_scratch(kind, data, text):
+    vocabulary = VOCABULARIES[kind]
+    text = vocabulary.normalize(text).strip()
+    tokens = TokenList(vocabulary)
+    for piece in cut_at_words(text, data.draw):
+        preview = tokens.preview(piece)
+        tokens.append(piece)
+        assert preview.window(0, len(tokens.ids)) == list(tokens.ids)
+    assert list(tokens.ids) == vocabulary.encode(text).ids
+    assert vocabulary.decode(tokens.ids) == text
+
+
+@pytest.mark.parametrize("kind", ["qwen", "harmony", "r1"])
+@pytest.mark.parametrize("tail", ["", "\n"])
+@settings(max_examples=100)
+@given(data=st.data(), text=texts)
+def test_ids_after_a_prompt_equal_a_tokenisation_of_the_whole(kind, tail, data, text):
+    vocabulary = VOCABULARIES[kind]
+    opened = {"qwen": "<think>", "harmony": "<|message|>", "r1": "<think>"}[kind] + tail
+    text = vocabulary.normalize(text).strip()
+    for token in ("<think>", "</think>"):
+        text = text.replace(token, "")
+    tokens = TokenList(vocabulary, vocabulary.encode_template(opened), tail)
+    for piece in cut_at_words(text, data.draw):
+        tokens.append(piece)
+    assert list(tokens.ids) == vocabulary.encode_template(opened) + vocabulary.encode(tail + text).ids[len(tail) :]
+
+
+@pytest.mark.parametrize("teacher", sorted(TOKENIZERS))
+@pytest.mark.parametrize("student", sorted(TOKENIZERS))
+@settings(max_examples=60)
+@given(data=st.data(), text=texts)
+@example(data=None, text="Wait.\n\nSo  1234, é你好。")
+def test_all_authors_see_the_same_characters(teacher, student, data, text):
+    """Authors take turns writing the text in their own ids, over-generating each time; each is cut at a word end."""
+    views = {"teacher": TokenList(VOCABULARIES[teacher]), "student": TokenList(VOCABULARIES[student])}
+    transcript = Transcript(views, VOCABULARIES.values())
+    turns = cut_at_words(text.strip(), data.draw) if data else [text]
+    said = ""
+    for number, piece in enumerate(turns):
+        author = ("student", "teacher")[number % 2]
+        view = views[author]
+        view.push(view.vocabulary.encode(piece + ", and more besides").ids)
+        written, ends = view.tentative()
+        assert written == view.vocabulary.normalize(piece + ", and more besides")
+        kept = len(view.vocabulary.normalize(piece))
+        spelled = transcript.spell(written[:kept], first=not said)
+        transcript.cut(author, written, ends, kept, spelled)
+        said += spelled
+    for view in views.values():
+        assert view.vocabulary.decode(view.ids) == said
+    for vocabulary in VOCABULARIES.values():  # who only listens has a tokenisation of the whole
+        if vocabulary.normalize(said) == said:
+            assert list(transcript.reader(vocabulary).ids) == vocabulary.encode(said).ids
+
+
+def test_special_tokens_in_model_text_stay_text(tokenizer):
+    vocabulary = Vocabulary(tokenizer, "x")
+    special = tokenizer.eos_token
+    ids = vocabulary.encode(f"He wrote {special} and went on.").ids
+    assert not vocabulary.special_ids & set(ids)
+    assert vocabulary.decode(ids) == f"He wrote {special} and went on."
+
+
+def test_words_end_at_spaces_and_after_cjk_punctuation():
+    text = "Okay, so\n\n1+1 你好，世界。"
+    assert [text[a:b] for a, b in words(text)] == ["Okay,", " so", "\n\n1+1", " 你好，", "世界。"]
+
+
+def test_same_vocabulary_hands_over_the_authors_own_ids():
+    """Sampled ids need not be the tokenizer's choice for their text; the other author gets them as they are."""
+    vocabulary = VOCABULARIES["qwen"]
+    views = {"teacher": TokenList(vocabulary, [5, 6]), "student": TokenList(vocabulary, [7])}
+    transcript = Transcript(views, [])
+    unusual = [i for letter in "Okay," for i in vocabulary.encode(letter).ids]
+    views["student"].push(unusual)
+    text, ends = views["student"].tentative()
+    assert text == "Okay," and ends == [1, 2, 3, 4, 5]
+    transcript.cut("student", text, ends, 5, text)
+    assert list(views["teacher"].ids) == [5, 6, *unusual]

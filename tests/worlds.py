@@ -1,0 +1,101 @@
+"""Small tokenizers of the kinds that real models have, trained in a second on a bit of text."""
+
+from functools import cache
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = """Okay, so I need to find the sum of the first ten primes. Wait, is 1 a prime? No, it isn't.
+Let me think: 2 + 3 = 5, then 5 + 5 = 10, so far so good.\n\n```python\ndef total(n):\n    return sum(range(n))\n```
+Hmm, maybe check `total(10)` == 45... Therefore, the answer is 129. 你好，世界。 Größe, naïve café 🙂 — "quoted" text!
+We need to compute f(x) = x^2 + 3x.  Then,\n\tindent\n\n- a list\n- of things\n\n\n1. one\n2. two
+"""
+
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}"
+    "<|assistant|>{{ m.content.split('</think>')[-1] }}<|eos|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+R1_KEEPS = R1.replace(".split('</think>')[-1]", "")
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}"
+    "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
+    "{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def _bpe(regex, vocabulary, special, normalizer=None, repeat=1):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # the harder case, as GPT-2 has it
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * repeat, trainer)
+    return tokenizer
+
+
+def _qwen():
+    tokenizer = _bpe(QWEN, 420, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], normalizers.NFC())
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.add_tokens(["<think>", "</think>"])
+    return fast
+
+
+def _harmony():
+    special = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+    tokenizer = _bpe(O200K, 340, special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|return|>", chat_template=HARMONY)
+    fast.add_special_tokens({"additional_special_tokens": special[:4] + special[5:]})
+    return fast
+
+
+def _r1():
+    special = ["<|user|>", "<|assistant|>", "<|eos|>"]
+    tokenizer = _bpe(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1), 380, special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", chat_template=R1)
+    fast.add_special_tokens({"additional_special_tokens": special[:2]})
+    fast.add_tokens(["<think>", "</think>"])
+    return fast
+
+
+def _gpt2():
+    tokenizer = _bpe(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", 300, ["<|end|>"])
+    template = CHATML + "{# <think> #}"  # thinking marks are plain text here, as in models that were only fine-tuned
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)
+
+
+TOKENIZERS = {"qwen": _qwen, "harmony": _harmony, "r1": _r1, "gpt2": _gpt2}
+
+
+@cache
+def make_tokenizer(kind):
+    return TOKENIZERS[kind]()
