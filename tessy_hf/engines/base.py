@@ -1,0 +1,109 @@
+"""The engine protocol: token ids in, token ids out. Knows nothing of thinking, authors or boundaries.
+
+An engine is described by light data (a model id and options) until :meth:`Engine.start`, so that it can be pickled,
+fingerprinted and sent to other processes; live handles never leave the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tessy_hf.trajectory import Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One piece of text asked of an engine.
+
+    Attributes:
+        row: The row's key. Engines keep a row's cache by it.
+        order: The row's place in the run; lower is older and should be served first.
+        part: Whether the thinking or the answer is being written.
+        prompt_ids: All ids so far. Grows between a row's requests; not to be kept or changed.
+        max_tokens: The most new tokens wanted.
+        temperature: 0 for greedy decoding.
+        top_p: Nucleus sampling mass.
+        seed: The row's seed. The token at position ``p`` of the row is to be drawn from ``(seed, p)``, so that a
+            rerun of a row repeats it.
+        stop_ids: Ids that end the text.
+    """
+
+    row: str
+    order: int
+    part: Part
+    prompt_ids: Sequence[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine wrote.
+
+    Attributes:
+        token_ids: The new ids, without the one that stopped it.
+        stop_id: The id from ``stop_ids`` that ended the text, or ``None`` where ``max_tokens`` did.
+    """
+
+    token_ids: Sequence[int]
+    stop_id: int | None
+
+
+class Engine(Protocol):
+    """What a speaker needs of a model server."""
+
+    @property
+    def model(self) -> str:
+        """The model's name, for people and manifests."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the text this engine writes (model, revision, precision), for the run's fingerprint."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Loading it must not load the model."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a prompt and its completion may have together. Valid after :meth:`start`."""
+        ...
+
+    async def start(self) -> None:
+        """Make the engine ready. May be called again; called from the loop that will call :meth:`complete`."""
+        ...
+
+    async def complete(self, request: Request) -> Completion:
+        """Continue ``request.prompt_ids``.
+
+        Raises:
+            RequestError: This request failed for good.
+            EngineDeadError: No request can succeed any more.
+        """
+        ...
+
+    def release(self, row: str) -> None:
+        """Forget what is kept for a row that has ended."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of all resources. The engine may be started again."""
+        ...
+
+
+def derive_seed(*parts: object) -> int:
+    """Derive a 63-bit seed from the parts, the same on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

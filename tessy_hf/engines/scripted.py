@@ -1,0 +1,193 @@
+"""An engine that plays given texts, with given latencies and faults: for tests and for measuring all but models.
+
+It answers as a model would: token ids continue token ids, more than is kept may be written, and what was rolled back
+is not written again in the same words unless the script says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any
+
+from tessy_hf.engines.base import Completion, Request
+from tessy_hf.errors import RequestError
+from tessy_hf.vocabulary import Vocabulary, words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Script:
+    """What one engine writes for one row.
+
+    Attributes:
+        thinking: One text, which goes on after what was kept of it; or a list of texts, one for each time the engine
+            takes over (it writes on into the next ones until it is cut).
+        answer: The final answer.
+    """
+
+    thinking: str | Sequence[str]
+    answer: str = ""
+
+
+class ScriptedEngine:
+    """Plays scripts.
+
+    Args:
+        script: What to write for each row: a mapping from row key, or a function of it. A bare string or list stands
+            for the thinking, with an empty answer.
+        tokenizer: The vocabulary to write in; by default the miniature student's.
+        latency: Seconds each request takes, or a function of the request.
+        fault: A function of the request that may return an exception to raise.
+        context_length: The most tokens a prompt and its completion may have together.
+        name: What to call the engine.
+    """
+
+    def __init__(
+        self,
+        script: Mapping[str, Script | str | Sequence[str]] | Callable[[str], Script | str | Sequence[str]],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        latency: float | Callable[[Request], float] = 0.0,
+        fault: Callable[[Request], Exception | None] | None = None,
+        context_length: int = 1 << 30,
+        name: str = "scripted",
+    ) -> None:
+        self.model = name
+        self.context_length = context_length
+        self.requests = 0
+        self._script = script
+        self._tokenizer = tokenizer
+        self._latency = latency
+        self._fault = fault
+        self._vocabulary: Vocabulary | None = None
+        self._plays: dict[str, _Play] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The scripts themselves, or the function's name."""
+        if callable(self._script):
+            shown = f"{self._script.__module__}.{self._script.__qualname__}"
+        else:
+            text = json.dumps({key: vars(_as_script(value)) for key, value in self._script.items()}, sort_keys=True)
+            shown = hashlib.sha256(text.encode()).hexdigest()
+        return {"engine": "scripted", "model": self.model, "script": shown}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The vocabulary it writes in."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            from tessy_hf.demo import STUDENT
+
+            self._tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+        return self._tokenizer
+
+    async def start(self) -> None:
+        """Read the vocabulary."""
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer, self.model)
+
+    async def complete(self, request: Request) -> Completion:
+        """Play on.
+
+        Raises:
+            RequestError: There is no script for the row, or what ``fault`` returned.
+        """
+        self.requests += 1
+        seconds = self._latency(request) if callable(self._latency) else self._latency
+        if seconds:
+            await asyncio.sleep(seconds)
+        fault = self._fault(request) if self._fault else None
+        if fault is not None:
+            raise fault
+        assert self._vocabulary is not None, "start() comes first"
+        if request.row not in self._plays:
+            self._plays[request.row] = _Play(self._find(request.row), self._vocabulary)
+        return self._plays[request.row].play(request, self.tokenizer.eos_token_id)
+
+    def _find(self, row: str) -> Script:
+        if not callable(self._script) and row not in self._script:
+            raise RequestError(
+                f"There is no script for row {row!r}. Scripts: {', '.join(list(self._script)[:5])}, ..."
+            )
+        return _as_script(self._script(row) if callable(self._script) else self._script[row])
+
+    def release(self, row: str) -> None:
+        """Forget how far a row was played."""
+        self._plays.pop(row, None)
+
+    async def close(self) -> None:
+        """Forget all rows."""
+        self._plays.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the description only."""
+        return {**self.__dict__, "_vocabulary": None, "_plays": {}}
+
+
+def _as_script(given: Script | str | Sequence[str]) -> Script:
+    return given if isinstance(given, Script) else Script(given)
+
+
+@dataclass
+class _Play:
+    """How far one row's script was played: where the current turn began and what was written in it."""
+
+    script: Script
+    vocabulary: Vocabulary
+    turns: int = 0
+    cursor: int = 0
+    turn_prompt: int = -1
+    turn_ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        pieces = [self.script.thinking] if isinstance(self.script.thinking, str) else list(self.script.thinking)
+        self.begins = [0, *accumulate(map(len, pieces))] if not isinstance(self.script.thinking, str) else None
+        self.text = "".join(pieces)
+        encoded = self.vocabulary.encode(self.text)
+        self.ids, self.ends = encoded.ids, [end for _, end in encoded.offsets]
+
+    def play(self, request: Request, eos: int | None) -> Completion:
+        stop = eos if eos in request.stop_ids else min(request.stop_ids)
+        if request.part == "answer":
+            ids = self.vocabulary.encode(self.script.answer).ids
+            return Completion(ids[: request.max_tokens], stop if len(ids) <= request.max_tokens else None)
+        written = request.prompt_ids[self.turn_prompt :] if self.turn_prompt >= 0 else None
+        if written is None or list(written) != self.turn_ids:
+            self._take_over(request)
+        ids = self._ids_from(self.cursor + len(self.vocabulary.decode(self.turn_ids)), request.max_tokens + 1)
+        more = ids[: request.max_tokens]
+        self.turn_ids.extend(more)
+        return Completion(more, stop if len(ids) <= request.max_tokens else None)
+
+    def _take_over(self, request: Request) -> None:
+        """Begin a turn: at its own text, or where the text that was kept of the last one ends."""
+        if self.begins is not None:
+            self.cursor = self.begins[min(self.turns, len(self.begins) - 1)]
+        elif self.turn_prompt >= 0:
+            stop = self.turn_prompt + len(self.turn_ids) + 1
+            now = self.vocabulary.decode(request.prompt_ids[self.turn_prompt : stop])
+            before = self.vocabulary.decode(self.turn_ids)
+            same = len(commonprefix([now, before]))
+            self.cursor += max((end for _, end in words(before) if end <= same), default=0)
+        self.turns += 1
+        self.turn_prompt, self.turn_ids = len(request.prompt_ids), []
+
+    def _ids_from(self, character: int, count: int) -> list[int]:
+        """Return the script's ids from a character on."""
+        index = bisect_right(self.ends, character)
+        begin = self.ends[index - 1] if index else 0
+        if index >= len(self.ids) or begin == character:
+            return self.ids[index : index + count]
+        rest = self.vocabulary.encode(self.text[character : self.ends[index]]).ids
+        return [*rest, *self.ids[index + 1 : index + 1 + count]][:count]

@@ -1,0 +1,500 @@
+"""Any causal language model of `transformers`, with each row's keys and values kept across chunks.
+
+Requests that wait while the model works are taken together in the next round: their kept keys and values are gathered
+into one padded batch, the new prompt tokens are read, up to :data:`ROUND_TOKENS` are generated, and what is new is
+written back. A chunk thus re-reads only what another author wrote. Knows nothing of thinking or authors.
+
+The token at position p of a row is drawn with a number that depends on the row's seed and p alone, so a row does not
+depend on how it was cut into requests or which rows it shared a batch with (up to floating-point noise).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tessy_hf.engines.base import Completion, Request
+from tessy_hf.errors import EngineDeadError, SettingsError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+ROUND_TOKENS = 32
+"""Most tokens generated before new requests may join. Longer requests go on in the next round."""
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def share_cores() -> None:
+    """Let torch, in this thread, use half of the cores: the two authors work at the same time.
+
+    Threads of OpenMP that outnumber the cores wait for each other, which was measured to cost up to 10 times. And they do
+    not survive a fork, so a forked worker (``num_proc``) gets one.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(1 if _forked else max(1, cores // 2))
+
+
+def pick_device(device: str | None) -> str:
+    """Return the device asked for, or the best there is: CUDA, MPS, CPU."""
+    import torch
+
+    if device is not None:
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class TransformersEngine:
+    """A causal language model run by `transformers` in this process.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Precision, such as ``"bfloat16"``; ``"auto"`` takes the checkpoint's.
+        device: Torch device; by default CUDA, then MPS, then CPU.
+        max_batch: Most rows in one forward pass.
+        context_length: Most tokens of prompt and completion; by default what the model's config says.
+        **options: Passed to ``AutoModelForCausalLM.from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        max_batch: int = 64,
+        context_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        if max_batch < 1:
+            raise SettingsError(
+                f"max_batch is {max_batch}; at least one row must fit. Pass for instance max_batch=64."
+            )
+        self.model = str(model)
+        self._revision = revision
+        self._dtype = dtype
+        self._device = device
+        self._max_batch = max_batch
+        self._context_length = context_length
+        self._options = options
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._live: _Live | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, revision and precision."""
+        return {"engine": "transformers", "model": self.model, "revision": self._revision, "dtype": self._dtype}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self._revision)
+            except (OSError, ValueError) as error:
+                raise _not_loaded(self.model, "tokenizer", error) from error
+        return self._tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and completion."""
+        if self._context_length is not None:
+            return self._context_length
+        assert self._live is not None, "start() comes first"
+        return int(getattr(self._live.network.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    async def start(self) -> None:
+        """Load the model."""
+        if self._live is None:
+            self._live = _Live(self)
+
+    async def complete(self, request: Request) -> Completion:
+        """Continue a row in the next round."""
+        assert self._live is not None, "start() comes first"
+        return await self._live.submit(request)
+
+    def release(self, row: str) -> None:
+        """Free a row's keys and values."""
+        if self._live is not None:
+            self._live.release(row)
+
+    async def close(self) -> None:
+        """Let go of the model."""
+        if self._live is not None:
+            live, self._live = self._live, None
+            await asyncio.get_running_loop().run_in_executor(None, live.close)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the description only."""
+        return {**self.__dict__, "_live": None, "_tokenizer": None}
+
+    def __repr__(self) -> str:
+        return f"TransformersEngine({self.model!r})"
+
+
+def _not_loaded(model: str, what: str, error: Exception) -> EngineDeadError:
+    return EngineDeadError(
+        f"The {what} of {model!r} could not be loaded: {error} A Hub id or a folder with config.json, safetensors "
+        "and a tokenizer is expected; check the name, and HF_TOKEN for gated models."
+    )
+
+
+@dataclass
+class _Job:
+    """A request under way, over one or more rounds."""
+
+    request: Request
+    future: asyncio.Future[Completion]
+    new: array[int] = field(default_factory=lambda: array("i"))
+
+    @property
+    def ids(self) -> array[int]:
+        ids = array("i", self.request.prompt_ids)
+        ids.extend(self.new)
+        return ids
+
+
+class _Slot(NamedTuple):
+    """A row's place in the pool of keys and values, and the ids it holds them for."""
+
+    place: int
+    ids: array[int]
+
+
+class _Live:
+    """The loaded model, one worker thread, and the pool of keys and values."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._device = pick_device(engine._device)
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                engine.model,
+                revision=engine._revision,
+                dtype=engine._dtype,
+                use_safetensors=True,
+                **engine._options,
+            )
+        except (OSError, ValueError) as error:
+            raise _not_loaded(engine.model, "model", error) from error
+        self.network = network.to(self._device).eval()
+        self._torch = torch
+        self._max_batch = engine._max_batch
+        self._waiting: list[_Job] = []
+        self._busy = False
+        self._slots: dict[str, _Slot] = {}
+        self._pool = _Pool(torch, self._device)
+        self._released: list[str] = []
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-transformers", initializer=share_cores)
+
+    # --- on the event loop
+
+    async def submit(self, request: Request) -> Completion:
+        loop = asyncio.get_running_loop()
+        job = _Job(request, loop.create_future())
+        self._waiting.append(job)
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._next_round, loop)  # later in this turn of the loop: let the others join first
+        return await job.future
+
+    def release(self, row: str) -> None:
+        self._released.append(row)
+
+    def _next_round(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = sorted((job for job in self._waiting if not job.future.done()), key=lambda job: job.request.order)
+        jobs, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
+        released, self._released = self._released, []
+        if not jobs:
+            self._released, self._busy = released, False
+            return
+        work = loop.run_in_executor(self._worker, self._round, jobs, released)
+        work.add_done_callback(lambda done: self._deliver(loop, jobs, done))
+
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, jobs: list[_Job], done: asyncio.Future[list[Completion | None]]
+    ) -> None:
+        error = done.exception()
+        results = [None] * len(jobs) if error is not None else done.result()
+        for job, completion in zip(jobs, results, strict=True):
+            if job.future.done():
+                continue
+            if error is not None:
+                job.future.set_exception(
+                    EngineDeadError(f"The model broke down: {error!r}. See the traceback for where.")
+                )
+                job.future.exception()
+            elif completion is None:
+                self._waiting.append(job)
+            else:
+                job.future.set_result(completion)
+        loop.call_soon(self._next_round, loop)
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    # --- on the worker thread
+
+    def _round(self, jobs: list[_Job], released: list[str]) -> list[Completion | None]:
+        for row in released:
+            slot = self._slots.pop(row, None)
+            if slot is not None:
+                self._pool.free(slot.place)
+        with self._torch.inference_mode():
+            return self._generate(jobs)
+
+    def _generate(self, jobs: list[_Job]) -> list[Completion | None]:
+        """Read what is new in each job's ids and generate until all have ended or the round is over."""
+        torch, device = self._torch, self._device
+        all_ids = [job.ids for job in jobs]
+        slots = [self._slot(job.request.row) for job in jobs]
+        kept = np.array([_common(slot.ids, ids) for slot, ids in zip(slots, all_ids, strict=True)])
+        fresh = np.array([len(ids) for ids in all_ids]) - kept
+        wanted = np.array([job.request.max_tokens - len(job.new) for job in jobs])
+        steps = int(min(ROUND_TOKENS, wanted.max()))
+        longest, width = int(kept.max()), int(fresh.max())
+
+        # Columns of the batch: the kept ids from the left, then the new ids up to a common right edge, then what is
+        # generated. Everything between is masked; positions are given, not counted.
+        columns = np.arange(longest + width + steps)
+        mask = (columns < kept[:, None]) | (columns >= longest + width - fresh[:, None])
+        ids = np.zeros((len(jobs), width), dtype=np.int64)
+        for row, new in enumerate(all_ids):
+            ids[row, width - fresh[row] :] = new[kept[row] :]
+        positions = np.maximum(kept[:, None] + np.arange(width) - (width - fresh[:, None]), 0)
+        cache = self._pool.gather([slot.place for slot in slots], longest)
+        attention = torch.from_numpy(mask).to(device).long()
+        pick = _Sampler(torch, device, [job.request for job in jobs], kept + fresh)
+        stops = _StopIds(
+            torch, device, [job.request for job in jobs], self.network.config.get_text_config().vocab_size
+        )
+
+        step_ids, step_positions = torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device)
+        limit = torch.from_numpy(wanted).to(device)
+        done = torch.zeros(len(jobs), dtype=torch.bool, device=device)
+        written = []
+        for step in range(steps):
+            output = self.network(
+                input_ids=step_ids,
+                attention_mask=attention[:, : longest + width + step],
+                position_ids=step_positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            token = pick(output.logits[:, -1], step)
+            written.append(token)
+            done |= stops(token) | (step + 1 >= limit)
+            if bool(done.all()):
+                break
+            step_ids, step_positions = token[:, None], step_positions[:, -1:] + 1
+        tokens = torch.stack(written, 1).cpu().numpy()
+        return self._keep(jobs, all_ids, slots, kept, fresh, tokens, cache, longest + width)
+
+    def _keep(
+        self,
+        jobs: list[_Job],
+        all_ids: list[array[int]],
+        slots: list[_Slot],
+        kept: np.ndarray[Any, Any],
+        fresh: np.ndarray[Any, Any],
+        tokens: np.ndarray[Any, Any],
+        cache: Any,
+        edge: int,
+    ) -> list[Completion | None]:
+        """Write new keys and values back and read off what each job got."""
+        completions: list[Completion | None] = []
+        into_rows, into_places, from_rows, from_columns = [], [], [], []
+        for row, (job, ids, slot) in enumerate(zip(jobs, all_ids, slots, strict=True)):
+            wanted = job.request.max_tokens - len(job.new)
+            new = array("i", tokens[row, :wanted].astype(np.int32).tobytes())
+            stop_at = next((at for at, token in enumerate(new) if token in job.request.stop_ids), None)
+            stop_id = None if stop_at is None else new[stop_at]
+            new = new[:stop_at]
+            job.new.extend(new)
+            ids.extend(new)
+            count = int(fresh[row]) + min(len(new), tokens.shape[1] - 1)
+            into_rows.append(np.full(count, slot.place))
+            into_places.append(kept[row] + np.arange(count))
+            from_rows.append(np.full(count, row))
+            from_columns.append(edge - fresh[row] + np.arange(count))
+            self._slots[job.request.row] = _Slot(slot.place, ids[: int(kept[row]) + count])
+            ended = stop_id is not None or len(job.new) >= job.request.max_tokens
+            completions.append(Completion(job.new, stop_id) if ended else None)
+        self._pool.scatter(
+            cache,
+            np.concatenate(into_rows),
+            np.concatenate(into_places),
+            np.concatenate(from_rows),
+            np.concatenate(from_columns),
+        )
+        return completions
+
+    def _slot(self, row: str) -> _Slot:
+        if row not in self._slots:
+            self._slots[row] = _Slot(self._pool.take(), array("i"))
+        return self._slots[row]
+
+
+def _common(held: array[int], ids: array[int]) -> int:
+    """Return how many leading ids agree, leaving at least one to read."""
+    length = min(len(held), len(ids) - 1)
+    if length <= 0 or held[:length] == ids[:length]:
+        return max(length, 0)
+    differ = np.frombuffer(held, np.int32, length) != np.frombuffer(ids, np.int32, length)
+    return int(differ.argmax())
+
+
+class _Pool:
+    """Keys and values of all rows under way: per layer one tensor of shape (slots, places, heads, head size)."""
+
+    def __init__(self, torch: Any, device: str) -> None:
+        self._torch, self._device = torch, device
+        self._free: list[int] = []
+        self._slots = self._places = 0
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def take(self) -> int:
+        if not self._free:
+            self._free = list(range(self._slots, max(8, 2 * self._slots)))[::-1]
+            self._grow(max(8, 2 * self._slots), self._places)
+        return self._free.pop()
+
+    def free(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def _grow(self, slots: int, places: int) -> None:
+        grown = []
+        for pair in self._layers:
+            bigger = tuple(tensor.new_zeros((slots, places, *tensor.shape[2:])) for tensor in pair)
+            for new, old in zip(bigger, pair, strict=True):
+                new[: self._slots, : self._places] = old
+            grown.append((bigger[0], bigger[1]))
+        self._layers, self._slots, self._places = grown, slots, places
+
+    def gather(self, slots: list[int], places: int) -> Any:
+        """Return a `transformers` cache with the first ``places`` of some slots."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        if places:
+            index = self._torch.tensor(slots, device=self._device)
+            for layer, (keys, values) in enumerate(self._layers):
+                cache.update(
+                    keys[:, :places].index_select(0, index).transpose(1, 2),
+                    values[:, :places].index_select(0, index).transpose(1, 2),
+                    layer,
+                )
+        return cache
+
+    def scatter(
+        self,
+        cache: Any,
+        into_slots: np.ndarray[Any, Any],
+        into_places: np.ndarray[Any, Any],
+        from_rows: np.ndarray[Any, Any],
+        from_columns: np.ndarray[Any, Any],
+    ) -> None:
+        """Copy columns of a cache to places of slots."""
+        if not self._layers:
+            shapes = [(layer.keys, layer.values) for layer in cache.layers]
+            self._layers = [
+                (
+                    k.new_zeros((self._slots, self._places, k.shape[1], k.shape[3])),
+                    v.new_zeros((self._slots, self._places, v.shape[1], v.shape[3])),
+                )
+                for k, v in shapes
+            ]
+        needed = int(into_places.max()) + 1
+        if needed > self._places:
+            self._grow(self._slots, max(256, -(-needed * 5 // 4 // 64) * 64))
+        to = [self._torch.from_numpy(index).to(self._device) for index in (into_slots, into_places)]
+        of = [self._torch.from_numpy(index).to(self._device) for index in (from_rows, from_columns)]
+        for (keys, values), layer in zip(self._layers, cache.layers, strict=True):
+            keys[to[0], to[1]] = layer.keys.transpose(1, 2)[of[0], of[1]]
+            values[to[0], to[1]] = layer.values.transpose(1, 2)[of[0], of[1]]
+
+
+class _StopIds:
+    """Whether a token stops its row."""
+
+    def __init__(self, torch: Any, device: str, requests: list[Request], vocabulary_size: int) -> None:
+        sets = list(dict.fromkeys(request.stop_ids for request in requests))
+        size = max(vocabulary_size, 1 + max((max(ids, default=0) for ids in sets), default=0))
+        table = np.zeros((len(sets), size), dtype=bool)
+        for row, ids in enumerate(sets):
+            table[row, list(ids)] = True
+        self._table = torch.from_numpy(table).to(device)
+        self._row = torch.tensor([sets.index(request.stop_ids) for request in requests], device=device)
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        return self._table[self._row, token]  # type: ignore[no-any-return]
+
+
+class _Sampler:
+    """Draws each row's next token with one number made of the row's seed and the token's position."""
+
+    def __init__(self, torch: Any, device: str, requests: list[Request], lengths: np.ndarray[Any, Any]) -> None:
+        self._torch, self._device = torch, device
+        self._seeds = np.array([request.seed for request in requests], dtype=np.uint64)
+        self._lengths = lengths.astype(np.uint64)
+        self._greedy = all(request.temperature == 0 for request in requests)
+        temperature = [request.temperature or 1.0 for request in requests]
+        self._temperature = torch.tensor(temperature, device=device, dtype=torch.float32)[:, None]
+        self._is_greedy = torch.tensor([request.temperature == 0 for request in requests], device=device)
+        self._nucleus = min(request.top_p for request in requests) < 1
+        self._top_p = torch.tensor([request.top_p for request in requests], device=device, dtype=torch.float32)[
+            :, None
+        ]
+
+    def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
+        torch = self._torch
+        if self._greedy:
+            return logits.argmax(-1)
+        probabilities = torch.softmax(logits.float() / self._temperature, -1)
+        order = None
+        if self._nucleus:
+            probabilities, order = probabilities.sort(-1, descending=True)
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self._top_p, 0.0)
+        mass = probabilities.cumsum(-1)
+        drawn = torch.from_numpy(_uniform(self._seeds, self._lengths + np.uint64(step))).to(self._device)
+        target = drawn[:, None].float() * mass[:, -1:]
+        token = torch.searchsorted(mass, target, right=True).clamp_(max=logits.shape[-1] - 1)
+        token = (token if order is None else order.gather(-1, token))[:, 0]
+        return torch.where(self._is_greedy, logits.argmax(-1), token)  # type: ignore[no-any-return]
+
+
+def _uniform(seeds: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Hash seeds and positions to numbers in [0, 1) (the finaliser of SplitMix64)."""
+    x: np.ndarray[Any, Any] = seeds + (positions + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    uniform: np.ndarray[Any, Any] = (x ^ (x >> np.uint64(31))) / np.float64(2**64)
+    return uniform
