@@ -1,0 +1,179 @@
+"""A finished trajectory as the columns of a dataset row, and the schema of those columns."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from tessy_hf.errors import DatasetError
+from tessy_hf.trajectory import Author, Message, Trajectory
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+    from tessy_hf.dialects import Dialect
+    from tessy_hf.vocabulary import Vocabulary
+
+COLUMNS = (
+    "messages",
+    "thinking",
+    "answer",
+    "spans",
+    "teacher_tokens",
+    "student_tokens",
+    "teacher_token_ratio",
+    "student_token_ratio",
+    "thinking_teacher_token_ratio",
+    "discarded_teacher_tokens",
+    "discarded_student_tokens",
+    "finish_reason",
+    "error",
+    "method",
+    "run_fingerprint",
+    "seed",
+)
+
+
+def features(dataset: Dataset | IterableDataset, prompt_column: str, dialect: Dialect) -> Features:
+    """Return the schema of a dataset once the transform has been mapped over it.
+
+    Args:
+        dataset: The prompts. Where a stream has no schema, its first row is read.
+        prompt_column: The column that may be replaced (a ``messages`` column of prompts becomes the finished chat).
+        dialect: The student's dialect, which decides the keys of a message.
+
+    Raises:
+        DatasetError: The prompt column is missing, or a column of the dataset would be overwritten.
+    """
+    from datasets import Features, List, Value
+
+    given = dataset.features
+    if given is None:
+        given = dataset._resolve_features().features
+    check_columns(list(given), prompt_column)
+    text = Value("string")
+    message = {"role": text, "content": text} | ({} if dialect.marks_in_content else {"thinking": text})
+    span = {"author": text, "part": text, "start": Value("int32"), "end": Value("int32"), "tokens": Value("int32")}
+    added = {
+        "messages": List(message),
+        "thinking": text,
+        "answer": text,
+        "spans": List(span),
+        "teacher_tokens": Value("int32"),
+        "student_tokens": Value("int32"),
+        "teacher_token_ratio": Value("float64"),
+        "student_token_ratio": Value("float64"),
+        "thinking_teacher_token_ratio": Value("float64"),
+        "discarded_teacher_tokens": Value("int32"),
+        "discarded_student_tokens": Value("int32"),
+        "finish_reason": text,
+        "error": text,
+        "method": text,
+        "run_fingerprint": text,
+        "seed": Value("int64"),
+    }
+    return Features({**given, **added})
+
+
+def check_columns(columns: Sequence[str], prompt_column: str, id_column: str | None = None) -> None:
+    """Check that the prompts are there and that nothing would be lost.
+
+    Raises:
+        DatasetError: A column is missing, or would be overwritten.
+    """
+    for name, setting in ((prompt_column, "prompt_column"), (id_column, "id_column")):
+        if name is not None and name not in columns:
+            raise DatasetError(
+                f"The dataset has no column {name!r}. Columns: {', '.join(columns)}. "
+                f"Pass {setting}= with the name of the column to use."
+            )
+    taken = [name for name in columns if name in COLUMNS and name != prompt_column]
+    if taken:
+        raise DatasetError(
+            f"The dataset already has {', '.join(map(repr, taken))}, which this transform would overwrite. "
+            f"Rename it first, for instance ds.rename_column({taken[0]!r}, 'source_{taken[0]}'), or remove it."
+        )
+
+
+def row(
+    trajectory: Trajectory,
+    messages: Sequence[Message],
+    vocabulary: Vocabulary,
+    dialect: Dialect,
+    *,
+    method: str,
+    run_fingerprint: str,
+) -> dict[str, Any]:
+    """Return the columns of one row.
+
+    Args:
+        trajectory: What was written.
+        messages: The prompt's messages.
+        vocabulary: The student's vocabulary, by which tokens are counted.
+        dialect: The student's dialect, in which the row is written.
+        method: The data recipe.
+        run_fingerprint: The run's fingerprint.
+
+    Returns:
+        One value per name in :data:`COLUMNS`. Span offsets are into the assistant text: the ``content`` of the last
+        message, or for dialects that keep thinking apart, thinking and answer with the markers between them. The
+        markers belong to the neighbouring thinking spans and are not counted as tokens.
+    """
+    thinking, answer = trajectory.text("thinking"), trajectory.text("answer")
+    spans = _spans(trajectory, vocabulary, dialect)
+    tokens: dict[Author, int] = {"teacher": 0, "student": 0}
+    thought: dict[Author, int] = {"teacher": 0, "student": 0}
+    for span in spans:
+        tokens[span["author"]] += span["tokens"]
+        thought[span["author"]] += span["tokens"] if span["part"] == "thinking" else 0
+    chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
+    wrote = [dialect.assistant_message(thinking, answer, trajectory.closed)] if spans else []
+    return {
+        "messages": [*chat, *wrote],
+        "thinking": thinking,
+        "answer": answer,
+        "spans": spans,
+        "teacher_tokens": tokens["teacher"],
+        "student_tokens": tokens["student"],
+        "teacher_token_ratio": _share(tokens, "teacher"),
+        "student_token_ratio": _share(tokens, "student"),
+        "thinking_teacher_token_ratio": _share(thought, "teacher"),
+        "discarded_teacher_tokens": trajectory.discarded["teacher"],
+        "discarded_student_tokens": trajectory.discarded["student"],
+        "finish_reason": trajectory.finish_reason,
+        "error": trajectory.error,
+        "method": method,
+        "run_fingerprint": run_fingerprint,
+        "seed": trajectory.seed,
+    }
+
+
+def _share(tokens: Mapping[Author, int], author: Author) -> float | None:
+    total = sum(tokens.values())
+    return tokens[author] / total if total else None
+
+
+def _spans(trajectory: Trajectory, vocabulary: Vocabulary, dialect: Dialect) -> list[dict[str, Any]]:
+    """Lay the spans end to end over the assistant text, markers included, and count their tokens."""
+    spans, closed = trajectory.spans, trajectory.closed
+    counts = [*_count(trajectory, vocabulary, "thinking"), *_count(trajectory, vocabulary, "answer")]
+    thinking = [index for index, span in enumerate(spans) if span.part == "thinking"]
+    laid, at = [], 0
+    for index, (span, tokens) in enumerate(zip(spans, counts, strict=True)):
+        length = len(span.text)
+        length += len(dialect.open) if index == 0 and (thinking or closed) else 0
+        length += len(dialect.close) if closed and index == (thinking[-1] if thinking else 0) else 0
+        laid.append({"author": span.author, "part": span.part, "start": at, "end": at + length, "tokens": tokens})
+        at += length
+    return laid
+
+
+def _count(trajectory: Trajectory, vocabulary: Vocabulary, part: str) -> list[int]:
+    """Count each span's tokens in a tokenisation of the whole part; a token belongs to the span it ends in."""
+    spans = [span for span in trajectory.spans if span.part == part]
+    ends = [end for _, end in vocabulary.encode("".join(span.text for span in spans)).offsets]
+    span_ends = accumulate(len(span.text) for span in spans)
+    upto = [bisect_right(ends, end) for end in span_ends]
+    return [now - before for before, now in pairwise([0, *upto])]

@@ -1,0 +1,61 @@
+"""What a person sees of a run: rows done, in flight and failed, tokens per second by author, the teacher's share."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Progress:
+    """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.failed = 0
+        self.tokens = {"teacher": 0, "student": 0}
+        self._begin = time.monotonic()
+        self._bar: Any = None
+
+    @contextlib.contextmanager
+    def row(self) -> Iterator[None]:
+        """Count a row as in flight."""
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def done(self, row: Mapping[str, Any]) -> None:
+        """Count a row as done."""
+        self.failed += row["finish_reason"] == "error"
+        for author in self.tokens:
+            self.tokens[author] += row[f"{author}_tokens"]
+        if self._bar is None:
+            self._open()
+        self._bar.set_postfix_str(self.line(), refresh=False)
+        self._bar.update()
+
+    def line(self) -> str:
+        """Return what stands behind the count of rows."""
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        teacher, student = self.tokens["teacher"], self.tokens["student"]
+        share = teacher / (teacher + student) if teacher + student else 0.0
+        return (
+            f"{self.in_flight} in flight, {self.failed} failed, teacher {teacher / seconds:.0f} tok/s, "
+            f"student {student / seconds:.0f} tok/s, teacher share {share:.0%}"
+        )
+
+    def _open(self) -> None:
+        from datasets.utils import tqdm
+
+        worker = multiprocessing.current_process().daemon
+        self._bar = tqdm(desc="TESSY", unit=" rows", disable=worker or None and False, leave=True)
+
+    def close(self) -> None:
+        """End the line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,117 @@
+"""What a run is told: keyword arguments or YAML in, checked settings and their fingerprint out.
+
+Knows nothing of how rows are written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tessy_hf.alternate import Plan
+from tessy_hf.errors import SettingsError
+
+FORMAT = 1
+"""Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
+
+Method = Literal[
+    "tessy", "tessy-teacher-answer", "student-only", "teacher-only", "teacher-think", "teacher-answer", "teacher-mix"
+]
+
+_AUTHORS: dict[str, tuple[Any, Any]] = {
+    "tessy": ("alternate", "student"),
+    "tessy-teacher-answer": ("alternate", "teacher"),
+    "student-only": ("student", "student"),
+    "teacher-only": ("teacher", "teacher"),
+    "teacher-think": ("teacher", "student"),
+    "teacher-answer": ("student", "teacher"),
+}
+
+
+class Settings(BaseModel):
+    """Settings of one run. Unknown names are refused with the nearest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = "tessy"
+    """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
+    chunk_tokens: int = Field(default=20, ge=1)
+    """k, the most tokens asked of an author at once. A speed knob: greedy rows do not depend on it."""
+    temperature: float = Field(default=0.6, ge=0)
+    """Sampling temperature of both authors; 0 is greedy. The paper uses 0.6."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling mass of both authors."""
+    seed: int = 0
+    """The run's seed. Each row draws from (seed, row key, position), so a rerun repeats it."""
+    max_thinking_tokens: int = Field(default=32_768, ge=1)
+    """Budget of a row's thinking, in the student's tokens."""
+    max_answer_tokens: int = Field(default=8_192, ge=1)
+    """Budget of a row's final answer, in the answering model's tokens."""
+    prompt_column: str = "prompt"
+    """The column with the prompt: a string, or a list of chat messages ending in the user's turn."""
+    id_column: str | None = None
+    """The column that tells rows apart. Without one, equal prompts are one and the same row."""
+    system_prompt: str | None = None
+    """A system message for both models, put before each prompt."""
+
+    # What follows changes how fast and how safely a run goes, never what it writes: it is not in the fingerprint.
+    rows_in_flight: int = Field(default=64, ge=1)
+    """Rows written at the same time, across all batches of the run."""
+    journal: str | None = None
+    """Where finished rows are kept, so that a rerun looks them up: a path, or None for no journal."""
+    max_attempts: int = Field(default=3, ge=1)
+    """How often a row whose engine failed is written from its beginning before the failure is final."""
+
+    @classmethod
+    def check(cls, **given: Any) -> Settings:
+        """Check settings given by name.
+
+        Raises:
+            SettingsError: A name is unknown or a value is out of range.
+        """
+        for name in given:
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.4)
+                hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+                raise SettingsError(f"Unknown setting {name!r}. Known: {', '.join(cls.model_fields)}. {hint}")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise SettingsError(
+                f"Setting {name}={first['input']!r} cannot be used: {first['msg'].lower()}. "
+                f"Pass for instance {name}={cls.model_fields[name].default!r}."
+            ) from error
+
+    @property
+    def alternates(self) -> bool:
+        """Whether the authors take turns within a row."""
+        return self.method.startswith("tessy")
+
+    def plan(self, key: str) -> Plan:
+        """Return who writes the row with this key, and how."""
+        method: str = self.method
+        if method == "teacher-mix":  # half of the rows each, decided by the row alone
+            method = "teacher-only" if hashlib.sha256(key.encode()).digest()[0] % 2 else "student-only"
+        thinking, answer = _AUTHORS[method]
+        return Plan(
+            thinking=thinking,
+            answer=answer,
+            chunk_tokens=self.chunk_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_thinking_tokens=self.max_thinking_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+        )
+
+    def fingerprint(self, speakers: Mapping[str, Any]) -> str:
+        """Return a hash of all that decides the rows: these settings and the speakers' identities."""
+        speed = {"rows_in_flight", "journal", "max_attempts"}
+        described = {"format": FORMAT, "settings": self.model_dump(exclude=speed), "speakers": dict(speakers)}
+        return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
