@@ -47,7 +47,7 @@ class Speaker:
         self.boundary = BoundaryPredictor(str(boundary)) if isinstance(boundary, str) else boundary
         self.chat_template = chat_template
         self.template_options = dict(template_options or {})
-        self._live: tuple[Vocabulary, Dialect] | None = None
+        self._live: tuple[Vocabulary, Dialect, frozenset[int]] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -72,15 +72,16 @@ class Speaker:
     @property
     def end_ids(self) -> frozenset[int]:
         """The ids that end this model's thinking."""
-        return end_ids(self.dialect, self.vocabulary)
+        return self._tongue()[2]
 
-    def _tongue(self) -> tuple[Vocabulary, Dialect]:
+    def _tongue(self) -> tuple[Vocabulary, Dialect, frozenset[int]]:
         if self._live is None:
             tokenizer = self.engine.tokenizer
             if self.chat_template is not None:
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)
-            self._live = vocabulary, detect(vocabulary)
+            dialect = detect(vocabulary)
+            self._live = vocabulary, dialect, end_ids(dialect, vocabulary)
         return self._live
 
     def check_templates(self, *, student: bool) -> None:

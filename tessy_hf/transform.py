@@ -128,7 +128,9 @@ class TessyTransform(functools.partial[Any]):
         run = _runtime(self)
         if self._async and _loop_is_running():
             task = asyncio.current_task()
-            if task is not None:  # `datasets` abandons its tasks when a stream is dropped: no complaint for each of them
+            if (
+                task is not None
+            ):  # `datasets` abandons its tasks when a stream is dropped: no complaint for each of them
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
             return asyncio.wrap_future(run.submit(batch, asyncio.get_running_loop()))
         return run.submit(batch, None).result()
@@ -256,8 +258,7 @@ class _Runtime:
         """Check what can be checked before anything heavy is loaded, then load it."""
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
-        await self._teacher.start()
-        await self._student.start()
+        await asyncio.gather(self._teacher.start(), self._student.start())
 
     async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
         settings = self._settings

@@ -44,8 +44,8 @@ os.register_at_fork(after_in_child=_note_fork)
 def share_cores() -> None:
     """Let torch, in this thread, use half of the cores: the two authors work at the same time.
 
-    Threads of OpenMP that outnumber the cores wait for each other, which was measured to cost up to 10 times. And they do
-    not survive a fork, so a forked worker (``num_proc``) gets one.
+    Threads of OpenMP that outnumber the cores wait for each other, which was measured to cost up to 10 times. And
+    they do not survive a fork, so a forked worker (``num_proc``) gets one.
     """
     import torch
 

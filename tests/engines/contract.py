@@ -1,142 +1,160 @@
-"""What every engine must do. Each engine's test file inherits :class:`EngineContract` and provides ``engine``.
+"""What every engine must do. An engine's test class inherits one of these and says with ``make`` how it is made.
 
-The engine under test runs the miniature student, so that greedy texts are comparable between engines.
+Engines that run a model run the miniature student, so that greedy texts are comparable between engines. One engine is
+started per class: real ones take their time.
 """
 
 import asyncio
+import pickle
 from array import array
+
+import pytest
+from transformers import AutoTokenizer
 
 from tessy_hf import demo
 from tessy_hf.engines.base import Request
 from tessy_hf.vocabulary import Vocabulary
 
+TOKENIZER = AutoTokenizer.from_pretrained(demo.STUDENT)
+VOCABULARY = Vocabulary(TOKENIZER, "student")
+STOP_IDS = VOCABULARY.special_ids | {VOCABULARY.token_id("</think>")}
 
-def run(coroutine):
-    return asyncio.run(coroutine)
+
+def request(row="r", *, prompt=0, ids=None, tokens=8, temperature=0.0, seed=0, order=0, stop_ids=STOP_IDS, top_p=1.0):
+    """Ask for the beginning of a row's thinking, or to go on after ``ids``."""
+    text = f"<|im_start|>user\ncalc {prompt} + 1 + 2<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    return Request(
+        row=row,
+        order=order,
+        part="thinking",
+        prompt_ids=array("i", VOCABULARY.encode_template(text) if ids is None else ids),
+        max_tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=stop_ids,
+    )
 
 
 class EngineContract:
-    """Subclasses define a fixture ``engine`` that returns an engine which was not started."""
+    """For every engine."""
 
-    def request(self, engine, *, row="r", prompt=0, ids=None, tokens=8, temperature=0.0, seed=0, order=0, stop=None):
-        vocabulary = Vocabulary(engine.tokenizer, "student")
-        text = f"<|im_start|>user\ncalc {prompt} + 1 + 2<|im_end|>\n<|im_start|>assistant\n<think>\n"
-        return Request(
-            row=row,
-            order=order,
-            part="thinking",
-            prompt_ids=array("i", vocabulary.encode_template(text) if ids is None else ids),
-            max_tokens=tokens,
-            temperature=temperature,
-            top_p=1.0,
-            seed=seed,
-            stop_ids=vocabulary.special_ids | {vocabulary.token_id("</think>")} if stop is None else stop,
-        )
+    @staticmethod
+    def make():
+        raise NotImplementedError
 
-    def complete(self, engine, *requests):
-        async def session():
-            await engine.start()
-            try:
-                return await asyncio.gather(*(engine.complete(request) for request in requests))
-            finally:
-                await engine.close()
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loop(cls):
+        loop = asyncio.new_event_loop()
+        yield loop
+        loop.close()
 
-        return run(session())
+    @pytest.fixture(scope="class")
+    @classmethod
+    def live(cls, loop):
+        engine = cls.make()
+        loop.run_until_complete(engine.start())
+        yield engine
+        loop.run_until_complete(engine.close())
 
-    def test_describes_itself_before_it_is_started(self, engine):
+    @pytest.fixture
+    def ask(self, live, loop):
+        """Send requests at the same time; what was asked of rows in one test is forgotten in the next."""
+        rows = set()
+
+        def ask(*requests):
+            rows.update(r.row for r in requests)
+
+            async def together():
+                return await asyncio.wait_for(asyncio.gather(*map(live.complete, requests)), 120)
+
+            return loop.run_until_complete(together())
+
+        yield ask
+        for row in rows:
+            live.release(row)
+
+    def test_describes_itself_before_it_is_started(self):
+        engine = self.make()
         assert engine.model and engine.identity["engine"]
-        assert engine.tokenizer.eos_token_id is not None
+        assert engine.tokenizer.get_vocab() == TOKENIZER.get_vocab()
 
-    def test_gives_at_most_the_tokens_asked_for(self, engine):
-        (completion,) = self.complete(engine, self.request(engine, tokens=5))
+    def test_gives_at_most_the_tokens_asked_for(self, ask):
+        (completion,) = ask(request(tokens=5))
         assert len(completion.token_ids) == 5 and completion.stop_id is None
         assert all(isinstance(token, int) for token in completion.token_ids)
 
-    def test_stops_at_a_stop_id_and_leaves_it_out(self, engine):
-        request = self.request(engine, tokens=120)
-        (completion,) = self.complete(engine, request)
-        assert completion.stop_id in request.stop_ids
-        assert not set(completion.token_ids) & request.stop_ids
+    def test_stops_at_a_stop_id_and_leaves_it_out(self, ask):
+        (completion,) = ask(request(tokens=120))
+        assert completion.stop_id in STOP_IDS
+        assert not set(completion.token_ids) & STOP_IDS
 
-    def test_a_text_taken_in_chunks_is_the_text_taken_at_once(self, engine):
-        async def session():
-            await engine.start()
-            try:
-                whole = await engine.complete(self.request(engine, row="whole", tokens=16))
-                request = self.request(engine, row="parts", tokens=4)
-                ids, parts = request.prompt_ids, []
-                for _ in range(4):
-                    part = await engine.complete(self.request(engine, row="parts", ids=ids, tokens=4))
-                    parts.extend(part.token_ids)
-                    ids = array("i", [*ids, *part.token_ids])
-                return list(whole.token_ids), parts
-            finally:
-                await engine.close()
+    def test_a_text_taken_in_chunks_is_the_text_taken_at_once(self, ask):
+        (whole,) = ask(request("whole", tokens=16))
+        ids = request().prompt_ids
+        begin = len(ids)
+        for _ in range(4):
+            (part,) = ask(request("parts", ids=ids, tokens=4))
+            ids = array("i", [*ids, *part.token_ids])
+        assert list(ids[begin:]) == list(whole.token_ids)
 
-        whole, parts = run(session())
-        assert whole == parts
-
-    def test_rows_do_not_depend_on_their_company(self, engine):
-        alone = [self.complete(engine, self.request(engine, row=f"r{i}", prompt=i))[0] for i in range(3)]
-        together = self.complete(engine, *(self.request(engine, row=f"r{i}", prompt=i, order=i) for i in range(3)))
+    def test_rows_do_not_depend_on_their_company(self, ask):
+        alone = [ask(request(f"alone{i}", prompt=i))[0] for i in range(3)]
+        together = ask(*(request(f"together{i}", prompt=i, order=i) for i in range(3)))
         assert [list(c.token_ids) for c in alone] == [list(c.token_ids) for c in together]
 
-    def test_can_be_started_again(self, engine):
-        request = self.request(engine)
-        assert self.complete(engine, request) == self.complete(engine, request)
+    def test_says_how_long_its_context_is(self, live):
+        assert live.context_length > 100
 
-    def test_is_pickled_by_its_description(self, engine):
-        import pickle
+    def test_is_pickled_by_its_description_while_live(self, live):
+        assert pickle.loads(pickle.dumps(live)).identity == live.identity
 
-        async def copy_while_live():
-            await engine.start()
-            try:
-                return pickle.loads(pickle.dumps(engine))
-            finally:
+    def test_can_be_closed_and_started_again(self, loop):
+        async def twice():
+            texts = []
+            for _ in range(2):
+                await engine.start()
+                await engine.start()
+                texts.append(list((await engine.complete(request())).token_ids))
                 await engine.close()
+                await engine.close()
+            return texts
 
-        copy = run(copy_while_live())
-        assert copy.identity == engine.identity
-        assert self.complete(copy, self.request(copy)) == self.complete(engine, self.request(engine))
-
-    def test_the_miniature_student_is_what_runs(self, engine):
-        assert engine.tokenizer.get_vocab() == self.student_tokenizer().get_vocab()
-
-    def student_tokenizer(self):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(demo.STUDENT)
+        engine = self.make()
+        first, second = loop.run_until_complete(twice())
+        assert first == second
 
 
 class ModelContract(EngineContract):
-    """What engines that run a model must do besides: read their prompt, and draw by the seed."""
+    """For engines that run a model: they read their prompt, and draw by the seed."""
 
-    def test_goes_on_after_foreign_ids(self, engine):
+    def test_goes_on_after_foreign_ids(self, ask, live):
         """What was rolled back is forgotten, what the other author wrote is read."""
+        first = request("a")
+        (written,) = ask(first)
+        ids = [*first.prompt_ids, *written.token_ids[:2], *VOCABULARY.encode(" 7 + 1 = 8").ids]
+        (warm,) = ask(request("a", ids=ids))
+        (cold,) = ask(request("b", ids=ids))
+        live.release("a")
+        (again,) = ask(request("a", ids=ids))
+        assert list(warm.token_ids) == list(cold.token_ids) == list(again.token_ids)
+        assert list(warm.token_ids) != list(written.token_ids)
 
-        async def session():
-            await engine.start()
-            try:
-                first = self.request(engine, row="a", tokens=8)
-                written = await engine.complete(first)
-                vocabulary = Vocabulary(engine.tokenizer, "student")
-                foreign = vocabulary.encode(" 7 + 1 = 8").ids
-                ids = array("i", [*first.prompt_ids, *written.token_ids[:2], *foreign])
-                warm = await engine.complete(self.request(engine, row="a", ids=ids))
-                cold = await engine.complete(self.request(engine, row="b", ids=ids))
-                engine.release("a")
-                again = await engine.complete(self.request(engine, row="a", ids=ids))
-                return list(warm.token_ids), list(cold.token_ids), list(again.token_ids)
-            finally:
-                await engine.close()
+    def test_a_seed_repeats_itself_and_another_does_not(self, ask):
+        drawn = ask(*(request(f"r{i}", tokens=24, temperature=1.5, seed=s) for i, s in enumerate((1, 1, 2))))
+        first, same, other = (list(c.token_ids) for c in drawn)
+        assert first == same != other
 
-        warm, cold, again = run(session())
-        assert warm == cold == again
+    def test_greedy_text_is_that_of_generate(self, ask):
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    def test_a_seed_repeats_itself_and_another_does_not(self, engine):
-        requests = [
-            self.request(engine, row=f"r{i}", tokens=24, temperature=1.5, seed=seed)
-            for i, seed in enumerate((1, 1, 2))
-        ]
-        first, same, other = self.complete(engine, *requests)
-        assert list(first.token_ids) == list(same.token_ids) != list(other.token_ids)
+        requests = [request(str(i), prompt=i, tokens=12) for i in range(4)]
+        model = AutoModelForCausalLM.from_pretrained(demo.STUDENT).eval()
+        for asked, completion in zip(requests, ask(*requests), strict=True):
+            ids = torch.tensor([list(asked.prompt_ids)])
+            expected = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
+            )
+            assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()

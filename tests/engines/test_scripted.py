@@ -4,7 +4,7 @@ import pytest
 
 from tessy_hf import Script, ScriptedEngine
 from tessy_hf.errors import RequestError
-from tests.engines.contract import EngineContract, run
+from tests.engines.contract import VOCABULARY, EngineContract, request
 
 TEXT = "okay so 1 + 1 = 2 and that is how it goes when one counts with care from one to the next number"
 
@@ -14,57 +14,60 @@ def same_text(row):
 
 
 class TestScriptedEngine(EngineContract):
-    @pytest.fixture
-    def engine(self):
+    @staticmethod
+    def make():
         return ScriptedEngine(same_text)
 
-    def texts(self, script, *turns):
-        """Play turns: each is how many characters of the last chunk are kept, and what another author adds."""
-        engine = ScriptedEngine({"r": script})
 
-        async def session():
-            await engine.start()
-            ids = list(self.request(engine).prompt_ids)
-            vocabulary = engine._vocabulary
-            written = []
-            for kept, added in [*turns, (0, "")]:
-                completion = await engine.complete(self.request(engine, ids=ids, tokens=6))
-                text = vocabulary.decode(completion.token_ids)
-                written.append(text)
-                ids += vocabulary.encode(text[: text.find(kept) + len(kept)] if kept else "").ids
-                ids += vocabulary.encode(added).ids
-            return written
+def texts(script, *turns):
+    """Play turns: each says up to where the last chunk is kept, and what another author adds."""
+    engine = ScriptedEngine({"r": script})
 
-        return run(session())
+    async def session():
+        await engine.start()
+        ids = list(request().prompt_ids)
+        written = []
+        for kept, added in [*turns, (0, "")]:
+            completion = await engine.complete(request("r", ids=ids, tokens=6))
+            text = VOCABULARY.decode(completion.token_ids)
+            written.append(text)
+            ids += VOCABULARY.encode(text[: text.find(kept) + len(kept)] if kept else "").ids
+            ids += VOCABULARY.encode(added).ids
+        return written
 
-    def test_goes_on_after_what_was_kept(self):
-        first, second = self.texts("okay so 1 + 1 = 2 wait", ("okay so", " 5 + 5 = 0"))
-        assert first.startswith("okay so 1 + 1")
-        assert second.startswith(" 1 + 1 = 2")
+    return asyncio.run(session())
 
-    def test_a_list_gives_each_turn_its_text_and_writes_on_into_the_next(self):
-        first, second = self.texts(["okay so", " hmm now", " wait"], ("okay so", " 5 + 5 = 0"))
-        assert first == "okay so hmm now wait"
-        assert second == " hmm now wait"
 
-    def test_goes_on_from_inside_a_token(self):
-        first, second = self.texts("okay so 1 + 1 = 2", ("okay s", ""))
-        assert first.startswith("okay so")
-        assert second.startswith(" so 1")  # the script goes on at the last whole word that was kept
+def test_goes_on_after_what_was_kept():
+    first, second = texts("okay so 1 + 1 = 2 wait", ("okay so", " 5 + 5 = 0"))
+    assert first.startswith("okay so 1 + 1")
+    assert second.startswith(" 1 + 1 = 2")
 
-    def test_faults_latencies_and_unknown_rows(self):
-        slow = ScriptedEngine({"a": "x"}, latency=lambda request: 0.01, fault=lambda request: OSError("cut"))
 
-        async def session():
-            await slow.start()
-            with pytest.raises(OSError, match="cut"):
-                await slow.complete(self.request(slow, row="a"))
-            fine = ScriptedEngine({"a": "x"})
-            await fine.start()
-            with pytest.raises(RequestError, match="no script for row 'b'"):
-                await fine.complete(self.request(fine, row="b"))
-            return await asyncio.wait_for(fine.complete(self.request(fine, row="a")), 5)
+def test_a_list_gives_each_turn_its_text_and_writes_on_into_the_next():
+    first, second = texts(["okay so", " hmm now", " wait"], ("okay so", " 5 + 5 = 0"))
+    assert first == "okay so hmm now wait"
+    assert second == " hmm now wait"
 
-        completion = run(session())
-        assert completion.stop_id is not None
-        assert slow.requests == 1
+
+def test_goes_on_from_the_last_whole_word_that_was_kept():
+    first, second = texts("okay so 1 + 1 = 2", ("okay s", ""))
+    assert first.startswith("okay so")
+    assert second.startswith(" so 1")
+
+
+def test_faults_latencies_and_unknown_rows():
+    slow = ScriptedEngine({"a": "x"}, latency=lambda request: 0.01, fault=lambda request: OSError("cut"))
+    fine = ScriptedEngine({"a": "x"})
+
+    async def session():
+        await slow.start()
+        await fine.start()
+        with pytest.raises(OSError, match="cut"):
+            await slow.complete(request("a"))
+        with pytest.raises(RequestError, match="no script for row 'b'"):
+            await fine.complete(request("b"))
+        return await asyncio.wait_for(fine.complete(request("a")), 5)
+
+    assert asyncio.run(session()).stop_id is not None
+    assert slow.requests == 1
