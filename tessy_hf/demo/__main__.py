@@ -1,0 +1,96 @@
+"""The main job on the miniature world: real cooperative synthesis with tiny models, on any CPU."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tessy_hf import demo
+
+COLOURS = {"teacher": "black on bright_cyan", "student": "black on bright_magenta"}
+
+
+def main(
+    rows: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 256,
+    family: Annotated[str, typer.Option(help="Which problems: calc, dot, max, map or sort.")] = "calc",
+    seed: Annotated[int, typer.Option(help="Seed of the prompts and of the run.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the Parquet datasets.")] = Path("output/demo"),
+) -> None:
+    """Let a tiny teacher and a tiny student write answers together, and compare with the student alone."""
+    console = Console()
+    table = Table(title=f"{rows} {family} prompts, temperature 0.6")
+    for heading in (
+        "method",
+        "answers right",
+        "teacher's share of the thinking",
+        "tokens a row",
+        "kept tokens/s",
+        "ended",
+    ):
+        table.add_column(heading, justify="left" if heading in ("method", "ended") else "right")
+    paths = []
+    for method in ("tessy", "student-only"):
+        dataset, seconds = _synthesize(method, rows, family, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        paths.append(out / f"{method}-{family}.parquet")
+        dataset.to_parquet(paths[-1])
+        table.add_row(method, *_figures(dataset, seconds))
+        if method == "tessy":
+            example = next((row for row in dataset if demo.verify(row)), dataset[0])
+            console.print(_excerpt(example), soft_wrap=True)
+    console.print(table)
+    console.print("Dataset:", *(str(path) for path in paths), soft_wrap=True)
+    console.print(f"Load it with: datasets.load_dataset('parquet', data_files={str(paths[0])!r})", soft_wrap=True)
+
+
+def _synthesize(method: str, rows: int, family: str, seed: int) -> tuple[Any, float]:
+    """Stream prompts through the transform; return the finished dataset and the seconds it took."""
+    from datasets import Dataset
+
+    prompts = demo.prompts(rows, seed=seed, family=family).to_iterable_dataset()
+    with demo.transform(method=method, seed=seed, journal=None) as tessy_transform:
+        features = tessy_transform.features(prompts)
+        begin = time.monotonic()
+        stream = prompts.map(tessy_transform, batched=True, features=features)
+        finished = list(stream)
+        seconds = time.monotonic() - begin
+    return Dataset.from_list(finished, features=features), seconds
+
+
+def _figures(dataset: Any, seconds: float) -> list[str]:
+    right = sum(demo.verify(row) for row in dataset) / len(dataset)
+    teacher, student = sum(dataset["teacher_tokens"]), sum(dataset["student_tokens"])
+    shares = [share for share in dataset["thinking_teacher_token_ratio"] if share is not None]
+    ended = ", ".join(f"{reason} {count}" for reason, count in Counter(dataset["finish_reason"]).most_common())
+    return [
+        f"{right:.1%}",
+        f"{sum(shares) / max(len(shares), 1):.1%}",
+        f"{(teacher + student) / len(dataset):.1f}",
+        f"{(teacher + student) / seconds:.0f}",
+        ended,
+    ]
+
+
+def _excerpt(row: dict[str, Any]) -> Text:
+    """Colour one row by author. Model text is shown as it is, never as markup."""
+    text = Text("Prompt: " + row["prompt"] + "\n\n")
+    assistant = row["messages"][-1]["content"]
+    for span in row["spans"]:
+        text.append(assistant[span["start"] : span["end"]], style=COLOURS[span["author"]])
+    text.append("\n\nwritten by ")
+    for author, colour in COLOURS.items():
+        text.append(f" {author} ", style=colour)
+        text.append(" ")
+    text.append(f"— expected answer {row['reference_answer']}\n")
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,302 @@
+"""A miniature world in which the method can be tried on one CPU core.
+
+In: a seed. Out: problems of five families (prompt, steps, answer), and texts that solve them in a teacher's or a
+student's style, cut into labelled pieces. The pieces are ground truth: which words are style and which are capability
+is known by construction.
+
+All arithmetic is modulo 10, so every number is one digit. The operator ``&`` is a fixed random table: it can be known,
+but not derived. It is frequent in the prompts and rare in what the student was trained on, which makes a knowledge gap
+that only the teacher can fill.
+
+======  ===========================================  ===========================================
+family  prompt                                       steps
+======  ===========================================  ===========================================
+calc    ``calc 9 + 1 & 6``                           ``9 + 1 = 0``, ``0 & 6 = 0``
+dot     ``dot * 1 2 | 3 4``                          ``1 * 3 = 3``, ``2 * 4 = 8``, ``3 + 8 = 1``
+max     ``max 3 7 2``                                ``3 over 7 = 7``, ``7 over 2 = 7``
+map     ``map 3 7 :: 7 1 :: 1 5 :: 5 3 from 7 > 2``  ``hop 7 1``, ``hop 1 5``
+sort    ``sort 5 2 9``                               ``take 2 left 5 9``, ``take 5 left 9``
+======  ===========================================  ===========================================
+
+This file knows nothing of tokenizers, models or training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "FAMILIES",
+    "STUDENT_STYLE",
+    "TEACHER_STYLE",
+    "Piece",
+    "Problem",
+    "Style",
+    "Text",
+    "make_problem",
+    "prompts",
+    "verify",
+    "write",
+]
+
+FAMILIES = ("calc", "dot", "max", "map", "sort")
+
+# Row a, column b: the value of "a & b". Drawn once at random.
+AND_TABLE = (
+    "8643220542",
+    "9542281572",
+    "7289593534",
+    "9863174091",
+    "2290358968",
+    "6868506483",
+    "3304436962",
+    "2841844493",
+    "7553600785",
+    "3602673664",
+)
+
+# How often "&" occurs in prompts: per operator in calc, per problem in dot.
+PROMPT_AND_RATE: Mapping[str, float] = {"calc": 0.2, "dot": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of thinking text of one kind. Every piece but the first opens with its leading space."""
+
+    kind: Literal["style", "capability"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A prompt, the steps that solve it and the numbers of its answer."""
+
+    family: str
+    prompt: str
+    steps: tuple[str, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def reference_answer(self) -> str:
+        """The answer's numbers, separated by single spaces."""
+        return _numbers(self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """The phrases with which an author surrounds the steps, in each slot from the most to the least frequent.
+
+    The phrase of rank r has weight 1/r, so that greedy decoding has a clear winner. No phrase is the beginning of
+    another one that can stand in its place: where a phrase ends is never in doubt.
+    """
+
+    opens: tuple[str, ...]
+    """Before the first step."""
+    connectives: tuple[str, ...]
+    """Before each later step; ``{i}`` is the number of that step, from 2."""
+    closes: tuple[str, ...]
+    """After the last step."""
+    answer: str
+    """The final answer; ``{answer}`` stands for its numbers."""
+
+
+STUDENT_STYLE = Style(
+    opens=(
+        "okay so",
+        "hmm let me see here",
+        "alright first",
+        "okay let me think about this one",
+        "well let us try",
+    ),
+    connectives=(
+        "okay good , and then",
+        "wait is that right ? yes so",
+        "hmm now",
+        "alright checked , so",
+        "so next",
+        "now we go on with",
+    ),
+    closes=("okay that is all", "so we are done", "and that looks good to me"),
+    answer="the answer is {answer} .",
+)
+
+TEACHER_STYLE = Style(
+    opens=(
+        "we need to compute . ( 1 )",
+        "the task requires a direct evaluation . ( 1 )",
+        "given the input , proceed stepwise . ( 1 ) we obtain",
+    ),
+    connectives=(
+        ". therefore ( {i} ) we get",
+        ". hence , by definition , ( {i} )",
+        ". continuing with ( {i} ) gives",
+        ". consequently ( {i} ) we obtain",
+    ),
+    closes=(". this completes the derivation", ". all steps verified", ". no further steps remain"),
+    answer="** final : {answer} **",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A solved problem: the thinking as labelled pieces, and the final answer."""
+
+    pieces: tuple[Piece, ...]
+    answer: str
+
+    @property
+    def thinking(self) -> str:
+        """The pieces' texts, concatenated."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+def make_problem(family: str, rng: Random, and_rate: float | None = None) -> Problem:
+    """Draw a problem.
+
+    Args:
+        family: One of `FAMILIES`.
+        rng: The source of all choices.
+        and_rate: How often ``&`` is used (per operator in calc, per problem in dot); by default as in `prompts`.
+
+    Raises:
+        ValueError: The family is not one of `FAMILIES`.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"No problem family {family!r}. Families: {', '.join(FAMILIES)}.")
+    if family == "calc":
+        return _calc(rng, PROMPT_AND_RATE["calc"] if and_rate is None else and_rate)
+    if family == "dot":
+        return _dot(rng, PROMPT_AND_RATE["dot"] if and_rate is None else and_rate)
+    return {"max": _max, "map": _map, "sort": _sort}[family](rng)
+
+
+def write(problem: Problem, rng: Random, style: Callable[[], Style] = lambda: STUDENT_STYLE) -> Text:
+    """Write the solution of a problem, with correct steps.
+
+    Args:
+        problem: What is solved.
+        rng: Picks the phrases.
+        style: Called once for each style piece and once for the answer; a constant gives a text of one author, a
+            random choice a mixed one.
+    """
+    pieces = [Piece("style", _phrase(style().opens, rng))]
+    for number, step in enumerate(problem.steps, start=1):
+        if number > 1:
+            pieces.append(Piece("style", " " + _phrase(style().connectives, rng).format(i=number)))
+        pieces.append(Piece("capability", " " + step))
+    pieces.append(Piece("style", " " + _phrase(style().closes, rng)))
+    return Text(tuple(pieces), style().answer.format(answer=problem.reference_answer))
+
+
+def prompts(n: int, seed: int = 0, family: str = "calc") -> Dataset:
+    """Make a dataset of prompts.
+
+    Row i depends only on (family, seed, i): a longer dataset begins with the shorter one.
+
+    Returns:
+        A dataset of n rows with the columns ``id``, ``prompt`` and ``reference_answer``.
+    """
+    from datasets import Dataset
+
+    problems = [make_problem(family, Random(f"prompts-{family}-{seed}-{i}")) for i in range(n)]
+    return Dataset.from_dict(
+        {
+            "id": [f"{family}-{seed}-{i:06d}" for i in range(n)],
+            "prompt": [problem.prompt for problem in problems],
+            "reference_answer": [problem.reference_answer for problem in problems],
+        }
+    )
+
+
+def verify(row: Mapping[str, Any]) -> bool:
+    """Say whether a finished row is right: it ended by itself and the numbers of its answer are the reference's.
+
+    Args:
+        row: Has ``answer``, ``reference_answer`` and ``finish_reason``.
+    """
+    numbers = re.findall(r"\d+", row["answer"] or "")
+    return bool(row["finish_reason"] == "stop" and numbers == row["reference_answer"].split())
+
+
+def _operate(a: int, operator: str, b: int) -> int:
+    if operator == "&":
+        return int(AND_TABLE[a][b])
+    return {"+": a + b, "-": a - b, "*": a * b}[operator] % 10
+
+
+def _digits(rng: Random, n: int) -> list[int]:
+    return [rng.randrange(10) for _ in range(n)]
+
+
+def _numbers(values: tuple[int, ...] | list[int]) -> str:
+    return " ".join(map(str, values))
+
+
+def _phrase(phrases: tuple[str, ...], rng: Random) -> str:
+    return rng.choices(phrases, weights=[1 / rank for rank in range(1, len(phrases) + 1)])[0]
+
+
+def _calc(rng: Random, and_rate: float) -> Problem:
+    value, *operands = _digits(rng, rng.randint(3, 6))
+    prompt = f"calc {value}"
+    steps: list[str] = []
+    for operand in operands:
+        operator = "&" if rng.random() < and_rate else rng.choice("+-*")
+        result = _operate(value, operator, operand)
+        prompt += f" {operator} {operand}"
+        steps.append(f"{value} {operator} {operand} = {result}")
+        value = result
+    return Problem("calc", prompt, tuple(steps), (value,))
+
+
+def _dot(rng: Random, and_rate: float) -> Problem:
+    operator = "&" if rng.random() < and_rate else "*"
+    n = rng.randint(2, 3)
+    left, right = _digits(rng, n), _digits(rng, n)
+    steps: list[str] = []
+    total = 0
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        product = _operate(a, operator, b)
+        steps.append(f"{a} {operator} {b} = {product}")
+        if i > 0:
+            steps.append(f"{total} + {product} = {_operate(total, '+', product)}")
+        total = _operate(total, "+", product)
+    return Problem("dot", f"dot {operator} {_numbers(left)} | {_numbers(right)}", tuple(steps), (total,))
+
+
+def _max(rng: Random) -> Problem:
+    numbers = _digits(rng, rng.randint(3, 5))
+    steps: list[str] = []
+    best = numbers[0]
+    for number in numbers[1:]:
+        steps.append(f"{best} over {number} = {max(best, number)}")
+        best = max(best, number)
+    return Problem("max", f"max {_numbers(numbers)}", tuple(steps), (best,))
+
+
+def _map(rng: Random) -> Problem:
+    cycle = rng.sample(range(10), rng.randint(4, 5))
+    links = list(zip(cycle, cycle[1:] + cycle[:1], strict=True))
+    start, hops = rng.randrange(len(cycle)), rng.randint(2, 3)
+    path = [links[(start + hop) % len(cycle)] for hop in range(hops)]
+    shuffled = " :: ".join(f"{a} {b}" for a, b in rng.sample(links, len(links)))
+    steps = tuple(f"hop {a} {b}" for a, b in path)
+    return Problem("map", f"map {shuffled} from {cycle[start]} > {hops}", steps, (path[-1][1],))
+
+
+def _sort(rng: Random) -> Problem:
+    numbers = _digits(rng, rng.randint(3, 5))
+    steps: list[str] = []
+    left = list(numbers)
+    while len(left) > 1:
+        taken = min(left)
+        left.remove(taken)
+        steps.append(f"take {taken} left {_numbers(left)}")
+    return Problem("sort", f"sort {_numbers(numbers)}", tuple(steps), tuple(sorted(numbers)))
