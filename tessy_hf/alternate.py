@@ -12,7 +12,7 @@ and a causal predictor the accepted text does not depend on k. Knows nothing of 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -22,7 +22,7 @@ from tessy_hf.engines.base import Completion, Request
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.repetition import LoopDetector
 from tessy_hf.speaker import Speaker
-from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Trajectory
+from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Span, Trajectory
 from tessy_hf.transcript import TokenList, Transcript
 from tessy_hf.vocabulary import words
 
@@ -68,7 +68,15 @@ class Boundary(NamedTuple):
     cut: bool
 
 
-async def synthesize(prompt: Prompt, teacher: Speaker, student: Speaker, plan: Plan) -> Trajectory:
+async def synthesize(
+    prompt: Prompt,
+    teacher: Speaker,
+    student: Speaker,
+    plan: Plan,
+    *,
+    begun: Trajectory | None = None,
+    record: Callable[[Trajectory, Span], None] | None = None,
+) -> Trajectory:
     """Write one row.
 
     Args:
@@ -76,6 +84,8 @@ async def synthesize(prompt: Prompt, teacher: Speaker, student: Speaker, plan: P
         teacher: The strong model; must be started.
         student: The model to be trained; must be started.
         plan: Who writes what, and how.
+        begun: What an earlier attempt kept; the row goes on after it.
+        record: Called with each piece of thinking as it is kept.
 
     Returns:
         The row's trajectory. A prompt that cannot be used or a request that failed for good gives
@@ -84,7 +94,9 @@ async def synthesize(prompt: Prompt, teacher: Speaker, student: Speaker, plan: P
     Raises:
         EngineDeadError: An engine is gone; no row can go on.
     """
-    row = Row(prompt, {"teacher": teacher, "student": student}, plan)
+    trajectory = begun or Trajectory(prompt.key, seed=prompt.seed)
+    trajectory.error, trajectory.retryable = None, False
+    row = Row(prompt, {"teacher": teacher, "student": student}, plan, trajectory, record)
     try:
         row.open()
         await _think(row)
@@ -101,16 +113,15 @@ async def synthesize(prompt: Prompt, teacher: Speaker, student: Speaker, plan: P
 
 async def _think(row: Row) -> None:
     """Algorithm 1, lines 5 to 20. One author alone is the same loop with nobody to hand over to."""
-    author: Author = "student" if row.plan.thinking == "alternate" else row.plan.thinking  # lines 5, 6
+    first: Author = "student" if row.plan.thinking == "alternate" else row.plan.thinking
+    author = row.trajectory.turn = row.trajectory.turn or first  # lines 5, 6
     while not row.trajectory.closed and row.finish is None:  # line 7
         written = await row.write(author)  # line 8
         if written is None:
             return
         boundary = await row.boundary(author, written)  # line 9
-        row.keep(author, written, boundary)  # lines 10, 11
-        if boundary.cut:  # line 12
-            author = "teacher" if author == "student" else "student"  # lines 14 to 18
-            row.hand_over()
+        row.keep(author, written, boundary)  # lines 10 to 19
+        author = row.trajectory.turn
 
 
 async def _answer(row: Row) -> None:
@@ -152,16 +163,12 @@ class Row:
     prompt: Prompt
     speakers: dict[Author, Speaker]
     plan: Plan
-    trajectory: Trajectory = field(init=False)
+    trajectory: Trajectory
+    record: Callable[[Trajectory, Span], None] | None = None
     transcript: Transcript = field(init=False)
     finish: FinishReason | None = None
-    _turn_is_empty: bool = True
     _judged: int = 0
     _loops: LoopDetector = field(default_factory=LoopDetector)
-
-    def __post_init__(self) -> None:
-        """Begin the trajectory."""
-        self.trajectory = Trajectory(self.prompt.key, seed=self.prompt.seed)
 
     def open(self) -> None:
         """Render the prompt for all who write, and for the student, by whose tokens the budget is counted.
@@ -184,6 +191,9 @@ class Row:
             views[author] = TokenList(speaker.vocabulary, ids, tail)
         predictors = [speaker.boundary for speaker in self.speakers.values() if self._alternates and speaker.boundary]
         self.transcript = Transcript(views, [predictor.vocabulary for predictor in predictors])
+        for span in self.trajectory.spans:
+            self.transcript.recall(span.text)
+            self._loops.feed(span.text)
 
     @property
     def _alternates(self) -> bool:
@@ -193,10 +203,6 @@ class Row:
         """Record how the row ended."""
         self.finish = self.trajectory.finish_reason = finish
         self.trajectory.error = error
-
-    def hand_over(self) -> None:
-        """Begin the other author's turn."""
-        self._turn_is_empty, self._judged = True, 0
 
     # --- writing
 
@@ -266,7 +272,7 @@ class Row:
         if predictor is not None:
             judgeable = len(spans) if predictor.label_shift else complete
             other = await self._first_of_other_kind(author, predictor, written.text, spans[:judgeable], first)
-        if other == 0 and self._turn_is_empty:  # an author that took over keeps at least one word
+        if other == 0 and self.trajectory.turn_is_empty:  # an author that took over keeps at least one word
             other = 1 if complete else None
         if other is None:
             return Boundary(spans[complete - 1][1] if complete else 0, cut=False)
@@ -294,7 +300,7 @@ class Row:
     # --- keeping
 
     def keep(self, author: Author, written: Written, boundary: Boundary) -> None:
-        """Settle what is the author's own, drop what lies beyond the boundary, end the row at a limit."""
+        """Settle what is the author's own, drop what lies beyond and hand over; end the row at a limit."""
         kept, limit = self._limit(written, boundary)
         cut = boundary.cut or limit is not None or written.closed
         if not cut:  # settle only up to a word end that is also a token end; the words between are judged already
@@ -309,11 +315,16 @@ class Row:
         elif kept:
             self.transcript.settle(author, written.text, written.ends, kept, spelled)
         self.trajectory.add(author, "thinking", spelled)
-        self._turn_is_empty &= not spelled
         if limit is not None:
             self.end(limit)
-        elif written.closed and not boundary.cut:
-            self.trajectory.closed = True
+        elif boundary.cut:
+            self.trajectory.turn = "teacher" if author == "student" else "student"
+            self.trajectory.turn_is_empty = True
+        else:
+            self.trajectory.turn_is_empty &= not spelled
+            self.trajectory.closed = written.closed
+        if self.record is not None and (spelled or cut):
+            self.record(self.trajectory, Span(author, "thinking", spelled))
 
     def _limit(self, written: Written, boundary: Boundary) -> tuple[int, FinishReason | None]:
         """Apply the loop detector and the budget: how much may be kept, and how the row ends if that is all."""

@@ -5,6 +5,7 @@
     ├── DatasetError       the dataset lacks a column, or would lose one             → nothing starts
     ├── TemplateError      a chat template cannot carry open or finished thinking    → nothing starts
     ├── BoundaryError      a boundary predictor cannot be read without more knowledge → nothing starts
+    ├── JournalError       the journal cannot be read or written                     → nothing starts, or the run stops
     ├── PromptError        one row's prompt cannot be used                           → that row fails, with this text
     └── EngineError        an engine could not answer
         ├── RequestError   one request failed for good                               → that row fails, with this text
@@ -33,6 +34,10 @@ class TemplateError(TessyError, ValueError):
 
 class BoundaryError(TessyError, ValueError):
     """A boundary predictor cannot be loaded or its labels cannot be read."""
+
+
+class JournalError(TessyError, OSError):
+    """The journal cannot be read or written. What is committed in it stays as it is."""
 
 
 class PromptError(TessyError, ValueError):

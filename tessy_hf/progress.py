@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import multiprocess
+
+from tessy_hf.journal import Counts
 
 
 class Progress:
@@ -38,6 +42,14 @@ class Progress:
         self._bar.set_postfix_str(self.line(), refresh=False)
         self._bar.update()
 
+    def say(self, counts: Counts | None) -> None:
+        """Tell what an earlier run left in the journal."""
+        if counts is not None and not self._is_worker():
+            from datasets.utils import tqdm
+
+            told = f"{counts.done} rows done, {counts.to_continue} to continue, {counts.failed_before} failed before"
+            tqdm.write(f"TESSY journal: {told}.", file=sys.stderr)
+
     def line(self) -> str:
         """Return what stands behind the count of rows."""
         seconds = max(time.monotonic() - self._begin, 1e-9)
@@ -51,8 +63,11 @@ class Progress:
     def _open(self) -> None:
         from datasets.utils import tqdm
 
-        worker = multiprocessing.current_process().daemon
-        self._bar = tqdm(desc="TESSY", unit=" rows", disable=worker or None and False, leave=True)
+        self._bar = tqdm(desc="TESSY", unit=" rows", disable=self._is_worker())
+
+    @staticmethod
+    def _is_worker() -> bool:
+        return bool(multiprocess.current_process().daemon)
 
     def close(self) -> None:
         """End the line."""

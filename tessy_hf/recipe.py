@@ -24,12 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Engine
+from tessy_hf.engines.server import ServerEngine
 from tessy_hf.engines.transformers import TransformersEngine
+from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import SettingsError
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
 
-ENGINES: dict[str, Any] = {"transformers": TransformersEngine}
+ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine, "server": ServerEngine}
 
 
 class _Boundary(BaseModel):

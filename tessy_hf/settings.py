@@ -62,10 +62,12 @@ class Settings(BaseModel):
     # What follows changes how fast and how safely a run goes, never what it writes: it is not in the fingerprint.
     rows_in_flight: int = Field(default=64, ge=1)
     """Rows written at the same time, across all batches of the run."""
-    journal: str | None = None
-    """Where finished rows are kept, so that a rerun looks them up: a path, or None for no journal."""
+    journal: str | None = "auto"
+    """Where rows are kept as they are written, so that a rerun looks them up and goes on: a file, "auto" for one next
+    to the datasets cache, or None for no journal."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a row whose engine failed is written from its beginning before the failure is final."""
+    """How often a row whose engine failed is tried, over all runs with the same journal, before the failure is final.
+    Each try goes on after what was kept."""
 
     @classmethod
     def check(cls, **given: Any) -> Settings:

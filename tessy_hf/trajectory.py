@@ -72,6 +72,8 @@ class Trajectory:
         discarded: Generated tokens that were rolled back, per author, in that author's own tokens.
         generated: All generated tokens, per author, in that author's own tokens.
         seed: The row's seed.
+        turn: Whose turn it is in the thinking; ``None`` before the first.
+        turn_is_empty: Whether that author kept nothing yet in this turn.
     """
 
     key: str
@@ -83,6 +85,8 @@ class Trajectory:
     discarded: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     generated: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     seed: int = 0
+    turn: Author | None = None
+    turn_is_empty: bool = True
 
     def text(self, part: Part) -> str:
         """Return the text of one part, markers not included."""
@@ -95,3 +99,18 @@ class Trajectory:
         if self.spans and self.spans[-1].author == author and self.spans[-1].part == part:
             text = self.spans.pop().text + text
         self.spans.append(Span(author, part, text))
+
+    def state(self) -> dict[str, Any]:
+        """Return, as JSON values, what besides the spans is needed to go on after them."""
+        return {
+            "closed": self.closed,
+            "turn": self.turn,
+            "turn_is_empty": self.turn_is_empty,
+            "discarded": dict(self.discarded),
+            "generated": dict(self.generated),
+        }
+
+    @classmethod
+    def resume(cls, key: str, seed: int, spans: Sequence[Span], state: Mapping[str, Any]) -> Trajectory:
+        """Return an unfinished trajectory that goes on after ``spans``, from what :meth:`state` said of it."""
+        return cls(key, spans=list(spans), seed=seed, **state)

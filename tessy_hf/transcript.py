@@ -210,6 +210,11 @@ class Transcript:
             text = view.vocabulary.normalize(text)
         return text.lstrip() if first else text
 
+    def recall(self, text: str) -> None:
+        """Settle text that was written before, for everyone."""
+        for token_list in (*self.views.values(), *self._readers.values()):
+            token_list.append(text)
+
     def settle(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
         """Settle an author's tentative text up to ``kept`` for everyone. See :meth:`TokenList.settle`."""
         own = self.views[author]

@@ -17,17 +17,21 @@ import uuid
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import datasets
 
 from tessy_hf import columns
 from tessy_hf.alternate import synthesize
 from tessy_hf.engines.base import derive_seed
-from tessy_hf.errors import DatasetError, PromptError, SettingsError
+from tessy_hf.errors import DatasetError, JournalError, PromptError, SettingsError
+from tessy_hf.journal import Claim, Journal
 from tessy_hf.progress import Progress
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
-from tessy_hf.trajectory import Message, Prompt, Trajectory
+from tessy_hf.trajectory import Message, Prompt, Span, Trajectory
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -220,6 +224,8 @@ class _Runtime:
         self._teacher, self._student, self._settings = transform.teacher, transform.student, transform.settings
         self._fingerprint = transform.run_fingerprint
         self._progress = Progress()
+        self._journal = _journal(self._settings, self._fingerprint)
+        self._journal_error: JournalError | None = None
         self._rows_seen = 0
         self._started: asyncio.Task[None] | None = None
         self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
@@ -252,13 +258,28 @@ class _Runtime:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         self._progress.close()
+        if self._journal is not None:
+            self._journal.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
 
     async def _start(self) -> None:
         """Check what can be checked before anything heavy is loaded, then load it."""
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
+        if self._journal is not None:
+            self._progress.say(self._journal.fingerprints().get(self._fingerprint))
+            self._ticker = asyncio.create_task(self._tick(self._journal))
         await asyncio.gather(self._teacher.start(), self._student.start())
+
+    async def _tick(self, journal: Journal) -> None:
+        """Commit what was written: each 50 ms against a kill, twice a second against a power cut."""
+        for number in count(1):
+            await asyncio.sleep(0.05)
+            try:
+                journal.flush(sync=number % 10 == 0)
+            except JournalError as error:
+                self._journal_error = error  # the next piece that is kept stops the run with it
+                return
 
     async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
         settings = self._settings
@@ -280,6 +301,8 @@ class _Runtime:
                     tasks.append(asyncio.create_task(self._row(given, prompt, seen)))
                     tasks[-1].add_done_callback(lambda _: self._window.release())
             rows = await asyncio.gather(*tasks)
+            if self._journal is not None:
+                self._journal.flush()  # now they are durable
         finally:
             for task in tasks:
                 task.cancel()
@@ -288,16 +311,19 @@ class _Runtime:
     async def _row(self, given: Any, prompt: Any, seen: set[str]) -> dict[str, Any]:
         """Write one row, whatever its prompt is like."""
         self._rows_seen += 1
-        messages: list[Message] = []
         try:
             key, messages = self._read(given, prompt, seen)
         except PromptError as error:
-            trajectory = Trajectory(str(given), finish_reason="error", error=str(error))
+            row = self._columns(Trajectory(str(given), finish_reason="error", error=str(error)), [])
         else:
             work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
             with self._progress.row():
-                trajectory = await self._attempt(work)
-        row = columns.row(
+                row = await (self._write(work) if self._journal is None else self._write_durably(work, self._journal))
+        self._progress.done(row)
+        return row
+
+    def _columns(self, trajectory: Trajectory, messages: Sequence[Message]) -> dict[str, Any]:
+        return columns.row(
             trajectory,
             messages,
             self._student.vocabulary,
@@ -305,17 +331,51 @@ class _Runtime:
             method=self._settings.method,
             run_fingerprint=self._fingerprint,
         )
-        self._progress.done(row)
-        return row
 
-    async def _attempt(self, prompt: Prompt) -> Trajectory:
+    async def _write(self, prompt: Prompt) -> dict[str, Any]:
+        """Write a row, trying again after what was kept where that may help."""
+        plan, trajectory = self._settings.plan(prompt.key), None
         for attempt in range(1, self._settings.max_attempts + 1):
-            plan = self._settings.plan(prompt.key)
-            trajectory = await synthesize(prompt, self._teacher, self._student, plan)
+            trajectory = await synthesize(prompt, self._teacher, self._student, plan, begun=trajectory)
             if not trajectory.retryable or attempt == self._settings.max_attempts:
                 break
-            await asyncio.sleep(min(30.0, 0.1 * 2**attempt))
-        return trajectory
+            await asyncio.sleep(_pause(attempt))
+        assert trajectory is not None
+        return self._columns(trajectory, prompt.messages)
+
+    async def _write_durably(self, prompt: Prompt, journal: Journal) -> dict[str, Any]:
+        """Look a row up in the journal, or write it there as it is written."""
+        plan = self._settings.plan(prompt.key)
+        while True:
+            claim = await self._claim(prompt.key, journal)
+            if claim.status == "finished":
+                return claim.columns
+            begun = Trajectory.resume(prompt.key, prompt.seed, claim.spans, claim.state)
+            try:
+                record = functools.partial(self._record, journal)
+                trajectory = await synthesize(prompt, self._teacher, self._student, plan, begun=begun, record=record)
+                row = self._columns(trajectory, prompt.messages)
+            except BaseException:
+                journal.release(prompt.key)
+                raise
+            if trajectory.finish_reason != "error":
+                journal.finish(prompt.key, row)
+                return row
+            journal.fail(prompt.key, row)
+            if not trajectory.retryable or claim.attempts + 1 >= self._settings.max_attempts:
+                return row
+            await asyncio.sleep(_pause(claim.attempts + 1))
+
+    async def _claim(self, key: str, journal: Journal) -> Claim:
+        """Claim a row, waiting while another row with the same key or another process writes it."""
+        while (claim := journal.claim(key)).status == "busy":  # noqa: ASYNC110 - another process sends no event
+            await asyncio.sleep(0.2)
+        return claim
+
+    def _record(self, journal: Journal, trajectory: Trajectory, piece: Span) -> None:
+        if self._journal_error is not None:
+            raise self._journal_error
+        journal.append(trajectory.key, [piece] if piece.text else [], trajectory.state())
 
     def _read(self, given: Any, prompt: Any, seen: set[str]) -> tuple[str, list[Message]]:
         """Return a row's key and messages.
@@ -343,6 +403,20 @@ class _Runtime:
             )
         seen.add(key)
         return key, messages
+
+
+def _pause(attempt: int) -> float:
+    """Return the seconds to wait after a failed attempt."""
+    return min(30.0, 0.1 * float(2**attempt))
+
+
+def _journal(settings: Settings, fingerprint: str) -> Journal | None:
+    if settings.journal is None:
+        return None
+    if settings.journal != "auto":
+        return Journal(settings.journal, fingerprint, max_attempts=settings.max_attempts)
+    folder = Path(datasets.config.HF_DATASETS_CACHE).parent / "tessy"
+    return Journal(folder / f"{fingerprint}.journal", fingerprint, max_attempts=settings.max_attempts)
 
 
 def _messages(prompt: Any, row: Any, column: str) -> list[Message]:

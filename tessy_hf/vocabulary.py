@@ -68,7 +68,8 @@ class Vocabulary:
         joined = self._backend.encode("a b", add_special_tokens=False).ids
         apart = [i for piece in ("a", " b") for i in self._backend.encode(piece, add_special_tokens=False).ids]
         self._anchor = "" if joined == apart else "a"
-        self.special_ids = frozenset(int(i) for i in tokenizer.all_special_ids)
+        marked = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
+        self.special_ids = frozenset(map(int, (*marked, *tokenizer.all_special_ids)))
 
     def encode(self, text: str) -> Encoding:
         """Encode model text, never reading special tokens into it.

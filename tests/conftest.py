@@ -15,6 +15,12 @@ settings.load_profile("tessy")
 datasets.disable_progress_bars()
 
 
+@pytest.fixture(autouse=True)
+def no_shared_cache(tmp_path_factory, monkeypatch):
+    """Keep each test's `datasets` cache and journals to itself."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub") / "datasets")
+
+
 @pytest.fixture(scope="session", params=sorted(TOKENIZERS))
 def tokenizer(request):
     """One tokenizer of each kind the field uses."""

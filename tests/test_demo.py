@@ -117,7 +117,7 @@ def test_the_verifier_wants_the_right_numbers_and_a_proper_end():
 
 
 def test_an_unknown_engine_or_family_is_told():
-    with pytest.raises(ValueError, match="run on: transformers"):
+    with pytest.raises(ValueError, match="run on: transformers, vllm"):
         demo.transform(engine="abacus")
     with pytest.raises(ValueError, match="calc"):
         demo.prompts(1, family="chess")

@@ -24,7 +24,7 @@ def play(row):
 
 def scripted(script=play, **options):
     """Return a transform in which a scripted student writes alone."""
-    settings = {"method": "student-only", "id_column": "id"}
+    settings = {"method": "student-only", "id_column": "id", "journal": None}
     engine = {key: options.pop(key) for key in ("latency", "fault", "context_length", "tokenizer") if key in options}
     speaker = Speaker(ScriptedEngine(script, **engine))
     return TessyTransform(teacher=speaker, student=speaker, **{**settings, **options})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,20 @@ def transform(engine: str = "transformers", **overrides: Any) -> TessyTransform:
     """Return a ready transform over the miniature models.
 
     Args:
-        engine: Which engine runs them: ``transformers``.
+        engine: Which engine runs them: ``transformers`` or ``vllm``.
         **overrides: Settings, see :class:`tessy_hf.Settings`.
 
     Raises:
         SettingsError: The engine or a setting is unknown.
     """
     from tessy_hf.engines.transformers import TransformersEngine
+    from tessy_hf.engines.vllm import VLLMEngine
     from tessy_hf.speaker import Speaker
 
-    engines: dict[str, Any] = {"transformers": TransformersEngine}
+    engines: dict[str, Any] = {
+        "transformers": TransformersEngine,
+        "vllm": partial(VLLMEngine, dtype="float32", max_model_len=2048),
+    }
     if engine not in engines:
         raise SettingsError(f"Unknown engine {engine!r}. The miniature models run on: {', '.join(engines)}.")
     settings = {

@@ -73,9 +73,11 @@ class ScriptedEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The scripts themselves, or the function's name."""
+        """The scripts themselves, or the function's code."""
         if callable(self._script):
-            shown = f"{self._script.__module__}.{self._script.__qualname__}"
+            from datasets.fingerprint import Hasher
+
+            shown = Hasher.hash(self._script)  # of its code: another function is another run
         else:
             text = json.dumps({key: vars(_as_script(value)) for key, value in self._script.items()}, sort_keys=True)
             shown = hashlib.sha256(text.encode()).hexdigest()

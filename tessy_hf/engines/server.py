@@ -1,24 +1,25 @@
 """Models behind HTTP: vLLM servers by token ids, and any OpenAI-compatible server by its `/v1/completions`.
 
-Where a vLLM server offers `/inference/v1/generate` (started with ``--enable-scale-out``), ids go in and come out. Else
-`/v1/completions` is used, with ids as prompt where the server takes them and text where it does not. Chat endpoints
-are never used: their reasoning parsers mislabel thinking that is continued (vllm#38749, sglang#26176).
+How a server is asked is found out at the start, best way first: see :data:`WAYS`. Chat endpoints are never used:
+their reasoning parsers mislabel thinking that is continued (vllm#38749, sglang#26176).
 
-A row stays with one replica, for its prefix cache, until that replica fails. Every failure is dealt with here, once:
-what may pass is tried again for ``patience`` seconds, with backoff and ``Retry-After``; what cannot pass ends the row
-(:class:`RequestError`) or the run (:class:`EngineDeadError`). Keys are read from the environment at each start and
-are kept out of everything that is described, pickled or printed.
+A row stays with one replica, for its prefix cache, until that replica fails it. Every failure is dealt with here,
+once: what may pass is tried again for ``patience`` seconds, with backoff and ``Retry-After``; what cannot pass ends
+the row (:class:`RequestError`) or the run (:class:`EngineDeadError`). Keys are read from the environment at each
+start and are kept out of everything that is described, pickled or printed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from tessy_hf.engines.base import Completion, Request, derive_seed
@@ -26,49 +27,99 @@ from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 from tessy_hf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    import httpx
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂"
-"""What a server has to tokenise as the local tokenizer does."""
+T = TypeVar("T")
 
-_TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}
+Kind = Literal["down", "busy", "lost", "wrong"]
+Way = Literal["generate", "ids", "ids-to-text", "text"]
+WAYS: tuple[Way, ...] = (
+    "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
+    "ids",  # ids in and out by `/v1/completions`: any vLLM; it sends the prompt back each time
+    "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as SGLang and OpenAI's own do
+    "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
+)
+"""How a server can be asked to continue a text, best way first."""
+
+PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
+"""What a server has to tokenise as the local tokenizer does, with the markers of the chat template."""
+
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+_ABSENT = {502, 503, 504}  # what gateways say for a server that is gone, and servers that are starting or stopping
+_LONGEST_REST = 60.0
 
 
 class _PassingError(Exception):
     """A failure that may pass.
 
     Attributes:
+        kind: ``down``, no server there; ``busy``, it asks for less; ``lost``, its answer did not come; ``wrong``, its
+            answer cannot be used.
         wait: Seconds the server asked for, or ``None``.
-        elsewhere: Whether another replica should be tried.
     """
 
-    def __init__(self, message: str, *, wait: float | None = None, elsewhere: bool = True) -> None:
+    def __init__(self, message: str, kind: Kind = "wrong", wait: float | None = None) -> None:
         super().__init__(message)
-        self.wait, self.elsewhere = wait, elsewhere
+        self.kind, self.wait = kind, wait
 
 
 @dataclass
 class _Replica:
-    """One server: its address, how much may be asked of it at once, and until when it is left alone."""
+    """One server: how it is asked, how much at once, and until when it is left alone."""
 
     url: str
-    limit: float
-    busy: int = 0
-    resting_until: float = 0.0
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    most: int
+    way: Way = "text"
+    down: bool = False
+    _resting_until: float = 0.0
+    _rest: float = 1.0
+    _limit: float = field(init=False)
+    _halved: float = 0.0
+    _busy: int = 0
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def enter(self) -> None:
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.busy < max(1, int(self.limit)))
-            self.busy += 1
+    def __post_init__(self) -> None:
+        self._limit = float(self.most)
 
-    async def leave(self, *, overloaded: bool, most: int) -> None:
-        """Halve what may be asked at once where the server says 429, else let it grow back one by one."""
-        async with self.changed:
-            self.busy -= 1
-            self.limit = max(1.0, self.limit / 2) if overloaded else min(float(most), self.limit + 1 / self.limit)
-            self.changed.notify_all()
+    @property
+    def root(self) -> str:
+        """The address without the version."""
+        return self.url.removesuffix("/v1")
+
+    @property
+    def rests(self) -> bool:
+        return self._resting_until > time.monotonic()
+
+    def rest(self, wait: float | None) -> None:
+        """Leave it alone for as long as it asks, else twice as long as the last time."""
+        self.down = True
+        if not self.rests:
+            self._resting_until = time.monotonic() + (self._rest if wait is None else wait)
+            self._rest = min(self._rest * 2, _LONGEST_REST)
+
+    def answered(self) -> None:
+        """Take it for well again."""
+        self.down, self._resting_until, self._rest = False, 0.0, 1.0
+
+    async def enter(self) -> float:
+        """Wait for a turn; return when it began."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._busy < max(1, int(self._limit)))
+            self._busy += 1
+        return time.monotonic()
+
+    async def leave(self, entered: float, *, busy: bool = False) -> None:
+        """Halve what may be asked at once where the server says 429, else let it grow back one by one.
+
+        Requests sent before the last halving do not halve it again: they say nothing new.
+        """
+        async with self._changed:
+            self._busy -= 1
+            if not busy:
+                self._limit = min(float(self.most), self._limit + 1 / self._limit)
+            elif entered >= self._halved:
+                self._limit, self._halved = max(1.0, self._limit / 2), time.monotonic()
+            self._changed.notify_all()
 
 
 class ServerEngine:
@@ -80,14 +131,16 @@ class ServerEngine:
         tokenizer: Hub id or folder of the tokenizer, where it is not ``model``.
         revision: The tokenizer's revision.
         api_key_env: The environment variable that holds the key, where one is needed.
-        context_length: Most tokens of prompt and completion, where the servers do not say.
+        context_length: Most tokens of prompt and completion, where the servers do not say or less is wanted.
         timeout: Seconds a single request may take.
-        patience: Seconds for which a request that may yet pass is tried again.
+        patience: Seconds, from its first failure, for which a request that may yet pass is tried again.
         max_connections: Most requests at once per replica.
 
     Raises:
         SettingsError: An address cannot be used.
     """
+
+    _ways = WAYS
 
     def __init__(
         self,
@@ -144,8 +197,6 @@ class ServerEngine:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and completion."""
-        if self._given_context_length is not None:
-            return self._given_context_length
         assert self._live is not None, "start() comes first"
         return self._live.context_length
 
@@ -156,13 +207,15 @@ class ServerEngine:
             EngineDeadError: A server cannot be reached, refuses the key, or serves something else.
         """
         if self._live is None:
-            live = _Live(self)
-            try:
-                await live.check()
-            except BaseException:
-                await live.close()
-                raise
-            self._live = live
+            self._live = _Live(self)
+        live = self._live
+        try:
+            await live.checked  # one check, also where teacher and student are one engine
+        except BaseException:
+            if self._live is live:
+                self._live = None
+            await live.close()
+            raise
 
     async def complete(self, request: Request) -> Completion:
         """Continue a row on its replica, or on another where that fails."""
@@ -192,17 +245,23 @@ def _checked(url: str) -> str:
     """Check an address.
 
     Raises:
-        SettingsError: It is not http(s), names no host, or carries a secret.
+        SettingsError: It is not http(s), names no host, or carries what may be a secret.
     """
-    parts = urlsplit(str(url))
-    if parts.username or parts.password:
+    shown = str(url).rpartition("@")[2].partition("?")[0].partition("#")[0]
+    expected = "An address such as http://127.0.0.1:8000/v1 is expected."
+    if "@" in str(url) or "?" in str(url) or "#" in str(url):
         raise SettingsError(
-            f"The address of the server at {parts.hostname!r} carries user information, which would end up in logs. "
+            f"The address of {shown!r} carries more than an address, which would end up in logs. {expected} "
             "Put the key into the environment variable that api_key_env names (OPENAI_API_KEY by default)."
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise SettingsError(f"base_url={str(url)!r} cannot be used. Pass an address like http://127.0.0.1:8000/v1.")
-    return str(url).rstrip("/")
+    try:
+        parts = urlsplit(str(url))
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not shown.isprintable() or " " in shown:
+        raise SettingsError(f"base_url={shown!r} cannot be used. {expected} Correct it, or pass a list of such.")
+    return shown.rstrip("/")
 
 
 class _Live:
@@ -213,38 +272,46 @@ class _Live:
             import httpx
         except ImportError as error:
             raise EngineDeadError('ServerEngine needs httpx. Install it: pip install "tessy-hf[server]".') from error
-        self._httpx = httpx
-        self._engine = engine
-        key = os.environ.get(engine._api_key_env)
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(engine._timeout, connect=10.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=engine._max_connections),
-        )
-        self._replicas = [_Replica(url, float(engine._max_connections)) for url in engine._urls]
+        self._httpx, self._engine = httpx, engine
         self._vocabulary = Vocabulary(engine.tokenizer, engine.model)
-        self._generates = False
-        self._takes_ids = True
+        self._last_id = max(engine.tokenizer.get_vocab().values())
+        self._key = _key(engine._api_key_env)
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
+            limits=httpx.Limits(
+                max_keepalive_connections=engine._max_connections * len(engine._urls),
+                keepalive_expiry=3.0,  # uvicorn's servers hang up after 5: a request must not cross with that
+            ),
+        )
+        self._replicas = [_Replica(url, engine._max_connections) for url in engine._urls]
+        self._answered = 0.0
         self.context_length = 0
         self.moved: dict[str, int] = {}
+        self.checked = asyncio.ensure_future(self._check())
 
     async def close(self) -> None:
+        self.checked.cancel()
         await self._client.aclose()
 
     # --- before the run
 
-    async def check(self) -> None:
+    async def _check(self) -> None:
         """Check each replica. See :meth:`ServerEngine.start`."""
-        lengths, generates = [], []
+        lengths = []
         for replica in self._replicas:
-            offered = await self._patiently(
-                lambda replica=replica: self._get(replica, "/models"), "listing its models"
-            )
-            lengths.append(self._served(replica, offered))
-            await self._check_tokenizer(replica)
-            generates.append(await self._offers_generate(replica))
+            try:
+                lengths.append(await self._patiently(partial(self._reach, replica), "its first request"))
+            except RequestError as error:
+                raise EngineDeadError(str(error)) from error
         self.context_length = min(lengths)
-        self._generates = all(generates)
+
+    async def _reach(self, replica: _Replica) -> int:
+        """Return the context length of a replica that can be used, and remember how to ask it."""
+        length = self._served(replica, await self._send(replica, "GET", replica.url + "/models"))
+        await self._check_tokenizer(replica)
+        replica.way = await self._find_way(replica)
+        return length
 
     def _served(self, replica: _Replica, offered: Any) -> int:
         """Return the context length under which a replica offers the model."""
@@ -255,207 +322,246 @@ class _Live:
                 f"The server at {replica.url} serves {', '.join(names) or 'nothing'}, not {self._engine.model!r}. "
                 "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
             )
-        length = self._engine._given_context_length or models[names.index(self._engine.model)].get("max_model_len")
-        if not isinstance(length, int) or length < 1:
+        said, given = models[names.index(self._engine.model)].get("max_model_len"), self._engine._given_context_length
+        lengths = [length for length in (said, given) if isinstance(length, int) and length > 0]
+        if not lengths:
             raise EngineDeadError(
                 f"The server at {replica.url} does not say how long a context {self._engine.model!r} has. "
                 "Pass ServerEngine(..., context_length=)."
             )
-        return length
+        return min(lengths)
 
     async def _check_tokenizer(self, replica: _Replica) -> None:
-        """Compare the server's tokenizer with the local one, where the server lets it be seen."""
-        root = replica.url.removesuffix("/v1")
-        body = {"model": self._engine.model, "prompt": PROBE, "add_special_tokens": False}
-        answer = await self._client.post(f"{root}/tokenize", json=body)
-        if answer.status_code != 200:
-            return  # not a vLLM server; there is nothing to compare with
-        tokens, expected = _list(_json(answer, replica), "tokens"), self._vocabulary.encode(PROBE).ids
-        if tokens != expected:
+        """Compare the server's tokenizer with the local one, where the server lets it be seen, as vLLM does."""
+        tokenizer = self._engine.tokenizer
+        markers = (token for token in tokenizer.get_added_vocab() if token in str(tokenizer.chat_template))
+        text = PROBE + "".join(markers)
+        body = {"model": self._engine.model, "prompt": text, "add_special_tokens": False}
+        try:
+            tokens = _list(await self._send(replica, "POST", replica.root + "/tokenize", body), "tokens")
+        except (RequestError, EngineDeadError):
+            return
+        except _PassingError as error:
+            if error.kind != "wrong":
+                raise
+            return
+        expected = self._vocabulary.encode_template(text)
+        if tokens and tokens != expected:
+            at = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), 0)
             raise EngineDeadError(
                 f"The server at {replica.url} does not tokenise as {self._engine._tokenizer_name!r} does: "
-                f"{tokens[:8]}... against {expected[:8]}... for the same text. Pass "
+                f"{tokens[at : at + 5]} against {expected[at : at + 5]} at token {at} of the same text. Pass "
                 "ServerEngine(..., tokenizer=) with the tokenizer of the served model."
             )
 
-    async def _offers_generate(self, replica: _Replica) -> bool:
-        body = {"token_ids": self._vocabulary.encode("a b").ids, "sampling_params": {"max_tokens": 1}}
-        answer = await self._client.post(f"{replica.url.removesuffix('/v1')}/inference/v1/generate", json=body)
-        return answer.status_code == 200
-
-    async def _get(self, replica: _Replica, path: str) -> Any:
-        return _json(await self._send(replica, "GET", path, None), replica)
+    async def _find_way(self, replica: _Replica) -> Way:
+        """Return the first way in which the server answers a small request."""
+        ids = self._vocabulary.encode("1 + 1 =").ids
+        request = Request("", 0, "thinking", ids, 8, 0.0, 1.0, 0, self._vocabulary.special_ids)
+        failure: Exception | None = None
+        for way in self._engine._ways:
+            try:
+                await self._ask(replica, way, request)
+                return way
+            except _PassingError as error:
+                if error.kind != "wrong":
+                    raise
+                failure = error
+            except (RequestError, EngineDeadError) as error:  # some gateways answer 401 to paths they do not know
+                failure = error
+        assert failure is not None
+        raise failure
 
     # --- during the run
 
     async def complete(self, request: Request) -> Completion:
-        return await self._patiently(lambda: self._once(request), f"row {request.row!r}")
+        return await self._patiently(partial(self._once, request), f"row {request.row!r}")
 
-    async def _patiently(self, attempt: Any, what: str) -> Any:
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
         """Try until it passes, fails for good, or patience ends: the one retry policy."""
-        begin, wait = time.monotonic(), 0.1
+        begin, first_failure, pause = time.monotonic(), None, 0.1
         while True:
             try:
                 return await attempt()
             except _PassingError as error:
-                spent = time.monotonic() - begin
-                pause = error.wait if error.wait is not None else wait
-                if spent + pause > self._engine._patience:
-                    raise self._gave_up(error, what, spent) from error
-                await asyncio.sleep(pause)
-                wait = min(wait * 2, 10.0)
+                now = time.monotonic()
+                first_failure = first_failure or now  # waiting for a turn is no failure
+                wait = random.uniform(pause / 2, pause) if error.wait is None else error.wait
+                if now + wait - first_failure > self._engine._patience:
+                    raise self._gave_up(error, what, begin) from error
+                await asyncio.sleep(wait)
+                pause = min(pause * 2, 10.0)
 
-    def _gave_up(self, error: _PassingError, what: str, spent: float) -> Exception:
+    def _gave_up(self, error: _PassingError, what: str, begin: float) -> EngineDeadError | RequestError:
+        """Return the row's failure, or the engine's where all servers are down or none has answered anybody since."""
         message = (
-            f"{self._engine.model!r} could not answer {what} within {spent:.0f} s: {error} "
-            "Look at the server's log; patience= and timeout= of ServerEngine set how long it may take."
+            f"{self._engine.model!r} did not answer {what} within {time.monotonic() - begin:.1f} s: {error} "
+            "Look at the server's log; timeout= and patience= of ServerEngine set how long it may take."
         )
-        now = time.monotonic()
-        all_rest = all(replica.resting_until > now for replica in self._replicas)
-        return (
-            EngineDeadError(message)
-            if all_rest or what.startswith("listing")
-            else RequestError(message, retryable=True)
-        )
-
-    def _replica(self, row: str) -> _Replica:
-        """Return the row's replica: its own by hash, or the one it was moved to."""
-        count, now = len(self._replicas), time.monotonic()
-        first = self.moved.get(row, zlib.crc32(row.encode("utf-8", "surrogatepass")) % count)
-        for step in range(count):
-            index = (first + step) % count
-            if self._replicas[index].resting_until <= now:
-                if step:
-                    self.moved[row] = index
-                return self._replicas[index]
-        return self._replicas[first]
+        dead = all(replica.down for replica in self._replicas) or self._answered < begin
+        return EngineDeadError(message) if dead else RequestError(message, retryable=True)
 
     async def _once(self, request: Request) -> Completion:
-        replica = self._replica(request.row)
-        await replica.enter()
-        overloaded = False
+        index, replica, entered = await self._enter(request.row)
+        busy = False
         try:
-            return await (
-                self._by_ids(replica, request) if self._generates else self._by_completions(replica, request)
-            )
+            return await self._ask(replica, replica.way, request)
         except _PassingError as error:
-            overloaded = error.wait is not None or not error.elsewhere
-            if error.elsewhere:
-                replica.resting_until = time.monotonic() + 5.0
+            busy = error.kind == "busy"
+            if error.kind == "down":
+                replica.rest(error.wait)
+                if not all(other.rests for other in self._replicas):
+                    error.wait = None  # what this one asked for does not hold for the others
+            if not busy:
+                self.moved[request.row] = (index + 1) % len(self._replicas)
             raise
         finally:
-            await replica.leave(overloaded=overloaded, most=self._engine._max_connections)
+            await replica.leave(entered, busy=busy)
 
-    def _sampling(self, request: Request) -> dict[str, Any]:
-        return {
+    async def _enter(self, row: str) -> tuple[int, _Replica, float]:
+        """Wait for a turn at the row's replica; look again where it fell ill meanwhile."""
+        while True:
+            index = self._index(row)
+            replica = self._replicas[index]
+            entered = await replica.enter()
+            if index == self._index(row):
+                return index, replica, entered
+            await replica.leave(entered)
+
+    def _index(self, row: str) -> int:
+        """Return which replica is the row's: its own by hash, or the one it was moved to."""
+        count = len(self._replicas)
+        first = self.moved.get(row, zlib.crc32(row.encode("utf-8", "surrogatepass")) % count)
+        well = [i % count for i in range(first, first + count) if not self._replicas[i % count].rests]
+        if well and well[0] != first:
+            self.moved[row] = well[0]
+        return well[0] if well else first
+
+    # --- one request
+
+    async def _ask(self, replica: _Replica, way: Way, request: Request) -> Completion:
+        path = replica.root + "/inference/v1/generate" if way == "generate" else replica.url + "/completions"
+        choices = _list(await self._send(replica, "POST", path, self._body(way, request)), "choices")
+        if len(choices) != 1 or not isinstance(choices[0], Mapping):
+            raise _PassingError(f"the server at {replica.url} sent {len(choices)} choices, not one.")
+        read = self._read_ids if way in ("generate", "ids") else self._read_text
+        return read(choices[0], request, replica)
+
+    def _body(self, way: Way, request: Request) -> dict[str, Any]:
+        sampling: dict[str, Any] = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "seed": derive_seed(request.seed, len(request.prompt_ids)) % 2**31,
         }
+        if request.temperature:
+            sampling["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+        ids, stop_ids = list(request.prompt_ids), sorted(request.stop_ids)
+        if way == "generate":
+            sampling = {**sampling, "stop_token_ids": stop_ids, "detokenize": False}
+            return {"model": self._engine.model, "token_ids": ids, "sampling_params": sampling}
+        body = {"model": self._engine.model, "prompt": self._prompt_text(ids) if way == "text" else ids, **sampling}
+        if way == "ids":
+            return {**body, "stop_token_ids": stop_ids, "return_token_ids": True}
+        stops = self._stop_texts(request)[:4]  # the protocol takes four
+        return {**body, "stop": stops} if stops else body
 
-    async def _by_ids(self, replica: _Replica, request: Request) -> Completion:
-        """Ask vLLM's token endpoint."""
-        sampling = {**self._sampling(request), "stop_token_ids": sorted(request.stop_ids), "detokenize": False}
-        body = {"model": self._engine.model, "token_ids": list(request.prompt_ids), "sampling_params": sampling}
-        answer = await self._send(replica, "POST", "/../inference/v1/generate", body)
-        choice = _choice(_json(answer, replica), replica)
-        return self._ids(choice.get("token_ids"), choice, request, replica)
+    def _prompt_text(self, ids: list[int]) -> str:
+        """Return the prompt without what the server's tokenizer puts before each text of its own accord."""
+        added = self._engine.tokenizer("").input_ids
+        return self._vocabulary.decode(ids[len(added) :] if ids[: len(added)] == added else ids)
 
-    def _ids(self, ids: Any, choice: Mapping[str, Any], request: Request, replica: _Replica) -> Completion:
-        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
-            raise _PassingError(f"the server at {replica.url} answered without tokens.")
+    def _stop_texts(self, request: Request) -> list[str]:
+        """Return the stop ids as text, the end of thinking first. A server knows its own end of sequence."""
+        others = request.stop_ids - {self._engine.tokenizer.eos_token_id}
+        ids = sorted(others, key=lambda i: (i in self._vocabulary.special_ids, -i))
+        return [text for text in (self._vocabulary.decode([i]) for i in ids) if text]
+
+    def _read_ids(self, choice: Mapping[str, Any], request: Request, replica: _Replica) -> Completion:
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i <= self._last_id for i in ids):
+            raise _PassingError(f"the server at {replica.url} answered without tokens of this vocabulary.")
         if len(ids) > request.max_tokens:
             raise _PassingError(
                 f"the server at {replica.url} sent {len(ids)} tokens, {request.max_tokens} were asked for."
             )
         stop_at = next((at for at, token in enumerate(ids) if token in request.stop_ids), None)
-        if stop_at is not None:
-            return Completion(ids[:stop_at], ids[stop_at])
-        ended = choice.get("finish_reason") == "stop"
-        return Completion(ids, self._any_stop(request) if ended else None)
+        if stop_at is None and choice.get("finish_reason") == "stop":
+            stop_at = len(ids) - 1  # an end of sequence that only the server's settings know
+        return Completion(ids, None) if stop_at is None else Completion(ids[:stop_at], ids[stop_at])
 
-    def _any_stop(self, request: Request) -> int:
-        eos = self._engine.tokenizer.eos_token_id
-        return int(eos) if eos in request.stop_ids else min(request.stop_ids)
-
-    async def _by_completions(self, replica: _Replica, request: Request) -> Completion:
-        """Ask the completions endpoint, which every OpenAI-compatible server has."""
-        prompt = list(request.prompt_ids) if self._takes_ids else self._vocabulary.decode(request.prompt_ids)
-        body = {
-            "model": self._engine.model,
-            "prompt": prompt,
-            **self._sampling(request),
-            "stop": self._stop_texts(request),
-        }
-        try:
-            answer = await self._send(replica, "POST", "/completions", body)
-        except RequestError:
-            if not self._takes_ids:
-                raise
-            body["prompt"] = self._vocabulary.decode(request.prompt_ids)
-            answer = await self._send(replica, "POST", "/completions", body)
-            self._takes_ids = False  # text was taken where ids were not
-        choice = _choice(_json(answer, replica), replica)
+    def _read_text(self, choice: Mapping[str, Any], request: Request, replica: _Replica) -> Completion:
         text, reason = choice.get("text"), choice.get("finish_reason")
-        if not isinstance(text, str) or reason not in ("stop", "length") or (not text and reason == "length"):
+        if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _PassingError(f"the server at {replica.url} answered without text (finish_reason {reason!r}).")
+        found = [at for at in map(text.find, self._stop_texts(request)) if at >= 0]  # some send what stopped them
+        stopped = bool(found) or reason == "stop"
+        text = text[: min(found)] if found else text.rstrip("\ufffd")  # part of a character that was cut
+        if not text and not stopped:
+            raise _PassingError(f"the server at {replica.url} answered with an empty text.")
         ids = self._vocabulary.encode(text).ids
-        return Completion(ids, self._any_stop(request) if reason == "stop" else None)
+        if len(ids) > request.max_tokens:
+            return Completion(ids[: request.max_tokens], None)
+        return Completion(ids, self._any_stop(request) if stopped else None)
 
-    def _stop_texts(self, request: Request) -> list[str]:
-        """Return the stop ids that a completions endpoint needs as text: it knows its own end of sequence."""
+    def _any_stop(self, request: Request) -> int | None:
         eos = self._engine.tokenizer.eos_token_id
-        tokens = [self._vocabulary.decode([i]) for i in sorted(request.stop_ids - {eos})]
-        return tokens[-4:]  # the protocol takes four; markers of thinking come last in a vocabulary
+        return int(eos) if eos is not None else min(request.stop_ids, default=None)
 
-    async def _send(self, replica: _Replica, method: str, path: str, body: Any) -> httpx.Response:
-        """Send one request; tell what may pass from what may not."""
-        url = (
-            replica.url.removesuffix("/v1") + path.removeprefix("/..")
-            if path.startswith("/..")
-            else replica.url + path
-        )
+    async def _send(self, replica: _Replica, method: str, url: str, body: Any = None) -> Any:
+        """Send one request and return the JSON that comes back; tell what may pass from what may not."""
+        httpx, where = self._httpx, f"the server at {replica.url}"
         try:
-            answer = await self._client.request(method, url, json=body)
-        except self._httpx.TimeoutException as error:
-            raise _PassingError(f"the server at {replica.url} did not answer in time.") from error
-        except self._httpx.TransportError as error:
-            raise _PassingError(f"the server at {replica.url} cannot be reached ({type(error).__name__}).") from error
+            sent = self._client.request(method, url, json=body)
+            answer = await asyncio.wait_for(sent, self._engine._timeout)  # httpx's own limit is on each read
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise _PassingError(f"{where} cannot be reached ({type(error).__name__}).", "down") from error
+        except (httpx.TimeoutException, asyncio.TimeoutError) as error:
+            raise _PassingError(f"{where} did not answer within {self._engine._timeout} s.", "lost") from error
+        except httpx.RequestError as error:
+            raise _PassingError(f"{where} cut the connection ({type(error).__name__}).", "lost") from error
         status = answer.status_code
-        if status == 200:
-            return answer
+        if status not in _ABSENT:
+            self._answered = time.monotonic()
+            replica.answered()
+        if status in _PASSING:
+            kind: Kind = "down" if status in _ABSENT else "busy" if status == 429 else "wrong"
+            raise _PassingError(f"{where} answered {status}.", kind, _seconds(answer.headers.get("Retry-After")))
         if status in (401, 403):
             raise EngineDeadError(
                 f"The server at {replica.url} refuses the key (status {status}). "
                 f"Put a valid one into the environment variable {self._engine._api_key_env}."
             )
-        if status in _TRY_AGAIN:
-            wait = _seconds(answer.headers.get("Retry-After"))
-            raise _PassingError(f"the server at {replica.url} answered {status}.", wait=wait, elsewhere=status != 429)
-        raise RequestError(
-            f"The server at {replica.url} refused a request (status {status}): {answer.text[:300]!r}. "
-            "The prompt or a setting is not to its liking; its log may say more."
+        if status != 200:
+            said = answer.text.replace(self._key, "[key]") if self._key else answer.text
+            raise RequestError(
+                f"The server at {replica.url} refused a request to {urlsplit(url).path} (status {status}): "
+                f"{said[:300]!r}. An OpenAI-compatible completions server is expected; check base_url, which mostly "
+                "ends in /v1, and the server's log."
+            )
+        try:
+            return answer.json()
+        except (ValueError, RecursionError) as error:
+            raise _PassingError(f"{where} answered with something that is not JSON.") from error
+
+
+def _key(name: str) -> str:
+    """Read the key from the environment.
+
+    Raises:
+        EngineDeadError: No header can carry it.
+    """
+    key = os.environ.get(name, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise EngineDeadError(
+            f"The key in the environment variable {name} has characters that no HTTP header can carry. "
+            "A line of ASCII is expected; set it again."
         )
-
-
-def _json(answer: httpx.Response, replica: _Replica) -> Any:
-    try:
-        return answer.json()
-    except ValueError as error:
-        raise _PassingError(f"the server at {replica.url} answered with something that is not JSON.") from error
+    return key
 
 
 def _list(value: Any, key: str) -> list[Any]:
     found = value.get(key) if isinstance(value, Mapping) else None
     return found if isinstance(found, list) else []
-
-
-def _choice(value: Any, replica: _Replica) -> Mapping[str, Any]:
-    choices = _list(value, "choices")
-    if not choices or not isinstance(choices[0], Mapping):
-        raise _PassingError(f"the server at {replica.url} answered without a choice.")
-    return choices[0]
 
 
 def _seconds(header: str | None) -> float | None:

@@ -128,6 +128,7 @@ class VLLMEngine:
         """Stop vLLM and its child process."""
         if self._live is not None:
             live, self._live = self._live, None
+            live.stop_watching()
             await asyncio.get_running_loop().run_in_executor(None, live.close)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,8 +170,10 @@ class _Live:
                 f"vLLM could not start {engine.model!r}: {error} Look at its log above. Options of AsyncEngineArgs "
                 "can be passed to VLLMEngine, for instance gpu_memory_utilization=0.45 or max_model_len=32768."
             ) from error
-        children = [child.pid for child in psutil.Process().children(recursive=True) if child.pid not in before]
-        self._reaper = subprocess.Popen([sys.executable, "-c", _REAPER, str(os.getpid()), *map(str, children)])
+        self._children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        pids = [str(child.pid) for child in self._children]
+        self._reaper = subprocess.Popen([sys.executable, "-c", _REAPER, str(os.getpid()), *pids])
+        self._death: asyncio.Task[None] | None = None
         self.context_length = int(self._vllm.model_config.max_model_len)
         self._model = engine.model
         self._numbers = count()
@@ -178,6 +181,31 @@ class _Live:
         self._final = RequestOutputKind.FINAL_ONLY
 
     async def complete(self, request: Request) -> Completion:
+        """Generate, unless vLLM dies: requests that it holds at that moment would wait for ever."""
+        if self._death is None:
+            self._death = asyncio.create_task(self._wait_for_death())
+        work = asyncio.create_task(self._generate(request))
+        try:
+            await asyncio.wait((work, self._death), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise EngineDeadError(
+                    f"vLLM with {self._model!r} died: its process is gone. Its log above may say why; often it is "
+                    "killed for want of memory."
+                )
+            return work.result()
+        finally:
+            work.cancel()
+
+    async def _wait_for_death(self) -> None:
+        import psutil
+
+        def lives(child: Any) -> bool:
+            return bool(child.is_running() and child.status() != psutil.STATUS_ZOMBIE)
+
+        while all(map(lives, self._children)):  # noqa: ASYNC110 - a process that dies sends no event
+            await asyncio.sleep(1.0)
+
+    async def _generate(self, request: Request) -> Completion:
         from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
 
         sampling = self._sampling(
@@ -202,6 +230,10 @@ class _Live:
         if ids and ids[-1] in request.stop_ids:
             return Completion(ids[:-1], ids[-1])
         return Completion(ids, None)
+
+    def stop_watching(self) -> None:
+        if self._death is not None:
+            self._death.cancel()
 
     def close(self) -> None:
         self._vllm.shutdown()

@@ -1,0 +1,152 @@
+"""Settings are checked before anything starts; their fingerprint names what decides the rows, and only that."""
+
+import pytest
+from pydantic import ValidationError
+
+from tessy_hf.errors import SettingsError, TessyError
+from tessy_hf.settings import Settings
+
+SPEAKERS = {"teacher": {"engine": {"model": "t"}}, "student": {"engine": {"model": "s"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("chunk_tokens", 0, "greater than or equal to 1"),
+        ("chunk_tokens", -20, "greater than or equal to 1"),
+        ("chunk_tokens", "many", "valid integer"),
+        ("chunk_tokens", 2.5, "valid integer"),
+        ("chunk_tokens", None, "valid integer"),
+        ("temperature", -0.1, "greater than or equal to 0"),
+        ("temperature", float("nan"), "0"),
+        ("top_p", 0, "greater than 0"),
+        ("top_p", 1.1, "less than or equal to 1"),
+        ("seed", "x", "valid integer"),
+        ("max_thinking_tokens", 0, "greater than or equal to 1"),
+        ("max_answer_tokens", 0, "greater than or equal to 1"),
+        ("rows_in_flight", 0, "greater than or equal to 1"),
+        ("max_attempts", 0, "greater than or equal to 1"),
+        ("prompt_column", 3, "valid string"),
+        ("journal", 3, "valid string"),
+        ("method", "tesy", "'tessy'"),
+        ("method", None, "'teacher-only'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_told_with_what_would_do(name, value, expected):
+    with pytest.raises(SettingsError) as caught:
+        Settings.check(**{name: value})
+    message = str(caught.value)
+    assert f"{name}={value!r}" in message  # what was seen
+    assert expected in message  # what was expected
+    assert f"Pass for instance {name}={Settings.model_fields[name].default!r}" in message  # what to do
+    assert isinstance(caught.value, (TessyError, ValueError))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("chunk_token", "chunk_tokens"),
+        ("chunksize_tokens", "chunk_tokens"),
+        ("max_think_tokens", "max_thinking_tokens"),
+        ("temprature", "temperature"),
+        ("prompt_colum", "prompt_column"),
+        ("rows_inflight", "rows_in_flight"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest_known_one(given, meant):
+    with pytest.raises(SettingsError) as caught:
+        Settings.check(**{given: 1})
+    message = str(caught.value)
+    assert f"Unknown setting {given!r}" in message
+    assert all(name in message for name in Settings.model_fields)
+    assert message.endswith(f"Did you mean {meant!r}?")
+
+
+def test_a_name_like_no_other_is_told_to_be_left_out():
+    with pytest.raises(SettingsError, match=r"Unknown setting 'zzz'\. Known: method, .*Leave it out\."):
+        Settings.check(zzz=1)
+
+
+def test_the_paper_s_figures_are_the_defaults():
+    settings = Settings.check()
+    assert (settings.method, settings.chunk_tokens, settings.temperature) == ("tessy", 20, 0.6)
+
+
+def test_settings_do_not_change():
+    settings = Settings.check(chunk_tokens=3)
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.chunk_tokens = 4
+    assert settings.chunk_tokens == 3
+
+
+# --- the fingerprint
+
+
+@pytest.mark.parametrize(
+    "change", [{"rows_in_flight": 7}, {"journal": "elsewhere"}, {"journal": None}, {"max_attempts": 9}]
+)
+def test_what_only_changes_speed_and_safety_is_not_in_the_fingerprint(change):
+    assert Settings.check(**change).fingerprint(SPEAKERS) == Settings.check().fingerprint(SPEAKERS)
+
+
+CHANGES = {
+    "method": "student-only",
+    "chunk_tokens": 21,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "seed": 1,
+    "max_thinking_tokens": 99,
+    "max_answer_tokens": 99,
+    "prompt_column": "question",
+    "id_column": "id",
+    "system_prompt": "Be brief.",
+}
+
+
+def test_all_that_decides_the_rows_is_in_the_fingerprint():
+    speed = {"rows_in_flight", "journal", "max_attempts"}
+    assert set(CHANGES) | speed == set(Settings.model_fields), "a new setting: say here whether it decides the rows"
+    prints = {Settings.check(**{name: value}).fingerprint(SPEAKERS) for name, value in CHANGES.items()}
+    assert len(prints | {Settings.check().fingerprint(SPEAKERS)}) == len(CHANGES) + 1
+
+
+def test_the_speakers_are_in_the_fingerprint_whatever_their_order():
+    settings = Settings.check()
+    swapped = {"student": SPEAKERS["student"], "teacher": SPEAKERS["teacher"]}
+    other = {**SPEAKERS, "teacher": {"engine": {"model": "other"}}}
+    roles = {"teacher": SPEAKERS["student"], "student": SPEAKERS["teacher"]}
+    assert settings.fingerprint(swapped) == settings.fingerprint(SPEAKERS)
+    assert len({settings.fingerprint(speakers) for speakers in (SPEAKERS, other, roles)}) == 3
+
+
+# --- the plan of a row
+
+
+@pytest.mark.parametrize(
+    ("method", "thinking", "answer"),
+    [
+        ("tessy", "alternate", "student"),
+        ("tessy-teacher-answer", "alternate", "teacher"),
+        ("student-only", "student", "student"),
+        ("teacher-only", "teacher", "teacher"),
+        ("teacher-think", "teacher", "student"),
+        ("teacher-answer", "student", "teacher"),
+    ],
+)
+def test_a_method_says_who_thinks_and_who_answers(method, thinking, answer):
+    settings = Settings.check(
+        method=method, chunk_tokens=5, temperature=0, top_p=0.5, max_thinking_tokens=6, max_answer_tokens=7
+    )
+    plan = settings.plan("row-1")
+    assert (plan.thinking, plan.answer) == (thinking, answer)
+    assert (plan.chunk_tokens, plan.temperature, plan.top_p) == (5, 0, 0.5)
+    assert (plan.max_thinking_tokens, plan.max_answer_tokens) == (6, 7)
+    assert settings.alternates == (thinking == "alternate")
+
+
+def test_teacher_mix_splits_the_rows_by_their_key_alone_and_about_in_half():
+    plans = {key: Settings.check(method="teacher-mix", seed=1).plan(key) for key in map(str, range(400))}
+    assert all(plan.thinking == plan.answer for plan in plans.values())
+    assert 160 < sum(plan.thinking == "teacher" for plan in plans.values()) < 240
+    again = Settings.check(method="teacher-mix", seed=2, chunk_tokens=9)
+    assert all(again.plan(key).thinking == plan.thinking for key, plan in plans.items())
