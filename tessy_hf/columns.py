@@ -47,16 +47,27 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, dialect: Di
     Raises:
         DatasetError: The prompt column is missing, or a column of the dataset would be overwritten.
     """
-    from datasets import Features, List, Value
+    from datasets import Features
 
     given = dataset.features
     if given is None:
         given = dataset._resolve_features().features
     check_columns(list(given), prompt_column)
+    return Features({**given, **schema(dialect.marks_in_content)})
+
+
+def schema(marks_in_content: bool) -> dict[str, Any]:
+    """Return the types of :data:`COLUMNS`.
+
+    Args:
+        marks_in_content: Whether thinking stands in a message's content, or under a key of its own.
+    """
+    from datasets import List, Value
+
     text = Value("string")
-    message = {"role": text, "content": text} | ({} if dialect.marks_in_content else {"thinking": text})
+    message = {"role": text, "content": text} | ({} if marks_in_content else {"thinking": text})
     span = {"author": text, "part": text, "start": Value("int32"), "end": Value("int32"), "tokens": Value("int32")}
-    added = {
+    return {
         "messages": List(message),
         "thinking": text,
         "answer": text,
@@ -74,7 +85,6 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, dialect: Di
         "run_fingerprint": text,
         "seed": Value("int64"),
     }
-    return Features({**given, **added})
 
 
 def check_columns(columns: Sequence[str], prompt_column: str, id_column: str | None = None) -> None:

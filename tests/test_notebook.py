@@ -19,7 +19,9 @@ CELLS = [
 def test_map_in_a_notebook():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
     NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
-    printed = ["".join(o.get("text", "") for o in cell.outputs if o.get("name") == "stdout") for cell in notebook.cells]
+    printed = [
+        "".join(o.get("text", "") for o in cell.outputs if o.get("name") == "stdout") for cell in notebook.cells
+    ]
     right, _, answer = printed[2].strip().partition(" ")
     assert int(right) >= 10 and answer.startswith("the answer is")
     assert printed[3].strip() == "True"
