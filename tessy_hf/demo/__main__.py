@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,15 +26,10 @@ def main(
 ) -> None:
     """Let a tiny teacher and a tiny student write answers together, and compare with the student alone."""
     console = Console()
-    table = Table(title=f"{rows} {family} prompts, temperature 0.6")
-    for heading in (
-        "method",
-        "answers right",
-        "teacher's share of the thinking",
-        "tokens a row",
-        "kept tokens/s",
-        "ended",
-    ):
+    transformers.utils.logging.disable_progress_bar()
+    caption = "right: answers that are; teacher: its share of the thinking; tokens/s: of kept tokens"
+    table = Table(title=f"{rows} {family} prompts, temperature 0.6", caption=caption)
+    for heading in ("method", "right", "teacher", "tokens/row", "tokens/s", "ended"):
         table.add_column(heading, justify="left" if heading in ("method", "ended") else "right")
     paths = []
     for method in ("tessy", "student-only"):
@@ -43,8 +39,9 @@ def main(
         dataset.to_parquet(paths[-1])
         table.add_row(method, *_figures(dataset, seconds))
         if method == "tessy":
-            example = next((row for row in dataset if demo.verify(row)), dataset[0])
-            console.print(_excerpt(example), soft_wrap=True)
+            right = [row for row in dataset if demo.verify(row)]
+            example = next((row for row in right if "&" in row["prompt"]), dataset[0])  # "&" only the teacher knows
+            console.print(_excerpt(example, coloured=console.is_terminal), soft_wrap=True)
     console.print(table)
     console.print("Dataset:", *(str(path) for path in paths), soft_wrap=True)
     console.print(f"Load it with: datasets.load_dataset('parquet', data_files={str(paths[0])!r})", soft_wrap=True)
@@ -78,15 +75,17 @@ def _figures(dataset: Any, seconds: float) -> list[str]:
     ]
 
 
-def _excerpt(row: dict[str, Any]) -> Text:
-    """Colour one row by author. Model text is shown as it is, never as markup."""
+def _excerpt(row: dict[str, Any], *, coloured: bool) -> Text:
+    """Colour one row by author, or mark the teacher's text. Model text is shown as it is, never as markup."""
     text = Text("Prompt: " + row["prompt"] + "\n\n")
     assistant = row["messages"][-1]["content"]
     for span in row["spans"]:
-        text.append(assistant[span["start"] : span["end"]], style=COLOURS[span["author"]])
+        written = assistant[span["start"] : span["end"]]
+        marked = written if coloured or span["author"] == "student" else f"«{written}»"
+        text.append(marked, style=COLOURS[span["author"]])
     text.append("\n\nwritten by ")
     for author, colour in COLOURS.items():
-        text.append(f" {author} ", style=colour)
+        text.append(f" {author} " if coloured or author == "student" else f" «{author}» ", style=colour)
         text.append(" ")
     text.append(f"— expected answer {row['reference_answer']}\n")
     return text
