@@ -12,9 +12,9 @@ and a causal predictor the accepted text does not depend on k. Knows nothing of 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
@@ -60,7 +60,7 @@ class Boundary(NamedTuple):
     """Where the current author's text ends.
 
     Attributes:
-        kept: Characters of the tentative text that are the author's kind and complete.
+        kept: How many words of the tentative text are the author's kind and complete.
         cut: Whether the text after ``kept`` is the other author's to write.
     """
 
@@ -136,6 +136,11 @@ async def _answer(row: Row) -> None:
         return
     text = speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]).strip()
     row.trajectory.add(author, "answer", text)
+    if not row.trajectory.spans:
+        raise RequestError(
+            f"Row {row.prompt.key!r}: the {author} {speaker.engine.model!r} ended at once: it wrote neither "
+            "thinking nor answer. Text was expected; look at the prompt and at the chat template."
+        )
     if completion.stop_id is not None:
         row.end("stop")
     else:
@@ -148,11 +153,15 @@ class Written(NamedTuple):
     Attributes:
         text: The text, up to the end of thinking.
         ends: Where each token's text ends in it.
+        words: Where each of its words begins and ends.
+        spelled: Each word as every model reads it.
         closed: Whether the author ended the thinking after it.
     """
 
     text: str
     ends: list[int]
+    words: list[tuple[int, int]]
+    spelled: list[str]
     closed: bool
 
 
@@ -171,13 +180,13 @@ class Row:
     _loops: LoopDetector = field(default_factory=LoopDetector)
 
     def open(self) -> None:
-        """Render the prompt for all who write, and for the student, by whose tokens the budget is counted.
+        """Render the prompt for all who write.
 
         Raises:
             PromptError: A template refuses the prompt, or it leaves no room in a model's context.
         """
         views: dict[Author, TokenList] = {}
-        writers = {"student", self.plan.thinking, self.plan.answer} | ({"teacher"} if self._alternates else set())
+        writers = {"teacher", "student"} if self._alternates else {self.plan.thinking, self.plan.answer}
         for author, speaker in self.speakers.items():
             if author not in writers:
                 continue
@@ -190,7 +199,8 @@ class Row:
                 )
             views[author] = TokenList(speaker.vocabulary, ids, tail)
         predictors = [speaker.boundary for speaker in self.speakers.values() if self._alternates and speaker.boundary]
-        self.transcript = Transcript(views, [predictor.vocabulary for predictor in predictors])
+        readers = [self.speakers["student"].vocabulary, *(predictor.vocabulary for predictor in predictors)]
+        self.transcript = Transcript(views, readers)
         for span in self.trajectory.spans:
             self.transcript.recall(span.text)
             self._loops.feed(span.text)
@@ -243,7 +253,8 @@ class Row:
     async def write(self, author: Author) -> Written | None:
         """Let the author write on, and return all of its text that is not settled yet."""
         view = self.transcript.views[author]
-        room = self.plan.max_thinking_tokens - self.transcript.views["student"].length
+        counter = self.transcript.reader(self.speakers["student"].vocabulary)
+        room = self.plan.max_thinking_tokens - len(counter.ids)
         k = self.plan.chunk_tokens if self._alternates else max(room, self.plan.chunk_tokens)
         completion = await self.ask(author, "thinking", k)
         if completion is None:
@@ -251,42 +262,42 @@ class Row:
             return None
         view.push(completion.token_ids)
         text, ends = view.tentative()
+        closed = completion.stop_id is not None
         # An end marker may also be spelled out in tokens that are not special.
         found = [at for at in (text.find(s.dialect.end_marker) for s in self.speakers.values()) if at >= 0]
-        return Written(text[: min(found, default=len(text))], ends, bool(found) or completion.stop_id is not None)
+        if found:
+            text, closed = text[: min(found)], True
+        elif not closed:
+            text = text.rstrip("\ufffd")  # the last character may lack some of its bytes
+        spans, first = words(text), not self.trajectory.spans
+        spelled = [self.transcript.spell(text[a:b], first=first and not i) for i, (a, b) in enumerate(spans)]
+        return Written(text, ends, spans, spelled, closed)
 
     # --- judging
 
     async def boundary(self, author: Author, written: Written) -> Boundary:
         """Say where the author's kind of text ends.
 
-        A word is judged by the token that begins it, once later tokens can no longer change that token: for predictors
-        that look ahead, when the word has begun; for the others, when the next word has begun; always when thinking
-        has ended.
+        A word is judged by the token that begins it, or the one before for predictors that look ahead; and only once
+        later text can no longer change these tokens: when the next word has begun, or the thinking has ended.
         """
-        spans = words(written.text)
-        complete = len(spans) if written.closed else max(0, len(spans) - 1)
+        complete = len(written.words) if written.closed else max(0, len(written.words) - 1)
         predictor = self.speakers[author].boundary if self._alternates else None
-        first = sum(end <= self._judged for _, end in spans)
         other = None
-        if predictor is not None:
-            judgeable = len(spans) if predictor.label_shift else complete
-            other = await self._first_of_other_kind(author, predictor, written.text, spans[:judgeable], first)
+        if predictor is not None and self._judged < complete:
+            other = await self._first_of_other_kind(author, predictor, written, complete)
         if other == 0 and self.trajectory.turn_is_empty:  # an author that took over keeps at least one word
-            other = 1 if complete else None
-        if other is None:
-            return Boundary(spans[complete - 1][1] if complete else 0, cut=False)
-        return Boundary(spans[other - 1][1] if other else 0, cut=True)
+            other = 1
+        return Boundary(complete, cut=False) if other is None else Boundary(other, cut=True)
 
     async def _first_of_other_kind(
-        self, author: Author, predictor: BoundaryPredictor, text: str, spans: Sequence[tuple[int, int]], first: int
+        self, author: Author, predictor: BoundaryPredictor, written: Written, complete: int
     ) -> int | None:
-        """Return the index of the first word, from ``first`` on, that is not the author's kind of text."""
-        reader = self.transcript.reader(predictor.vocabulary)
-        if not spans[first:]:
-            return None
-        preview = reader.preview(text)
-        letters = [end - len(text[start:end].lstrip()) for start, end in spans[first:]]
+        """Return the index of the first word, of those not judged yet, that is not the author's kind of text."""
+        rest = written.text[written.words[-1][1] :]
+        preview = self.transcript.reader(predictor.vocabulary).preview("".join(written.spelled) + rest)
+        ends = list(accumulate(map(len, written.spelled)))
+        letters = [ends[i] - len(written.spelled[i].lstrip()) for i in range(self._judged, complete)]
         positions = [preview.token_at(letter) - predictor.label_shift for letter in letters]
         own_kind = author == "student"  # style is the student's to write
         style = dict.fromkeys(positions, own_kind)  # before the first token there is nothing that could look ahead
@@ -295,7 +306,7 @@ class Row:
             inside = list(group)
             labels = await predictor.labels(preview.window(start, inside[-1] + 1))
             style.update((p, labels[p - start]) for p in inside)
-        return next((first + i for i, p in enumerate(positions) if style[p] != own_kind), None)
+        return next((self._judged + i for i, p in enumerate(positions) if style[p] != own_kind), None)
 
     # --- keeping
 
@@ -304,16 +315,17 @@ class Row:
         kept, limit = self._limit(written, boundary)
         cut = boundary.cut or limit is not None or written.closed
         if not cut:  # settle only up to a word end that is also a token end; the words between are judged already
-            aligned = {0, *written.ends}
-            stop = max(end for end in (0, *(end for _, end in words(written.text[:kept]))) if end in aligned)
-            self._judged, kept = kept - stop, stop
-        spelled = self.transcript.spell(written.text[:kept], first=not self.trajectory.spans)
+            token_ends = set(written.ends)
+            aligned = next((n for n in range(kept, 0, -1) if written.words[n - 1][1] in token_ends), 0)
+            self._judged, kept = kept - aligned, aligned
+        stop = written.words[kept - 1][1] if kept else 0
+        spelled = "".join(written.spelled[:kept])
         if cut:
-            dropped = self.transcript.cut(author, written.text, written.ends, kept, spelled)
+            dropped = self.transcript.cut(author, written.text, written.ends, stop, spelled)
             self.trajectory.discarded[author] += dropped
             self._judged = 0
         elif kept:
-            self.transcript.settle(author, written.text, written.ends, kept, spelled)
+            self.transcript.settle(author, written.text, written.ends, stop, spelled)
         self.trajectory.add(author, "thinking", spelled)
         if limit is not None:
             self.end(limit)
@@ -321,26 +333,24 @@ class Row:
             self.trajectory.turn = "teacher" if author == "student" else "student"
             self.trajectory.turn_is_empty = True
         else:
-            self.trajectory.turn_is_empty &= not spelled
+            self.trajectory.turn_is_empty &= not kept
             self.trajectory.closed = written.closed
-        if self.record is not None and (spelled or cut):
+        if self.record is not None and (kept or cut):
             self.record(self.trajectory, Span(author, "thinking", spelled))
 
     def _limit(self, written: Written, boundary: Boundary) -> tuple[int, FinishReason | None]:
-        """Apply the loop detector and the budget: how much may be kept, and how the row ends if that is all."""
-        text, kept = written.text, boundary.kept
-        looped = self._loops.feed(text[self._judged : kept])
+        """Apply the loop detector and the budget: how many words may be kept, and how the row ends if that is all."""
+        kept, ends = boundary.kept, list(accumulate(map(len, written.spelled), initial=0))
+        text = "".join(written.spelled[:kept])
+        looped = self._loops.feed(text[ends[min(self._judged, kept)] :])
         if looped is not None:
-            return self._judged + looped, "repetition"
-        if len(text) - kept > LONGEST_WORD and not boundary.cut:
+            return bisect_right(ends, ends[self._judged] + looped) - 1, "repetition"
+        if not boundary.cut and len(written.text) - ends[kept] > LONGEST_WORD:
             return kept, "repetition"
-        student = self.transcript.views["student"]
+        counter = self.transcript.reader(self.speakers["student"].vocabulary)
         budget = self.plan.max_thinking_tokens
-        if budget - student.length >= _MOST_TOKENS_PER_CHARACTER * len(text):
+        if budget - len(counter.ids) >= _MOST_TOKENS_PER_CHARACTER * len(text):
             return kept, None  # spares the exact count while the budget is far
-        preview = student.preview(text)
-        room, ends = budget - (preview.begin - student.start), [end for _, end in preview.encoding.offsets]
-        if bisect_right(ends, kept) <= room:
-            return kept, None
-        fits = ends[room - 1] if room > 0 else 0
-        return max((end for _, end in words(text) if end <= fits), default=0), "length"
+        over = (n for n in range(1, kept + 1) if counter.preview(text[: ends[n]]).length > budget)
+        fits = next(over, kept + 1) - 1
+        return fits, None if fits == kept else "length"

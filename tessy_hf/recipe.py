@@ -76,7 +76,7 @@ def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
     try:
         recipe = _Recipe.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of alternatives, the one that was meant
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise SettingsError(
             f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are settings by name, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tessy_hf.trajectory import Author
@@ -29,6 +30,11 @@ class Preview(NamedTuple):
     begin: int
     encoding: Encoding
 
+    @property
+    def length(self) -> int:
+        """How many ids the whole list has."""
+        return self.begin + len(self.encoding.ids)
+
     def token_at(self, character: int) -> int:
         """Return the index, in the whole list, of the token that holds a character of the new text."""
         inside = bisect_right(self.encoding.offsets, character, key=lambda offsets: offsets[1])
@@ -38,6 +44,17 @@ class Preview(NamedTuple):
         """Return the ids from ``start`` to ``stop`` of the whole list."""
         old, new = self.ids[start : min(stop, self.begin)], self.encoding.ids
         return [*old, *new[max(0, start - self.begin) : max(0, stop - self.begin)]]
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What a list's model has written since others last did: where that begins, its text as spelled for all."""
+
+    begin: int
+    tail: str
+    tail_tokens: int
+    text: str = ""
+    respell: bool = False
 
 
 class TokenList:
@@ -53,7 +70,7 @@ class TokenList:
         tail: The whitespace that ends the rendered prompt, which a tokenizer may join with the first word.
     """
 
-    __slots__ = ("_tail", "_tail_tokens", "_tentative", "ids", "start", "vocabulary")
+    __slots__ = ("_tail", "_tail_tokens", "_tentative", "_turn", "ids", "start", "vocabulary")
 
     def __init__(self, vocabulary: Vocabulary, ids: Sequence[int] = (), tail: str = "") -> None:
         self.vocabulary = vocabulary
@@ -63,6 +80,10 @@ class TokenList:
         encoded = vocabulary.encode(tail).ids
         exact = len(encoded) > 0 and list(self.ids[-len(encoded) :]) == encoded
         self._tail, self._tail_tokens = (tail, len(encoded)) if exact else ("", 0)
+        self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._turn = _Turn(self.settled, self._tail, self._tail_tokens)
 
     @property
     def settled(self) -> int:
@@ -75,9 +96,9 @@ class TokenList:
         return self.settled - self.start
 
     @property
-    def seam(self) -> int:
-        """The index, counted from the text's start, before which settled ids will not change any more."""
-        return max(0, self.settled - self._tail_tokens - self.start)
+    def turn_seam(self) -> int:
+        """The index, counted from the text's start, before which ids do not change when the model's turn ends."""
+        return max(0, self._turn.begin - self._turn.tail_tokens - self.start)
 
     # --- what others wrote
 
@@ -85,6 +106,7 @@ class TokenList:
         """Settle ``text`` written by another author."""
         if text:
             self._replace_tail(self._tail + text, self.vocabulary.encode(self._tail + text))
+        self._begin_turn()
 
     def preview(self, text: str) -> Preview:
         """Return what the list would hold after :meth:`append`, without changing it."""
@@ -119,34 +141,42 @@ class TokenList:
     def settle(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
         """Settle the first ``kept`` characters of the tentative ``text`` and leave what follows tentative.
 
+        While the model's turn lasts, its ids stay as it made them, so that what it writes next does not depend on when
+        its text is settled.
+
         Args:
             text: The tentative text, from :meth:`tentative`.
             ends: Where each tentative id's text ends, from :meth:`tentative`.
             kept: How many characters to settle; one of ``ends``.
-            spelled: The kept text as all vocabularies read it. Where that differs, it is spelled anew.
+            spelled: The kept text as all vocabularies read it.
         """
         count = sum(end <= kept for end in ends)
-        if spelled == text[:kept]:
-            self._tentative -= count
-            self._freeze(count, spelled)
-        else:
-            later = self.ids[self.settled + count :]
-            self.drop()
-            self.append(spelled)
-            self.push(later)
+        self._tentative -= count
+        self._freeze(count, text[:kept])
+        self._turn.text += spelled
+        self._turn.respell |= spelled != text[:kept]
 
     def cut(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
-        """Settle ``kept`` characters of the tentative text, drop the rest, return how many ids were dropped."""
+        """Settle ``kept`` characters of the tentative text, drop the rest, end the model's turn.
+
+        Where the turn's text is spelled differently from what the model made, its ids are made anew.
+
+        Returns:
+            How many ids were dropped.
+        """
         count = sum(end <= kept for end in ends)
         aligned = ends[count - 1] if count else 0
         dropped = self._tentative - count
-        if spelled != text[:kept]:
+        turn = self._turn
+        if turn.respell or spelled != text[:kept]:
+            del self.ids[turn.begin :]
+            self._tentative, self._tail, self._tail_tokens = 0, turn.tail, turn.tail_tokens
+            self.append(turn.text + spelled)
+        else:
+            self.settle(text, ends, aligned, spelled[:aligned])
             self.drop()
-            self.append(spelled)
-            return dropped
-        self.settle(text, ends, aligned, spelled[:aligned])
-        self.drop()
-        self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is spelled anew
+            self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is spelled anew
+        self._begin_turn()
         return dropped
 
     def drop(self) -> int:
@@ -187,11 +217,12 @@ class TokenList:
 
 
 class Transcript:
-    """One row's thinking so far: for each author the ids its engine continues, for each predictor the ids it reads.
+    """One row's thinking so far: for each author the ids its engine continues, for each reader the ids it reads.
 
     Args:
         views: Each author's list, holding its rendered prompt.
-        readers: The predictors' vocabularies; equal ones share a list.
+        readers: The vocabularies of those who only read: the predictors, and the student's to count tokens with. Equal
+            ones share a list.
     """
 
     __slots__ = ("_readers", "views")
@@ -201,7 +232,7 @@ class Transcript:
         self._readers = {vocabulary.fingerprint: TokenList(vocabulary) for vocabulary in readers}
 
     def reader(self, vocabulary: Vocabulary) -> TokenList:
-        """Return the thinking as a predictor with ``vocabulary`` reads it."""
+        """Return the thinking as one who reads it with ``vocabulary`` does."""
         return self._readers[vocabulary.fingerprint]
 
     def spell(self, text: str, *, first: bool) -> str:
@@ -217,27 +248,25 @@ class Transcript:
 
     def settle(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
         """Settle an author's tentative text up to ``kept`` for everyone. See :meth:`TokenList.settle`."""
-        own = self.views[author]
-        before = own.seam
-        own.settle(text, ends, kept, spelled)
-        self._share(author, before, spelled)
+        self.views[author].settle(text, ends, kept, spelled)
+        self._share(author, spelled)
 
     def cut(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
-        """Settle an author's text up to ``kept`` for everyone and drop the rest. See :meth:`TokenList.cut`."""
+        """Settle an author's text up to ``kept`` for everyone, drop the rest. See :meth:`TokenList.cut`."""
         own = self.views[author]
-        before = own.seam
+        since = own.turn_seam
         dropped = own.cut(text, ends, kept, spelled)
-        self._share(author, before, spelled)
+        self._share(author, spelled)
+        for view in self.views.values():
+            if view is not own and view.vocabulary.fingerprint == own.vocabulary.fingerprint:
+                view.adopt(own, since)  # the very ids that the author made
         return dropped
 
-    def _share(self, author: Author, before: int, text: str) -> None:
+    def _share(self, author: Author, text: str) -> None:
+        """Give the text that ``author`` settled to everyone else."""
         own = self.views[author]
-        for name, view in self.views.items():
-            if name == author:
-                continue
-            if view.vocabulary.fingerprint == own.vocabulary.fingerprint:
-                view.adopt(own, before)
-            else:
+        for view in self.views.values():
+            if view.vocabulary.fingerprint != own.vocabulary.fingerprint:
                 view.append(text)
         for reader in self._readers.values():
             reader.append(text)

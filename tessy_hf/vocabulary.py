@@ -65,11 +65,16 @@ class Vocabulary:
         identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         # Tokenizers that mark word starts (SentencePiece) would add a mark at the start of every fragment.
-        joined = self._backend.encode("a b", add_special_tokens=False).ids
-        apart = [i for piece in ("a", " b") for i in self._backend.encode(piece, add_special_tokens=False).ids]
-        self._anchor = "" if joined == apart else "a"
+        self._anchor = "" if all(map(self._continues, (" b", "\nb", "\n\n b"))) else "a"
         marked = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
         self.special_ids = frozenset(map(int, (*marked, *tokenizer.all_special_ids)))
+
+    def _continues(self, piece: str) -> bool:
+        """Return whether a piece has the same ids by itself as after a word."""
+        joined, word, alone = (
+            self._backend.encode(t, add_special_tokens=False).ids for t in ("a" + piece, "a", piece)
+        )
+        return bool(joined == word + alone)
 
     def encode(self, text: str) -> Encoding:
         """Encode model text, never reading special tokens into it.

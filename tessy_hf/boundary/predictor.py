@@ -155,7 +155,8 @@ class _LivePredictor:
 
         network, tokenizer = _load(model, revision)
         self.convention = _convention(model, network.config, stated)
-        self.window = stated["window"] or getattr(network.config, "window", None) or DEFAULT_WINDOW
+        configured = getattr(network.config, "window", None) or DEFAULT_WINDOW
+        self.window = configured if stated["window"] is None else stated["window"]
         if self.window < 2:
             raise BoundaryError(
                 f"The window of {model!r} is {self.window}. Pass window=200 or another number above 1."

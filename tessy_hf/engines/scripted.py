@@ -151,6 +151,8 @@ class _Play:
     cursor: int = 0
     turn_prompt: int = -1
     turn_ids: list[int] = field(default_factory=list)
+    head: list[int] = field(default_factory=list)
+    index: int = 0
 
     def __post_init__(self) -> None:
         pieces = [self.script.thinking] if isinstance(self.script.thinking, str) else list(self.script.thinking)
@@ -167,7 +169,7 @@ class _Play:
         written = request.prompt_ids[self.turn_prompt :] if self.turn_prompt >= 0 else None
         if written is None or list(written) != self.turn_ids:
             self._take_over(request)
-        ids = self._ids_from(self.cursor + len(self.vocabulary.decode(self.turn_ids)), request.max_tokens + 1)
+        ids = self._next_ids(request.max_tokens + 1)
         more = ids[: request.max_tokens]
         self.turn_ids.extend(more)
         return Completion(more, stop if len(ids) <= request.max_tokens else None)
@@ -184,12 +186,19 @@ class _Play:
             self.cursor += max((end for _, end in words(before) if end <= same), default=0)
         self.turns += 1
         self.turn_prompt, self.turn_ids = len(request.prompt_ids), []
+        self._seek(self.cursor)
 
-    def _ids_from(self, character: int, count: int) -> list[int]:
-        """Return the script's ids from a character on."""
-        index = bisect_right(self.ends, character)
-        begin = self.ends[index - 1] if index else 0
-        if index >= len(self.ids) or begin == character:
-            return self.ids[index : index + count]
-        rest = self.vocabulary.encode(self.text[character : self.ends[index]]).ids
-        return [*rest, *self.ids[index + 1 : index + 1 + count]][:count]
+    def _seek(self, character: int) -> None:
+        """Find where a turn that begins at a character of the script begins in its ids, or inside one of them."""
+        self.index = bisect_right(self.ends, character)
+        begin = self.ends[self.index - 1] if self.index else 0
+        self.head = []
+        if self.index < len(self.ids) and begin != character:
+            self.head = self.vocabulary.encode(self.text[character : self.ends[self.index]]).ids
+            self.index += 1
+
+    def _next_ids(self, count: int) -> list[int]:
+        """Return the ids that follow those already written in this turn."""
+        done = len(self.turn_ids)
+        at = self.index + max(0, done - len(self.head))
+        return [*self.head[done:], *self.ids[at : at + count]][:count]
