@@ -228,6 +228,7 @@ class _Runtime:
         self._journal_error: JournalError | None = None
         self._rows_seen = 0
         self._started: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
         self._loop = asyncio.new_event_loop()
         self._admission = asyncio.Lock()
@@ -253,10 +254,10 @@ class _Runtime:
         self._loop.close()
 
     async def _stop(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
+        own = list(self._tasks)  # not those of libraries, which end with the engines
+        for task in own:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*own, return_exceptions=True)
         self._progress.close()
         if self._journal is not None:
             self._journal.close()
@@ -268,8 +269,18 @@ class _Runtime:
         self._student.check_templates(student=True)
         if self._journal is not None:
             self._progress.say(self._journal.fingerprints().get(self._fingerprint))
-            self._ticker = asyncio.create_task(self._tick(self._journal))
-        await asyncio.gather(self._teacher.start(), self._student.start())
+            self._own(asyncio.create_task(self._tick(self._journal)))
+        if self._teacher.engine is self._student.engine:
+            await self._teacher.start()
+            await self._student.start()
+        else:
+            await asyncio.gather(self._teacher.start(), self._student.start())
+
+    def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Keep a task until it is done, to cancel it at the end."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _tick(self, journal: Journal) -> None:
         """Commit what was written: each 50 ms against a kill, twice a second against a power cut."""
@@ -282,7 +293,9 @@ class _Runtime:
                 return
 
     async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
-        settings = self._settings
+        settings, this = self._settings, asyncio.current_task()
+        if this is not None:
+            self._own(this)
         columns.check_columns(list(batch), settings.prompt_column, settings.id_column)
         prompts = batch[settings.prompt_column]
         if isinstance(prompts, str) or prompts is None:
@@ -290,7 +303,7 @@ class _Runtime:
                 "The transform got a single row. A batch is expected: call map(transform, batched=True)."
             )
         if self._started is None:
-            self._started = asyncio.create_task(self._start())
+            self._started = self._own(asyncio.create_task(self._start()))
         await asyncio.shield(self._started)
         ids = batch[settings.id_column] if settings.id_column is not None else [None] * len(prompts)
         tasks: list[asyncio.Task[dict[str, Any]]] = []
@@ -298,7 +311,7 @@ class _Runtime:
             async with self._admission:
                 for given, prompt in zip(ids, prompts, strict=True):
                     await self._window.acquire()
-                    tasks.append(asyncio.create_task(self._row(given, prompt, seen)))
+                    tasks.append(self._own(asyncio.create_task(self._row(given, prompt, seen))))
                     tasks[-1].add_done_callback(lambda _: self._window.release())
             rows = await asyncio.gather(*tasks)
             if self._journal is not None:

@@ -427,7 +427,8 @@ def test_two_processes_never_get_the_same_row(tmp_path):
             if journal.claim(key).status == "started":
                 say(key)
         journal.flush()
-        sys.stdin.readline()  # hold them until both are through
+        say("through")
+        sys.stdin.readline()  # hold them until all are through
     """
     processes = [script(body, path, seed) for seed in range(3)]
     for process in processes:
@@ -442,7 +443,7 @@ def test_two_processes_never_get_the_same_row(tmp_path):
     ]
     for thread in threads:
         thread.start()
-    poll_until(lambda: sum(map(len, gone.values())) >= 200)
+    poll_until(lambda: all("through\n" in lines for lines in gone.values()))
     for process in processes:
         process.stdin.write("end\n")
         process.stdin.close()
@@ -454,8 +455,9 @@ def test_two_processes_never_get_the_same_row(tmp_path):
         process.stdout.close()
         process.stderr.close()
     claimed = Counter(line.strip() for lines in gone.values() for line in lines)
+    assert claimed.pop("through") == 3
     assert claimed == {f"r{n}": 1 for n in range(200)}
-    assert sum(bool(lines) for lines in gone.values()) > 1  # they did overlap
+    assert sum(len(lines) > 1 for lines in gone.values()) > 1  # they did overlap
 
 
 def poll_until(condition, seconds=60):

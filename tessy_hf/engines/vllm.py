@@ -220,15 +220,18 @@ class _Live:
         prompt = self._tokens_input(list(request.prompt_ids))
         name = f"{request.row}-{next(self._numbers)}"
         ids: list[int] = []
+        reason = None
         try:
             async for output in self._vllm.generate(prompt, sampling, name, priority=request.order):
-                ids = list(output.outputs[0].token_ids)
+                ids, reason = list(output.outputs[0].token_ids), output.outputs[0].finish_reason
         except VLLMDeadError as error:
             raise EngineDeadError(f"vLLM with {self._model!r} died: {error} Its log above says why.") from error
         except ValueError as error:
             raise RequestError(f"vLLM with {self._model!r} refused row {request.row!r}: {error}") from error
         if ids and ids[-1] in request.stop_ids:
             return Completion(ids[:-1], ids[-1])
+        if reason == "stop":  # at an end of sequence that only the model's own configuration names
+            return Completion(ids[:-1], min(request.stop_ids))
         return Completion(ids, None)
 
     def stop_watching(self) -> None:
