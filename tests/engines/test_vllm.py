@@ -98,3 +98,15 @@ def test_a_model_that_vllm_cannot_run_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
     with pytest.raises(EngineDeadError, match="vLLM could not start"):
         asyncio.run(VLLMEngine(tmp_path).start())
+
+
+def test_greedy_rows_are_those_of_transformers():
+    """The whole method, with a teacher of another vocabulary, on both engines."""
+
+    def rows(engine):
+        prompts = demo.prompts(24, seed=9)
+        with demo.transform(engine=engine, temperature=0, journal=None) as transform:
+            mapped = prompts.map(transform, batched=True, load_from_cache_file=False)
+            return [(row["id"], row["messages"], row["spans"], row["finish_reason"]) for row in mapped]
+
+    assert rows("vllm") == rows("transformers")
