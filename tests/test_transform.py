@@ -307,3 +307,14 @@ def test_an_interrupt_ends_the_run_and_all_its_processes(num_proc):
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
         assert process.wait(timeout=5) != 0
     assert not [pid for pid in family if psutil.pid_exists(pid)]
+
+
+def test_a_script_that_never_closes_its_transform_ends_quietly():
+    code = """
+        from tessy_hf import demo
+        transform = demo.transform(journal=None)
+        print(demo.prompts(2).map(transform, batched=True)["finish_reason"][0])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "stop"
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr

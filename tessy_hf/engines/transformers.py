@@ -146,7 +146,7 @@ class TransformersEngine:
         """Let go of the model."""
         if self._live is not None:
             live, self._live = self._live, None
-            await asyncio.get_running_loop().run_in_executor(None, live.close)
+            live.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""

@@ -129,7 +129,7 @@ class VLLMEngine:
         if self._live is not None:
             live, self._live = self._live, None
             live.stop_watching()
-            await asyncio.get_running_loop().run_in_executor(None, live.close)
+            live.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
