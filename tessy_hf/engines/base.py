@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tessy_hf.errors import EngineDeadError
 from tessy_hf.trajectory import Part
 
 if TYPE_CHECKING:
@@ -101,6 +102,21 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Let go of all resources. The engine may be started again."""
         ...
+
+
+def load_tokenizer(model: str, revision: str | None, hint: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, and never code that comes with it.
+
+    Raises:
+        EngineDeadError: There is none. The message ends in ``hint``.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise EngineDeadError(f"The tokenizer of {model!r} could not be loaded: {error} {hint}") from error
+    return tokenizer
 
 
 def derive_seed(*parts: object) -> int:

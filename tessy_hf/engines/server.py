@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from tessy_hf.engines.base import Completion, Request, derive_seed
+from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 from tessy_hf.vocabulary import Vocabulary
 
@@ -183,15 +183,8 @@ class ServerEngine:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_name, revision=self._revision)
-            except (OSError, ValueError) as error:
-                raise EngineDeadError(
-                    f"The tokenizer of {self._tokenizer_name!r} could not be loaded: {error} Pass "
-                    "ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
-                ) from error
+            hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
+            self._tokenizer = load_tokenizer(self._tokenizer_name, self._revision, hint)
         return self._tokenizer
 
     @property

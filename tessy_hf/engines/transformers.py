@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.base import Completion, Request, load_tokenizer
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 if TYPE_CHECKING:
@@ -111,12 +111,8 @@ class TransformersEngine:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self._revision)
-            except (OSError, ValueError) as error:
-                raise _not_loaded(self.model, "tokenizer", error) from error
+            hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
+            self._tokenizer = load_tokenizer(self.model, self._revision, hint)
         return self._tokenizer
 
     @property
@@ -154,13 +150,6 @@ class TransformersEngine:
 
     def __repr__(self) -> str:
         return f"TransformersEngine({self.model!r})"
-
-
-def _not_loaded(model: str, what: str, error: Exception) -> EngineDeadError:
-    return EngineDeadError(
-        f"The {what} of {model!r} could not be loaded: {error} A Hub id or a folder with config.json, safetensors "
-        "and a tokenizer is expected; check the name, and HF_TOKEN for gated models."
-    )
 
 
 @dataclass
@@ -202,7 +191,10 @@ class _Live:
                 **engine._options,
             )
         except (OSError, ValueError) as error:
-            raise _not_loaded(engine.model, "model", error) from error
+            raise EngineDeadError(
+                f"The model {engine.model!r} could not be loaded: {error} A Hub id or a folder with config.json and "
+                "safetensors is expected; check the name, and HF_TOKEN for gated models."
+            ) from error
         self.network = network.to(self._device).eval()
         self._torch = torch
         self._max_batch = engine._max_batch

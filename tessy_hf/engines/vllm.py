@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.engines.base import Completion, Request, derive_seed
+from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
 from tessy_hf.errors import EngineDeadError, RequestError
 
 if TYPE_CHECKING:
@@ -90,15 +90,8 @@ class VLLMEngine:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self._revision)
-            except (OSError, ValueError) as error:
-                raise EngineDeadError(
-                    f"The tokenizer of {self.model!r} could not be loaded: {error} A Hub id or a folder is expected; "
-                    "check the name, and HF_TOKEN for gated models."
-                ) from error
+            hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
+            self._tokenizer = load_tokenizer(self.model, self._revision, hint)
         return self._tokenizer
 
     @property

@@ -1,0 +1,240 @@
+"""One transform at work in one process: its loop on a thread, its engines, its window of rows, its journal.
+
+Batches of columns go in from the thread that maps, finished columns come out. The only owner of an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from tessy_hf import columns, prompts
+from tessy_hf.alternate import synthesize
+from tessy_hf.engines.base import derive_seed
+from tessy_hf.errors import DatasetError, JournalError, PromptError
+from tessy_hf.journal import Claim, Journal
+from tessy_hf.progress import Progress
+from tessy_hf.settings import Settings
+from tessy_hf.speaker import Speaker
+from tessy_hf.trajectory import Message, Prompt, Span, Trajectory
+
+Batch = Mapping[str, Sequence[Any]]
+Columns = dict[str, list[Any]]
+
+RUNS: dict[str, Run] = {}
+"""What is live in this process, by the token of its transform. A forked child starts with none."""
+
+
+def _close_all() -> None:
+    while RUNS:
+        RUNS.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=RUNS.clear)
+atexit.register(_close_all)
+
+
+class Run:
+    """A transform at work.
+
+    Args:
+        teacher: The strong model.
+        student: The model to be trained.
+        settings: The run's settings.
+        fingerprint: The run's fingerprint.
+    """
+
+    def __init__(self, teacher: Speaker, student: Speaker, settings: Settings, fingerprint: str) -> None:
+        self._teacher, self._student, self._settings = teacher, student, settings
+        self._fingerprint = fingerprint
+        self._progress = Progress()
+        self._journal = _journal(self._settings, self._fingerprint)
+        self._journal_error: JournalError | None = None
+        self._rows_seen = 0
+        self._started: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
+        self._loop = asyncio.new_event_loop()
+        self._admission = asyncio.Lock()
+        self._window = asyncio.Semaphore(self._settings.rows_in_flight)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tessy", daemon=True)
+        self._thread.start()
+
+    def submit(self, batch: Batch, caller: asyncio.AbstractEventLoop | None) -> Future[Columns]:
+        """Hand a batch to the loop. ``caller`` tells one pass over a dataset from the next."""
+        seen = self._ids.setdefault(caller, set()) if caller is not None else set()
+        return self._run(self._batch(batch, seen))
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is under way, close the engines, end the loop."""
+        if self._loop.is_closed():
+            return
+        self._run(self._stop()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _stop(self) -> None:
+        own = list(self._tasks)  # not those of libraries, which end with the engines
+        for task in own:
+            task.cancel()
+        await asyncio.gather(*own, return_exceptions=True)
+        self._progress.close()
+        if self._journal is not None:
+            self._journal.close()
+        await asyncio.gather(self._teacher.close(), self._student.close())
+
+    async def _start(self) -> None:
+        """Check what can be checked before anything heavy is loaded, then load it."""
+        self._teacher.check_templates(student=False)
+        self._student.check_templates(student=True)
+        if self._journal is not None:
+            self._progress.say(self._journal.fingerprints().get(self._fingerprint))
+            self._own(asyncio.create_task(self._tick(self._journal)))
+        if self._teacher.engine is self._student.engine:
+            await self._teacher.start()
+            await self._student.start()
+        else:
+            await asyncio.gather(self._teacher.start(), self._student.start())
+
+    def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Keep a task until it is done, to cancel it at the end."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _tick(self, journal: Journal) -> None:
+        """Commit what was written: each 50 ms against a kill, twice a second against a power cut."""
+        for number in count(1):
+            await asyncio.sleep(0.05)
+            try:
+                journal.flush(sync=number % 10 == 0)
+            except JournalError as error:
+                self._journal_error = error  # the next piece that is kept stops the run with it
+                return
+
+    async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
+        settings, this = self._settings, asyncio.current_task()
+        if this is not None:
+            self._own(this)
+        columns.check_columns(list(batch), settings.prompt_column, settings.id_column)
+        given_prompts = batch[settings.prompt_column]
+        if isinstance(given_prompts, str) or given_prompts is None:
+            raise DatasetError(
+                "The transform got a single row. A batch is expected: call map(transform, batched=True)."
+            )
+        if self._started is None:
+            self._started = self._own(asyncio.create_task(self._start()))
+        await asyncio.shield(self._started)
+        ids = batch[settings.id_column] if settings.id_column is not None else [None] * len(given_prompts)
+        tasks: list[asyncio.Task[dict[str, Any]]] = []
+        try:
+            async with self._admission:
+                for given, prompt in zip(ids, given_prompts, strict=True):
+                    await self._window.acquire()
+                    tasks.append(self._own(asyncio.create_task(self._row(given, prompt, seen))))
+                    tasks[-1].add_done_callback(lambda _: self._window.release())
+            rows = await asyncio.gather(*tasks)
+            if self._journal is not None:
+                self._journal.flush()  # now they are durable
+        finally:
+            for task in tasks:
+                task.cancel()
+        return {name: [row[name] for row in rows] for name in columns.COLUMNS}
+
+    async def _row(self, given: Any, prompt: Any, seen: set[str]) -> dict[str, Any]:
+        """Write one row, whatever its prompt is like."""
+        self._rows_seen += 1
+        try:
+            key, messages = prompts.read(given, prompt, self._settings, seen)
+        except PromptError as error:
+            row = self._columns(Trajectory(str(given), finish_reason="error", error=str(error)), [])
+        else:
+            work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
+            with self._progress.row():
+                row = await (self._write(work) if self._journal is None else self._write_durably(work, self._journal))
+        self._progress.done(row)
+        return row
+
+    def _columns(self, trajectory: Trajectory, messages: Sequence[Message]) -> dict[str, Any]:
+        return columns.row(
+            trajectory,
+            messages,
+            self._student.vocabulary,
+            self._student.dialect,
+            method=self._settings.method,
+            run_fingerprint=self._fingerprint,
+        )
+
+    async def _write(self, prompt: Prompt) -> dict[str, Any]:
+        """Write a row, trying again after what was kept where that may help."""
+        plan, trajectory = self._settings.plan(prompt.key), None
+        for attempt in range(1, self._settings.max_attempts + 1):
+            trajectory = await synthesize(prompt, self._teacher, self._student, plan, begun=trajectory)
+            if not trajectory.retryable or attempt == self._settings.max_attempts:
+                break
+            await asyncio.sleep(_pause(attempt))
+        assert trajectory is not None
+        return self._columns(trajectory, prompt.messages)
+
+    async def _write_durably(self, prompt: Prompt, journal: Journal) -> dict[str, Any]:
+        """Look a row up in the journal, or write it there as it is written."""
+        plan = self._settings.plan(prompt.key)
+        while True:
+            claim = await self._claim(prompt.key, journal)
+            if claim.status == "finished":
+                return claim.columns
+            begun = Trajectory.resume(prompt.key, prompt.seed, claim.spans, claim.state)
+            try:
+                record = functools.partial(self._record, journal)
+                trajectory = await synthesize(prompt, self._teacher, self._student, plan, begun=begun, record=record)
+                row = self._columns(trajectory, prompt.messages)
+            except BaseException:
+                journal.release(prompt.key)
+                raise
+            if trajectory.finish_reason != "error":
+                journal.finish(prompt.key, row)
+                return row
+            journal.fail(prompt.key, row)
+            if not trajectory.retryable or claim.attempts + 1 >= self._settings.max_attempts:
+                return row
+            await asyncio.sleep(_pause(claim.attempts + 1))
+
+    async def _claim(self, key: str, journal: Journal) -> Claim:
+        """Claim a row, waiting while another row with the same key or another process writes it."""
+        while (claim := journal.claim(key)).status == "busy":  # noqa: ASYNC110 - another process sends no event
+            await asyncio.sleep(0.2)
+        return claim
+
+    def _record(self, journal: Journal, trajectory: Trajectory, piece: Span) -> None:
+        if self._journal_error is not None:
+            raise self._journal_error
+        journal.append(trajectory.key, [piece] if piece.text else [], trajectory.state())
+
+
+def _pause(attempt: int) -> float:
+    """Return the seconds to wait after a failed attempt."""
+    return min(30.0, 0.1 * float(2**attempt))
+
+
+def _journal(settings: Settings, fingerprint: str) -> Journal | None:
+    if settings.journal is None:
+        return None
+    if settings.journal != "auto":
+        return Journal(settings.journal, fingerprint, max_attempts=settings.max_attempts)
+    folder = Path(datasets.config.HF_DATASETS_CACHE).parent / "tessy"
+    return Journal(folder / f"{fingerprint}.journal", fingerprint, max_attempts=settings.max_attempts)
