@@ -529,6 +529,23 @@ def test_the_budget_counts_the_text_however_the_student_spelled_it(k):
     assert (row.text("thinking"), row.finish_reason) == ("all the list", "length")
 
 
+@pytest.mark.parametrize("weights", [10, 13, 42, 127])
+def test_what_is_joined_to_an_authors_unusual_ids_does_not_depend_on_k(weights):
+    """Brackets and line ends of one author share tokens with the other's last word, if that has the usual ids."""
+    pieces = [")", "`", "}", ",", "\n", "\n\n", " }", " so", " d"]
+    alphabets = {kind: [i for piece in pieces for i in ids_of(piece, kind)] for kind in ("harmony", "qwen")}
+    rows = {
+        k: write(
+            *(GreedyModel(kind, weights, alphabet) for kind, alphabet in alphabets.items()),
+            both(by_all_ids),
+            chunk_tokens=k,
+            max_thinking_tokens=80,
+        ).text("thinking")
+        for k in CHUNKS
+    }
+    assert len(set(rows.values())) == 1, rows
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_greedy_models_that_begin_with_whitespace_write_the_same_row_for_any_k(pair):
     alphabets = [ids_of(" so I\n\nOkay, think 12", kind) for kind in pair]

@@ -193,7 +193,10 @@ class _Live:
         import psutil
 
         def lives(child: Any) -> bool:
-            return bool(child.is_running() and child.status() != psutil.STATUS_ZOMBIE)
+            try:
+                return bool(child.status() != psutil.STATUS_ZOMBIE)
+            except psutil.NoSuchProcess:
+                return False
 
         while all(map(lives, self._children)):  # noqa: ASYNC110 - a process that dies sends no event
             await asyncio.sleep(1.0)
