@@ -150,9 +150,7 @@ class TokenList:
             kept: How many characters to settle; one of ``ends``.
             spelled: The kept text as all vocabularies read it.
         """
-        count = sum(end <= kept for end in ends)
-        self._tentative -= count
-        self._freeze(count, text[:kept])
+        self._tentative -= sum(end <= kept for end in ends)
         self._turn.text += spelled
         self._turn.respell |= spelled != text[:kept]
 
@@ -175,6 +173,7 @@ class TokenList:
         else:
             self.settle(text, ends, aligned, spelled[:aligned])
             self.drop()
+            self._freeze(turn)
             self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is spelled anew
         self._begin_turn()
         return dropped
@@ -189,14 +188,12 @@ class TokenList:
 
     # --- the seam
 
-    def _freeze(self, count: int, text: str) -> None:
-        """Move the seam over the last ``count`` settled ids, which the model itself made for ``text``."""
-        encoded = self.vocabulary.encode(self._tail + text)
-        if list(self.ids[self.settled - count - self._tail_tokens : self.settled]) == encoded.ids:
-            self._move_seam(self._tail + text, encoded)
-        elif (
-            text
-        ):  # sampled ids need not be the tokenizer's choice for their text: they stay, and the seam is after them
+    def _freeze(self, turn: _Turn) -> None:
+        """Move the seam over the ids that the model itself made in its turn, seen as a whole."""
+        encoded = self.vocabulary.encode(turn.tail + turn.text)
+        if list(self.ids[turn.begin - turn.tail_tokens :]) == encoded.ids:
+            self._move_seam(turn.tail + turn.text, encoded)
+        elif turn.text:  # sampled ids need not be the tokenizer's choice: they stay, and the seam is after them
             self._tail, self._tail_tokens = "", 0
 
     def _replace_tail(self, text: str, encoded: Encoding) -> None:
