@@ -249,6 +249,19 @@ def test_engines_are_given_the_ids_of_the_prompt_and_of_the_text_so_far(kinds, k
             so_far += text
 
 
+@pytest.mark.parametrize("kind", ["harmony", "qwen"])
+def test_a_cut_inside_a_token_leaves_the_author_with_the_kept_text(kind):
+    """The full stop that is kept and the line ends that are not are one token."""
+    ends = [end for _, end in vocabulary(kind).encode(" Zoo.\n\nbe").offsets]
+    assert len(" Zoo.") not in ends
+    teacher = CannedEngine(said(" Zoo.\n\nbe so", kind), said(" End", kind, make_eos(kind)), kind=kind)
+    student = CannedEngine(said("all Then we"), said(" it No we"), said("3", stop="<|im_end|>"))
+    row = write(teacher, student, both(by_first_letter), chunk_tokens=ENOUGH)
+    assert spans(row) == [("student", "all"), ("teacher", " Zoo."), ("student", " it"), ("teacher", " End")]
+    (_, first), (_, second) = teacher.requests
+    assert second[len(first) :] == ids_of(" Zoo. it", kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_answer_is_asked_for_after_the_closed_thinking(kind):
     closed = {

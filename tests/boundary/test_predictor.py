@@ -7,7 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForTokenClassification, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
+from transformers import (
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForTokenClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForTokenClassification,
+)
 
 from tessy_hf.boundary import predictor as module
 from tessy_hf.boundary.predictor import KNOWN_CHECKPOINTS, BoundaryPredictor, Convention, window_start
@@ -233,6 +240,20 @@ def test_windows_read_together_get_the_labels_they_get_alone(checkpoint, load, m
     sizes.clear()
     assert labels(predictor, *windows) == alone
     assert sum(sizes) == len(windows) and max(sizes) == 7
+
+
+def test_padding_is_hidden_from_a_model_that_looks_both_ways(tmp_path, load):
+    """Right padding could not mislead a causal model; a classifier may be another kind."""
+    torch.manual_seed(5)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(**shape, vocab_size=512, label_shift=0, initializer_range=1.0, **NAMED)
+    BertForTokenClassification(config).save_pretrained(tmp_path)
+    make_tokenizer("qwen").save_pretrained(tmp_path)
+    windows = [ids_of(TEXT)[start : start + length] for start, length in ((0, 90), (5, 4), (9, 30), (40, 1), (60, 17))]
+    predictor = load(tmp_path)
+    alone = [labels(predictor, window)[0] for window in windows]
+    assert alone == [by_hand(tmp_path, window) for window in windows]
+    assert labels(predictor, *windows) == alone
 
 
 def test_a_failed_reading_is_told_to_those_who_wait_and_to_nobody_else(checkpoint, load):
