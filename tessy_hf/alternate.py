@@ -12,12 +12,13 @@ and a causal predictor the accepted text does not depend on k. Knows nothing of 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.chunks import ChunkSizes
 from tessy_hf.engines.base import Completion, Request
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.repetition import LoopDetector
@@ -37,7 +38,9 @@ class Plan:
     Attributes:
         thinking: ``alternate`` for TESSY, else the one author of the thinking.
         answer: Who writes the final answer.
-        chunk_tokens: k, the most tokens asked of an author at once while alternating.
+        chunk_tokens: k, the most tokens asked of an author at once while alternating; ``None`` to follow the lengths
+            of its spans.
+        stream: Whether a turn is taken as one stream that is broken off at its boundary, where the engine can.
         temperature: Sampling temperature; 0 is greedy.
         top_p: Nucleus sampling mass.
         max_thinking_tokens: Thinking budget, in the student's tokens.
@@ -46,7 +49,8 @@ class Plan:
 
     thinking: Literal["alternate", "teacher", "student"] = "alternate"
     answer: Author = "student"
-    chunk_tokens: int = 20
+    chunk_tokens: int | None = 20
+    stream: bool = False
     temperature: float = 0.6
     top_p: float = 1.0
     max_thinking_tokens: int = 32_768
@@ -106,6 +110,7 @@ async def synthesize(
         row.end("error", str(error))
         row.trajectory.retryable = isinstance(error, RequestError) and error.retryable
     finally:
+        await row.let_go()
         teacher.engine.release(prompt.key)
         student.engine.release(prompt.key)
     return row.trajectory
@@ -121,6 +126,8 @@ async def _think(row: Row) -> None:
             return
         boundary = await row.boundary(author, written)  # line 9
         row.keep(author, written, boundary)  # lines 10 to 19
+        if row.turn_is_over(author):
+            await row.let_go()
         author = row.trajectory.turn
 
 
@@ -131,9 +138,10 @@ async def _answer(row: Row) -> None:
     before, marker, after = speaker.dialect.close.partition(speaker.dialect.end_marker)
     view.append(before)
     view.ids.extend(speaker.vocabulary.encode_template(marker + after))
-    completion = await row.ask(author, "answer", row.plan.max_answer_tokens)
-    if completion is None:
+    request = row.request(author, "answer", row.plan.max_answer_tokens)
+    if request is None:
         return
+    completion = row.count(author, await speaker.engine.complete(request))
     text = speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]).strip()
     row.trajectory.add(author, "answer", text)
     if not row.trajectory.spans:
@@ -164,6 +172,12 @@ class Written(NamedTuple):
     spelled: list[str]
     closed: bool
 
+    def beyond(self, word: int) -> int:
+        """Return how many tokens come after the one with which a word begins."""
+        if word >= len(self.words):
+            return 0
+        return max(0, len(self.ends) - bisect_right(self.ends, self.words[word][0]) - 1)
+
 
 @dataclass
 class Row:
@@ -176,8 +190,13 @@ class Row:
     record: Callable[[Trajectory, Span], None] | None = None
     transcript: Transcript = field(init=False)
     finish: FinishReason | None = None
+    _stream: AsyncGenerator[Completion, None] | None = None
+    _chunks: ChunkSizes = field(init=False)
     _judged: int = 0
     _loops: LoopDetector = field(default_factory=LoopDetector)
+
+    def __post_init__(self) -> None:
+        self._chunks = ChunkSizes(self.plan.chunk_tokens)
 
     def open(self) -> None:
         """Render the prompt for all who write.
@@ -204,6 +223,8 @@ class Row:
         for span in self.trajectory.spans:
             self.transcript.recall(span.text)
             self._loops.feed(span.text)
+            if span.author in views and self.plan.chunk_tokens is None:
+                self._chunks.observe(span.author, len(views[span.author].vocabulary.encode(span.text).ids))
 
     @property
     def _alternates(self) -> bool:
@@ -216,47 +237,72 @@ class Row:
 
     # --- writing
 
-    async def ask(self, author: Author, part: Part, max_tokens: int) -> Completion | None:
-        """Let an author continue; ``None`` where its context is full, which ends the row.
-
-        Raises:
-            RequestError: The engine failed for good, or answered with nothing at all.
-        """
-        engine, ids = self.speakers[author].engine, self.transcript.views[author].ids
-        room = min(max_tokens, engine.context_length - len(ids))
+    def request(self, author: Author, part: Part, max_tokens: int) -> Request | None:
+        """Ask an author to continue; ``None`` where its context is full, which ends the row."""
+        speaker, ids = self.speakers[author], self.transcript.views[author].ids
+        room = min(max_tokens, speaker.engine.context_length - len(ids))
         if room <= 0:
             self.end("length")
             return None
-        vocabulary = self.speakers[author].vocabulary
-        stop_ids = self.speakers[author].end_ids if part == "thinking" else vocabulary.special_ids
-        completion = await engine.complete(
-            Request(
-                row=self.prompt.key,
-                order=self.prompt.order,
-                part=part,
-                prompt_ids=ids,
-                max_tokens=room,
-                temperature=self.plan.temperature,
-                top_p=self.plan.top_p,
-                seed=self.prompt.seed,
-                stop_ids=stop_ids,
-            )
+        return Request(
+            row=self.prompt.key,
+            order=self.prompt.order,
+            part=part,
+            prompt_ids=ids,
+            max_tokens=room,
+            temperature=self.plan.temperature,
+            top_p=self.plan.top_p,
+            seed=self.prompt.seed,
+            stop_ids=speaker.end_ids if part == "thinking" else speaker.vocabulary.special_ids,
         )
+
+    def count(self, author: Author, completion: Completion) -> Completion:
+        """Count what an author wrote.
+
+        Raises:
+            RequestError: It is nothing at all.
+        """
         if not len(completion.token_ids) and completion.stop_id is None:
             raise RequestError(
-                f"Row {self.prompt.key!r}: the {author} {engine.model!r} wrote nothing and gave no reason. "
-                "At least one token was expected; look at the engine's log."
+                f"Row {self.prompt.key!r}: the {author} {self.speakers[author].engine.model!r} wrote nothing and gave "
+                "no reason. At least one token was expected; look at the engine's log."
             )
         self.trajectory.generated[author] += len(completion.token_ids)
         return completion
 
+    async def _more(self, author: Author) -> Completion | None:
+        """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
+        if self._stream is not None:
+            piece = await anext(self._stream, None)
+            if piece is not None:
+                return self.count(author, piece)
+            await self.let_go()  # all that was asked for is there
+        view, engine = self.transcript.views[author], self.speakers[author].engine
+        room = self.plan.max_thinking_tokens - len(self.transcript.reader(self.speakers["student"].vocabulary).ids)
+        k = self._chunks.next(author, view.turn_tokens)
+        streams = self._alternates and self.plan.stream and engine.streams
+        request = self.request(author, "thinking", k if self._alternates and not streams else max(room, k))
+        if request is None:
+            return None
+        if not streams:
+            return self.count(author, await engine.complete(request))
+        self._stream = engine.stream(request)
+        return await self._more(author)
+
+    def turn_is_over(self, author: Author) -> bool:
+        """Whether the author's text goes on no more."""
+        return self.trajectory.turn != author or self.trajectory.closed or self.finish is not None
+
+    async def let_go(self) -> None:
+        """Break the stream off."""
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            await stream.aclose()
+
     async def write(self, author: Author) -> Written | None:
         """Let the author write on, and return all of its text that is not settled yet."""
         view = self.transcript.views[author]
-        counter = self.transcript.reader(self.speakers["student"].vocabulary)
-        room = self.plan.max_thinking_tokens - len(counter.ids)
-        k = self.plan.chunk_tokens if self._alternates else max(room, self.plan.chunk_tokens)
-        completion = await self.ask(author, "thinking", k)
+        completion = await self._more(author)
         if completion is None:
             self.trajectory.discarded[author] += view.drop()
             return None
@@ -304,8 +350,8 @@ class Row:
         by_window = groupby((p for p in positions if p >= 0), lambda p: window_start(p, predictor.window))
         for start, group in by_window:
             inside = list(group)
-            labels = await predictor.labels(preview.window(start, inside[-1] + 1))
-            style.update((p, labels[p - start]) for p in inside)
+            labels = await predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
+            style.update((p, labels[p - inside[0]]) for p in inside)
         return next((self._judged + i for i, p in enumerate(positions) if style[p] != own_kind), None)
 
     # --- keeping
@@ -321,6 +367,8 @@ class Row:
         stop = written.words[kept - 1][1] if kept else 0
         spelled = "".join(written.spelled[:kept])
         if cut:
+            if boundary.cut:
+                self._chunks.observe(author, self.transcript.views[author].turn_tokens - written.beyond(kept + 1))
             dropped = self.transcript.cut(author, written.text, written.ends, stop, spelled)
             self.trajectory.discarded[author] += dropped
             self._judged = 0

@@ -9,14 +9,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessy_hf.alternate import Plan
 from tessy_hf.errors import SettingsError
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
 
 Method = Literal[
@@ -40,8 +40,12 @@ class Settings(BaseModel):
 
     method: Method = "tessy"
     """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
-    chunk_tokens: int = Field(default=20, ge=1)
-    """k, the most tokens asked of an author at once. A speed knob: greedy rows do not depend on it."""
+    chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """k, the most tokens asked of an author at once: a number (the paper uses 20), or "auto" to follow the lengths of
+    each author's spans. A speed knob: greedy rows do not depend on it."""
+    stream: bool = False
+    """Whether an author's turn is taken as one stream, broken off at its boundary, instead of chunk by chunk; engines
+    that cannot stream go on in chunks. A speed knob as well."""
     temperature: float = Field(default=0.6, ge=0)
     """Sampling temperature of both authors; 0 is greedy. The paper uses 0.6."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -105,7 +109,8 @@ class Settings(BaseModel):
         return Plan(
             thinking=thinking,
             answer=answer,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
+            stream=self.stream,
             temperature=self.temperature,
             top_p=self.top_p,
             max_thinking_tokens=self.max_thinking_tokens,

@@ -100,6 +100,11 @@ class TokenList:
         """The index, counted from the text's start, before which ids do not change when the model's turn ends."""
         return max(0, self._turn.begin - self._turn.tail_tokens - self.start)
 
+    @property
+    def turn_tokens(self) -> int:
+        """How many ids the model has written since others last did, tentative ones included."""
+        return len(self.ids) - self._turn.begin
+
     # --- what others wrote
 
     def append(self, text: str) -> None:
@@ -124,6 +129,7 @@ class TokenList:
         self._tail, self._tail_tokens = (
             (other._tail, other._tail_tokens) if inside else (other._tail.lstrip(), own_tokens)
         )
+        self._begin_turn()
 
     # --- what the model itself wrote
 

@@ -3,6 +3,7 @@
 import asyncio
 import zlib
 from array import array
+from dataclasses import replace
 from functools import cache
 
 from tessy_hf.alternate import Plan, synthesize
@@ -75,9 +76,9 @@ class RulePredictor:
     def close(self):
         """Nothing to let go of."""
 
-    async def labels(self, window_ids):
+    async def labels(self, window_ids, since=0):
         self.longest = max(self.longest, len(window_ids))
-        return [self.rule(self.vocabulary, window_ids[: i + 1]) for i in range(len(window_ids))]
+        return [self.rule(self.vocabulary, window_ids[: i + 1]) for i in range(since, len(window_ids))]
 
 
 # --- engines
@@ -88,6 +89,7 @@ class CannedEngine:
 
     def __init__(self, *answers, kind="qwen", context_length=1 << 30):
         self.answers = list(answers)
+        self.streams = True
         self.requests = []
         self.released = []
         self.model, self.context_length, self.tokenizer = f"canned-{kind}", context_length, make_tokenizer(kind)
@@ -108,6 +110,17 @@ class CannedEngine:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    async def stream(self, request):
+        """Give pieces of three tokens, and of what is left."""
+        ids, left = array("i", request.prompt_ids), request.max_tokens
+        while left:
+            piece = await self.complete(replace(request, prompt_ids=array("i", ids), max_tokens=min(3, left)))
+            yield piece
+            if piece.stop_id is not None:
+                return
+            ids.extend(piece.token_ids)
+            left -= len(piece.token_ids)
 
 
 class TapeModel(CannedEngine):
@@ -175,7 +188,12 @@ def scripted(script, kind="qwen", **options):
 
 
 def write(teacher, student, boundaries=(None, None), *, prompt=PROMPT, **plan):
-    """Write one row with two engines and their predictors (the teacher's first), greedily."""
+    """Write one row with two engines and their predictors (the teacher's first), greedily.
+
+    ``chunk_tokens`` may be a number, ``None`` to follow the spans, or "stream".
+    """
+    if plan.get("chunk_tokens") == "stream":
+        plan = {**plan, "chunk_tokens": None, "stream": True}
 
     async def run():
         await teacher.start()

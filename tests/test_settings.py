@@ -69,7 +69,7 @@ def test_a_name_like_no_other_is_told_to_be_left_out():
 
 def test_the_paper_s_figures_are_the_defaults():
     settings = Settings.check()
-    assert (settings.method, settings.chunk_tokens, settings.temperature) == ("tessy", 20, 0.6)
+    assert (settings.method, settings.temperature) == ("tessy", 0.6)
 
 
 def test_settings_do_not_change():
@@ -92,6 +92,7 @@ def test_what_only_changes_speed_and_safety_is_not_in_the_fingerprint(change):
 CHANGES = {
     "method": "student-only",
     "chunk_tokens": 21,
+    "stream": True,
     "temperature": 0.7,
     "top_p": 0.9,
     "seed": 1,

@@ -111,3 +111,22 @@ def test_same_vocabulary_hands_over_the_authors_own_ids():
     assert text == "Okay," and ends == [1, 2, 3, 4, 5]
     transcript.cut("student", text, ends, 5, text)
     assert list(views["teacher"].ids) == [5, 6, *unusual]
+
+
+def test_ids_that_are_made_anew_replace_nothing_that_the_other_author_wrote():
+    """Qwen's tokenizer spells the Ohm sign as a Greek letter, so the ids of a turn that has one are made anew."""
+    vocabulary = VOCABULARIES["qwen"]
+    views = {"teacher": TokenList(vocabulary, [5]), "student": TokenList(vocabulary, [7])}
+    transcript = Transcript(views, [])
+    ohm = VOCABULARIES["gpt2"].encode("\u2126").ids
+    for author, ids in (("student", vocabulary.encode("Okay,").ids), ("teacher", _same_bytes(ohm))):
+        views[author].push(ids)
+        text, ends = views[author].tentative()
+        transcript.cut(author, text, ends, len(text), transcript.spell(text, first=False))
+    assert [vocabulary.decode(view.ids[1:]) for view in views.values()] == ["Okay,\u03a9"] * 2
+
+
+def _same_bytes(gpt2_ids):
+    """The ids of the same bytes in the vocabulary of "qwen"."""
+    tokens = make_tokenizer("gpt2").convert_ids_to_tokens(gpt2_ids)
+    return make_tokenizer("qwen").convert_tokens_to_ids([letter for token in tokens for letter in token])

@@ -19,7 +19,9 @@ from tessy_hf.errors import BoundaryError
 from tessy_hf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from tessy_hf.boundary.vllm import VLLMReader
 
 LabelShift = Literal[0, 1]
 """0: the label at token j is about token j. 1: it is about token j + 1."""
@@ -62,6 +64,11 @@ class BoundaryPredictor:
         style_label: The label number that means style; needed where the config's label names do not say it.
         window: How many tokens are read at most; by default what the config says, else 200.
         device: Torch device; by default CUDA, then MPS, then CPU.
+        engine: What runs it: ``transformers``, or ``vllm``, which reads only what is new in a window.
+        **options: For vLLM, passed to ``vllm.AsyncEngineArgs``, for instance ``gpu_memory_utilization=0.1``.
+
+    Raises:
+        BoundaryError: The engine is unknown, or an option is not for it.
     """
 
     def __init__(
@@ -73,12 +80,21 @@ class BoundaryPredictor:
         style_label: int | None = None,
         window: int | None = None,
         device: str | None = None,
+        engine: Literal["transformers", "vllm"] = "transformers",
+        **options: Any,
     ) -> None:
+        if engine not in ("transformers", "vllm") or (options and engine != "vllm"):
+            raise BoundaryError(
+                f"BoundaryPredictor got engine={engine!r} with the options {sorted(options)}. Expected is "
+                'engine="transformers" without further options, or engine="vllm"; correct or leave these out.'
+            )
         self.model = str(model)
         self.revision = revision
         self._stated = {"label_shift": label_shift, "style_label": style_label, "window": window}
         self._device = device
-        self._live: _LivePredictor | None = None
+        self._engine = engine
+        self._options = options
+        self._live: _Live | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> BoundaryPredictor:
@@ -103,16 +119,16 @@ class BoundaryPredictor:
     def start(self) -> None:
         """Load the model. Does nothing where it is loaded."""
         if self._live is None:
-            self._live = _LivePredictor(self.model, self.revision, self._stated, self._device)
+            self._live = _Live(self)
 
     def close(self) -> None:
         """Let go of the model."""
         if self._live is not None:
-            self._live.close()
+            self._live.reader.close()
             self._live = None
 
     @property
-    def live(self) -> _LivePredictor:
+    def live(self) -> _Live:
         """The loaded model; loads it on first use."""
         self.start()
         assert self._live is not None
@@ -133,9 +149,15 @@ class BoundaryPredictor:
         """The predictor's own vocabulary."""
         return self.live.vocabulary
 
-    async def labels(self, window: Sequence[int]) -> Sequence[bool]:
-        """Return, for each token of ``window``, whether its label says style. Calls that wait are read together."""
-        return await self.live.submit(window)
+    async def labels(self, window: Sequence[int], since: int = 0) -> Sequence[bool]:
+        """Return, for each token of ``window`` from ``since`` on, whether its label says style.
+
+        Calls that wait are read together.
+
+        Raises:
+            BoundaryError: The model failed.
+        """
+        return await self.live.reader.submit(window, since)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
@@ -145,38 +167,55 @@ class BoundaryPredictor:
         return f"BoundaryPredictor({self.model!r})"
 
 
-class _LivePredictor:
-    """A loaded classifier with one worker thread; what waits while it works is read in one batch."""
+class _Live:
+    """A loaded predictor: its convention, its window, its vocabulary and what reads it."""
 
-    def __init__(self, model: str, revision: str | None, stated: dict[str, Any], device: str | None) -> None:
-        import torch
-
-        from tessy_hf.engines.transformers import pick_device, share_cores
-
-        network, tokenizer = _load(model, revision)
-        self.convention = _convention(model, network.config, stated)
-        configured = getattr(network.config, "window", None) or DEFAULT_WINDOW
-        self.window = configured if stated["window"] is None else stated["window"]
+    def __init__(self, predictor: BoundaryPredictor) -> None:
+        model, revision, stated = predictor.model, predictor.revision, predictor._stated
+        config, tokenizer = _describe(model, revision)
+        self.convention = _convention(model, config, stated)
+        configured = getattr(config, "window", None) or DEFAULT_WINDOW
+        self.window: int = configured if stated["window"] is None else stated["window"]
         if self.window < 2:
             raise BoundaryError(
                 f"The window of {model!r} is {self.window}. Pass window=200 or another number above 1."
             )
         self.vocabulary = Vocabulary(tokenizer, model)
+        style = self.convention.style_label
+        self.reader: TorchReader | VLLMReader
+        if predictor._engine == "vllm":
+            from tessy_hf.boundary.vllm import VLLMReader
+
+            self.reader = VLLMReader(model, revision, style, self.window, predictor._options)
+        else:
+            self.reader = TorchReader(_load(model, revision), style, predictor._device)
+
+
+class TorchReader:
+    """A loaded classifier with one worker thread; what waits while it works is read in one batch."""
+
+    def __init__(self, network: PreTrainedModel, style_label: int, device: str | None) -> None:
+        import torch
+
+        from tessy_hf.engines.transformers import pick_device, share_cores
+
         self._torch = torch
+        self._style_label = style_label
         self._device = pick_device(device)
         self._network = network.to(self._device).eval()
         self._waiting: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]] = []
         self._busy = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-boundary", initializer=share_cores)
 
-    async def submit(self, window: Sequence[int]) -> Sequence[bool]:
+    async def submit(self, window: Sequence[int], since: int) -> Sequence[bool]:
+        """Return whether each token of ``window`` from ``since`` on is style."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Sequence[bool]] = loop.create_future()
         self._waiting.append((window, future))
         if not self._busy:
             self._busy = True
             loop.call_soon(self._next_batch, loop)  # later in this turn of the loop: let the others join first
-        return await future
+        return (await future)[since:]
 
     def _next_batch(self, loop: asyncio.AbstractEventLoop) -> None:
         batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
@@ -213,33 +252,43 @@ class _LivePredictor:
             mask[row, : len(window)] = 1
         with torch.inference_mode():
             logits = self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
-        style = (logits.argmax(-1) == self.convention.style_label).cpu().tolist()
+        style = (logits.argmax(-1) == self._style_label).cpu().tolist()
         return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
 
     def close(self) -> None:
+        """Let go of the model."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
 
-def _load(model: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
+_EXPECTED = "A Hub id or folder with a token-classification model in safetensors and its tokenizer is expected."
+
+
+def _describe(model: str, revision: str | None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+        return AutoConfig.from_pretrained(model, revision=revision), tokenizer
+    except (OSError, ValueError) as error:
+        raise BoundaryError(f"No boundary predictor could be loaded from {model!r}: {error} {_EXPECTED}") from error
+
+
+def _load(model: str, revision: str | None) -> PreTrainedModel:
+    from transformers import AutoModelForTokenClassification
+
+    try:
         network, info = AutoModelForTokenClassification.from_pretrained(
             model, revision=revision, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise BoundaryError(
-            f"No boundary predictor could be loaded from {model!r}: {error} "
-            "A Hub id or folder with a token-classification model in safetensors and its tokenizer is expected."
-        ) from error
+        raise BoundaryError(f"No boundary predictor could be loaded from {model!r}: {error} {_EXPECTED}") from error
     if info["missing_keys"]:
         raise BoundaryError(
             f"{model!r} has no trained weights for {sorted(info['missing_keys'])[:3]}: it is not a token classifier. "
             "Pass a boundary predictor, for instance one of "
             f"{', '.join(KNOWN_CHECKPOINTS)}, or train one."
         )
-    return network, tokenizer
+    return network
 
 
 def _convention(model: str, config: Any, stated: dict[str, Any]) -> Convention:

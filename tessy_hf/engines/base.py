@@ -7,7 +7,7 @@ fingerprinted and sent to other processes; live handles never leave the process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +26,7 @@ class Request:
         row: The row's key. Engines keep a row's cache by it.
         order: The row's place in the run; lower is older and should be served first.
         part: Whether the thinking or the answer is being written.
-        prompt_ids: All ids so far. Grows between a row's requests; not to be kept or changed.
+        prompt_ids: All ids so far. Grows while a row is written; not to be changed, nor kept but as a copy.
         max_tokens: The most new tokens wanted.
         temperature: 0 for greedy decoding.
         top_p: Nucleus sampling mass.
@@ -88,6 +88,23 @@ class Engine(Protocol):
 
     async def complete(self, request: Request) -> Completion:
         """Continue ``request.prompt_ids``.
+
+        Raises:
+            RequestError: This request failed for good.
+            EngineDeadError: No request can succeed any more.
+        """
+        ...
+
+    @property
+    def streams(self) -> bool:
+        """Whether :meth:`stream` can be used. Valid after :meth:`start`."""
+        ...
+
+    def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Continue ``request.prompt_ids`` piece by piece; ``aclose()`` breaks off.
+
+        Yields:
+            What was written since the last piece. The last one has the ``stop_id``, or ends at ``max_tokens``.
 
         Raises:
             RequestError: This request failed for good.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class ScriptedEngine:
         latency: Seconds each request takes, or a function of the request.
         fault: A function of the request that may return an exception to raise.
         context_length: The most tokens a prompt and its completion may have together.
+        piece_tokens: How many tokens of a stream come at once. Each piece takes the time of a request.
         name: What to call the engine.
     """
 
@@ -59,11 +61,14 @@ class ScriptedEngine:
         latency: float | Callable[[Request], float] = 0.0,
         fault: Callable[[Request], Exception | None] | None = None,
         context_length: int = 1 << 30,
+        piece_tokens: int = 4,
         name: str = "scripted",
     ) -> None:
         self.model = name
         self.context_length = context_length
         self.requests = 0
+        self.streams = True
+        self._piece_tokens = piece_tokens
         self._script = script
         self._tokenizer = tokenizer
         self._latency = latency
@@ -116,6 +121,18 @@ class ScriptedEngine:
         if request.row not in self._plays:
             self._plays[request.row] = _Play(self._find(request.row), self._vocabulary)
         return self._plays[request.row].play(request, self.tokenizer.eos_token_id)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Play on piece by piece."""
+        ids, left = array("i", request.prompt_ids), request.max_tokens
+        while left:
+            wanted = min(left, self._piece_tokens)
+            piece = await self.complete(replace(request, prompt_ids=ids, max_tokens=wanted))
+            yield piece
+            if piece.stop_id is not None:
+                return
+            ids.extend(piece.token_ids)
+            left -= len(piece.token_ids)
 
     def _find(self, row: str) -> Script:
         if not callable(self._script) and row not in self._script:

@@ -12,12 +12,15 @@ start and are kept out of everything that is described, pickled or printed.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -27,6 +30,7 @@ from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 from tessy_hf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    import httpx
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -40,6 +44,8 @@ WAYS: tuple[Way, ...] = (
     "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
 )
 """How a server can be asked to continue a text, best way first."""
+
+_ID_WAYS: tuple[Way, ...] = ("generate", "ids")
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """What a server has to tokenise as the local tokenizer does, with the markers of the chat template."""
@@ -215,6 +221,17 @@ class ServerEngine:
         assert self._live is not None, "start() comes first"
         return await self._live.complete(request)
 
+    @property
+    def streams(self) -> bool:
+        """Whether all servers can stream ids."""
+        assert self._live is not None, "start() comes first"
+        return self._live.streams
+
+    def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Continue a row piece by piece; a stream that breaks goes on in another one, after what came."""
+        assert self._live is not None, "start() comes first"
+        return self._live.stream(request)
+
     def release(self, row: str) -> None:
         """Forget which replica a row was moved to."""
         if self._live is not None:
@@ -370,6 +387,35 @@ class _Live:
     async def complete(self, request: Request) -> Completion:
         return await self._patiently(partial(self._once, request), f"row {request.row!r}")
 
+    @property
+    def streams(self) -> bool:
+        return all(replica.way in _ID_WAYS for replica in self._replicas)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        ids, left = array("i", request.prompt_ids), request.max_tokens
+        source: AsyncGenerator[Completion, None] | None = None
+
+        async def piece() -> Completion:
+            nonlocal source
+            source = source or self._pieces(replace(request, prompt_ids=array("i", ids), max_tokens=left))
+            try:
+                return await anext(source)
+            except BaseException:
+                source = None  # it is closed: go on after what came
+                raise
+
+        try:
+            while left:
+                completion = await self._patiently(piece, f"row {request.row!r}")
+                ids.extend(completion.token_ids)
+                left -= len(completion.token_ids)
+                yield completion
+                if completion.stop_id is not None:
+                    return
+        finally:
+            if source is not None:
+                await source.aclose()
+
     async def _patiently(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
         """Try until it passes, fails for good, or patience ends: the one retry policy."""
         begin, first_failure, pause = time.monotonic(), None, 0.1
@@ -395,10 +441,16 @@ class _Live:
         return EngineDeadError(message) if dead else RequestError(message, retryable=True)
 
     async def _once(self, request: Request) -> Completion:
-        index, replica, entered = await self._enter(request.row)
+        async with self._at_replica(request.row) as replica:
+            return await self._ask(replica, replica.way, request)
+
+    @asynccontextmanager
+    async def _at_replica(self, row: str) -> AsyncIterator[_Replica]:
+        """Take a turn at the row's replica; move the row where that fails."""
+        index, replica, entered = await self._enter(row)
         busy = False
         try:
-            return await self._ask(replica, replica.way, request)
+            yield replica
         except _PassingError as error:
             busy = error.kind == "busy"
             if error.kind == "down":
@@ -406,7 +458,7 @@ class _Live:
                 if not all(other.rests for other in self._replicas):
                     error.wait = None  # what this one asked for does not hold for the others
             if not busy:
-                self.moved[request.row] = (index + 1) % len(self._replicas)
+                self.moved[row] = (index + 1) % len(self._replicas)
             raise
         finally:
             await replica.leave(entered, busy=busy)
@@ -433,12 +485,29 @@ class _Live:
     # --- one request
 
     async def _ask(self, replica: _Replica, way: Way, request: Request) -> Completion:
-        path = replica.root + "/inference/v1/generate" if way == "generate" else replica.url + "/completions"
-        choices = _list(await self._send(replica, "POST", path, self._body(way, request)), "choices")
-        if len(choices) != 1 or not isinstance(choices[0], Mapping):
-            raise _PassingError(f"the server at {replica.url} sent {len(choices)} choices, not one.")
-        read = self._read_ids if way in ("generate", "ids") else self._read_text
-        return read(choices[0], request, replica)
+        answer = await self._send(replica, "POST", _path(replica, way), self._body(way, request))
+        read = self._read_ids if way in _ID_WAYS else self._read_text
+        return read(_choice(answer, replica), request, replica)
+
+    async def _pieces(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Ask for one stream and pass on what comes, all that came at once in one piece."""
+        left = request.max_tokens
+        async with self._at_replica(request.row) as replica:
+            body = {**self._body(replica.way, request), "stream": True}
+            async with aclosing(self._events(replica, _path(replica, replica.way), body)) as batches:
+                async for batch in batches:
+                    choices = [_choice(event, replica) for event in batch if _list(event, "choices")]
+                    ids = [i for choice in choices for i in _list(choice, "token_ids")]
+                    if not ids:  # the last event may have nothing but the reason
+                        continue
+                    together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
+                    completion = self._read_ids(together, replace(request, max_tokens=left), replica)
+                    left -= len(completion.token_ids)
+                    yield completion
+                    if completion.stop_id is not None:
+                        return
+        if left:
+            raise _PassingError(f"the server at {replica.url} ended its stream early.", "lost")
 
     def _body(self, way: Way, request: Request) -> dict[str, Any]:
         sampling: dict[str, Any] = {
@@ -502,17 +571,38 @@ class _Live:
 
     async def _send(self, replica: _Replica, method: str, url: str, body: Any = None) -> Any:
         """Send one request and return the JSON that comes back; tell what may pass from what may not."""
+        answer = await self._within(replica, self._client.request(method, url, json=body))
+        self._check_status(replica, answer)
+        return _json(answer.text, replica)
+
+    async def _events(self, replica: _Replica, url: str, body: Any) -> AsyncGenerator[list[Any], None]:
+        """Send one request and yield the events that come back, those that came together in one list."""
+        request = self._client.build_request("POST", url, json=body)
+        answer = await self._within(replica, self._client.send(request, stream=True))
+        try:
+            if answer.status_code != 200:
+                await self._within(replica, answer.aread())
+            self._check_status(replica, answer)
+            events = _together(answer.aiter_text())
+            while (data := await self._within(replica, anext(events, None))) is not None:
+                yield [_json(event, replica) for event in data]
+        finally:
+            await answer.aclose()
+
+    async def _within(self, replica: _Replica, sent: Awaitable[T]) -> T:
+        """Wait for what a server sends, as long as it may take."""
         httpx, where = self._httpx, f"the server at {replica.url}"
         try:
-            sent = self._client.request(method, url, json=body)
-            answer = await asyncio.wait_for(sent, self._engine._timeout)  # httpx's own limit is on each read
+            return await asyncio.wait_for(sent, self._engine._timeout)  # httpx's own limit is on each read
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _PassingError(f"{where} cannot be reached ({type(error).__name__}).", "down") from error
         except (httpx.TimeoutException, asyncio.TimeoutError) as error:
             raise _PassingError(f"{where} did not answer within {self._engine._timeout} s.", "lost") from error
         except httpx.RequestError as error:
             raise _PassingError(f"{where} cut the connection ({type(error).__name__}).", "lost") from error
-        status = answer.status_code
+
+    def _check_status(self, replica: _Replica, answer: httpx.Response) -> None:
+        status, where = answer.status_code, f"the server at {replica.url}"
         if status not in _ABSENT:
             self._answered = time.monotonic()
             replica.answered()
@@ -527,14 +617,38 @@ class _Live:
         if status != 200:
             said = answer.text.replace(self._key, "[key]") if self._key else answer.text
             raise RequestError(
-                f"The server at {replica.url} refused a request to {urlsplit(url).path} (status {status}): "
+                f"The server at {replica.url} refused a request to {answer.request.url.path} (status {status}): "
                 f"{said[:300]!r}. An OpenAI-compatible completions server is expected; check base_url, which mostly "
                 "ends in /v1, and the server's log."
             )
-        try:
-            return answer.json()
-        except (ValueError, RecursionError) as error:
-            raise _PassingError(f"{where} answered with something that is not JSON.") from error
+
+
+def _path(replica: _Replica, way: Way) -> str:
+    return replica.root + "/inference/v1/generate" if way == "generate" else replica.url + "/completions"
+
+
+async def _together(texts: AsyncIterator[str]) -> AsyncGenerator[list[str], None]:
+    """Yield the data of a stream's events, of those that come together in one list."""
+    rest = ""
+    async for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
+        if events := [event for event in data if event != "[DONE]"]:
+            yield events
+
+
+def _json(text: str, replica: _Replica) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _PassingError(f"the server at {replica.url} answered with something that is not JSON.") from error
+
+
+def _choice(answer: Any, replica: _Replica) -> Mapping[str, Any]:
+    choices = _list(answer, "choices")
+    if len(choices) != 1 or not isinstance(choices[0], Mapping):
+        raise _PassingError(f"the server at {replica.url} sent {len(choices)} choices, not one.")
+    return choices[0]
 
 
 def _key(name: str) -> str:

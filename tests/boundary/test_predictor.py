@@ -232,8 +232,8 @@ def test_windows_read_together_get_the_labels_they_get_alone(checkpoint, load, m
     alone = [labels(predictor, window)[0] for window in windows]
     assert len({tuple(each) for each in alone}) > len(windows) // 2
     sizes = []
-    read = predictor.live.read
-    monkeypatch.setattr(predictor.live, "read", lambda batch: sizes.append(len(batch)) or read(batch))
+    read = predictor.live.reader.read
+    monkeypatch.setattr(predictor.live.reader, "read", lambda batch: sizes.append(len(batch)) or read(batch))
     assert labels(predictor, *windows) == alone
     assert sizes == [len(windows)]  # one forward pass for all that wait
     monkeypatch.setattr(module, "MAX_BATCH", 7)

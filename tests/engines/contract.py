@@ -7,12 +7,13 @@ started per class: real ones take their time.
 import asyncio
 import pickle
 from array import array
+from contextlib import aclosing
 
 import pytest
 from transformers import AutoTokenizer
 
 from tessy_hf import demo
-from tessy_hf.engines.base import Request
+from tessy_hf.engines.base import Completion, Request
 from tessy_hf.vocabulary import Vocabulary
 
 TOKENIZER = AutoTokenizer.from_pretrained(demo.STUDENT)
@@ -37,7 +38,9 @@ def request(row="r", *, prompt=0, ids=None, tokens=8, temperature=0.0, seed=0, o
 
 
 class EngineContract:
-    """For every engine."""
+    """For every engine. ``streams`` says whether it can be asked for streams."""
+
+    streams = True
 
     @staticmethod
     def make():
@@ -98,6 +101,50 @@ class EngineContract:
             (part,) = ask(request("parts", ids=ids, tokens=4))
             ids = array("i", [*ids, *part.token_ids])
         assert list(ids[begin:]) == list(whole.token_ids)
+
+    @pytest.fixture
+    def stream(self, live, loop):
+        """Read streams side by side, of each at most some pieces."""
+        assert live.streams == self.streams
+        if not self.streams:
+            pytest.skip("This way of asking has no streams.")
+        rows = set()
+
+        async def read(asked, most):
+            pieces = []
+            async with aclosing(live.stream(asked)) as stream:
+                while len(pieces) < most and (piece := await anext(stream, None)) is not None:
+                    assert len(piece.token_ids) or piece.stop_id is not None
+                    pieces.append(Completion(list(piece.token_ids), piece.stop_id))
+            return pieces
+
+        def together(*requests, most=1000):
+            rows.update(r.row for r in requests)
+
+            async def all_of_them():
+                return await asyncio.wait_for(asyncio.gather(*(read(asked, most) for asked in requests)), 120)
+
+            return loop.run_until_complete(all_of_them())
+
+        yield together
+        for row in rows:
+            live.release(row)
+
+    def test_a_stream_is_the_text_taken_at_once(self, ask, stream):
+        requests = [request(f"r{i}", prompt=i, tokens=tokens) for i, tokens in enumerate((1, 16, 120))]
+        streamed = stream(*requests)
+        for pieces, whole in zip(streamed, ask(*requests), strict=True):
+            assert [i for piece in pieces for i in piece.token_ids] == list(whole.token_ids)
+            assert [piece.stop_id for piece in pieces] == [None] * (len(pieces) - 1) + [whole.stop_id]
+        assert len(streamed[2]) > 1
+
+    def test_a_row_goes_on_where_its_stream_was_broken_off(self, ask, stream):
+        (whole,) = ask(request("whole", tokens=120))
+        for _ in range(3):
+            ((piece,),) = stream(request("r", tokens=120), most=1)
+            begun = array("i", [*request().prompt_ids, *piece.token_ids])
+            (rest,) = ask(request("r", ids=begun, tokens=120 - len(piece.token_ids)))
+            assert [*piece.token_ids, *rest.token_ids] == list(whole.token_ids)
 
     def test_rows_do_not_depend_on_their_company(self, ask):
         alone = [ask(request(f"alone{i}", prompt=i))[0] for i in range(3)]

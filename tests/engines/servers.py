@@ -274,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/tokenize" and fake.tokenize is not None:
             self.reply({"tokens": fake.tokenize(body["prompt"])})
         elif self.path == "/inference/v1/generate" and "generate" in fake.ways:
-            self.reply({"choices": [_continue(body["token_ids"], body["sampling_params"], exact=True)]})
+            self._choose(body, _continue(body["token_ids"], body["sampling_params"], exact=True))
         elif self.path == "/v1/completions":
             self._complete(body, fake.ways)
         else:
@@ -288,7 +288,30 @@ class _Handler(BaseHTTPRequestHandler):
             ids = body["prompt"]
         else:
             return self.reply({"error": {"message": "prompt: this type is not supported"}}, 400)
-        self.reply({"choices": [_continue(ids, body, exact=exact and "ids" in ways)]})
+        self._choose(body, _continue(ids, body, exact=exact and "ids" in ways))
+
+    def _choose(self, body, choice):
+        if body.get("stream"):
+            self.stream(choice)
+        else:
+            self.reply({"choices": [choice]})
+
+    def stream(self, choice, events=1000):
+        """Send a choice in events of three tokens, and no more of these than so many."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        ids = choice["token_ids"]
+        for at in range(0, len(ids), 3)[:events]:
+            reason = choice["finish_reason"] if at + 3 >= len(ids) else None
+            event = {"choices": [{"index": 0, "token_ids": ids[at : at + 3], "finish_reason": reason}]}
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            self.wfile.flush()
+            time.sleep(0.005)  # or all would come together
+        if events >= len(ids) / 3:
+            self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        self.close_connection = True
 
     def reply(self, value, status=200, **headers):
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -353,6 +376,12 @@ def cut(handler, body):
     handler.wfile.flush()
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def break_off(handler, body):
+    """Send two events of a stream, then no more."""
+    given = body if "token_ids" not in body else {"prompt": body["token_ids"], **body["sampling_params"]}
+    handler.stream(_continue(given["prompt"], given, exact=True), events=2)
 
 
 def die(handler, body):

@@ -41,6 +41,15 @@ def run(engine, *requests, then=None):
     return asyncio.run(asyncio.wait_for(session(), 60))
 
 
+def stream(engine, asked):
+    """Start an engine, read a stream to its end, and close it."""
+
+    async def read(engine):
+        return [piece async for piece in engine.stream(asked)]
+
+    return run(engine, then=read)
+
+
 async def together(coroutines):
     """Wait for all, then raise the first failure: nothing is left under way."""
     results = await asyncio.gather(*coroutines, return_exceptions=True)
@@ -89,10 +98,12 @@ class TestIds(FakeContract):
 
 class TestIdsToText(FakeContract):
     ways = ("ids-to-text", "text")
+    streams = False
 
 
 class TestText(FakeContract):
     ways = ("text",)
+    streams = False
 
 
 # --- what may pass is tried again and never taken for text
@@ -137,6 +148,24 @@ def test_a_server_that_fails_for_a_while_is_asked_again(mishap):
         (completion,) = run(engine(server, timeout=0.4), request())
         assert list(completion.token_ids) == expected(request())
         assert len(server.texts) == 3
+
+
+STREAMS = {**LOST, **DOWN, **WRONG, "breaks off": servers.break_off}
+
+
+@pytest.mark.parametrize("ways", [("generate",), ("ids",)])
+@pytest.mark.parametrize("mishap", STREAMS.values(), ids=STREAMS)
+def test_a_stream_that_fails_goes_on_after_what_came(mishap, ways):
+    with FakeServer(ways=ways, faults=[mishap, mishap]) as server:
+        pieces = stream(engine(server, timeout=0.4), request(tokens=120))
+        assert len(server.texts) == 3
+        assert [i for piece in pieces for i in piece.token_ids] == expected(request(tokens=120))
+        assert pieces[-1].stop_id is not None
+
+
+def test_a_stream_that_fails_for_good_fails_its_row():
+    with FakeServer(faults=[WRONG["500"]] * 100) as server, pytest.raises(RequestError, match="within .* log"):
+        stream(engine(server, patience=0.2), request())
 
 
 @pytest.mark.parametrize("mishap", WRONG_TEXT.values(), ids=WRONG_TEXT)
@@ -692,6 +721,7 @@ class TestVLLMCompletions(VLLMContract):
 @slow
 class TestVLLMText(VLLMContract):
     engine = TextOnly
+    streams = False
 
 
 @needs_vllm
@@ -738,6 +768,8 @@ NEEDED = ("openai", "uvicorn", "fastapi", "accelerate")
 @slow
 class TestTransformersServe(EngineContract):
     """A server that is not vLLM: text in and out, the stop left in the text, no seed to rely on."""
+
+    streams = False
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

@@ -1,0 +1,65 @@
+"""A boundary predictor that runs in vLLM: windows whose beginning it has read before are read on from there.
+
+Logits come back only for tokens that were not in the prefix cache; windows are anchored, so these are the newest ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tessy_hf.engines.vllm import Core
+from tessy_hf.errors import BoundaryError
+
+
+class VLLMReader:
+    """A token classifier in vLLM.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        style_label: The label that means style.
+        window: Most tokens of a window.
+        options: For ``vllm.AsyncEngineArgs``.
+
+    Raises:
+        EngineDeadError: vLLM is not installed or cannot run the model.
+    """
+
+    def __init__(self, model: str, revision: str | None, style_label: int, window: int, options: dict[str, Any]):
+        given = {"max_model_len": window + 1, "max_num_seqs": 256, **options}
+        self._core = Core(model, {"runner": "pooling", "revision": revision, **given})
+        self._style_label = style_label
+        from vllm import PoolingParams
+
+        self._cached, self._uncached = (
+            PoolingParams(task="token_classify", use_activation=False, skip_reading_prefix_cache=skip)
+            for skip in (False, True)
+        )
+
+    async def submit(self, window: Sequence[int], since: int) -> Sequence[bool]:
+        """Return whether each token of ``window`` from ``since`` on is style."""
+        wanted = len(window) - since
+        logits = await self._logits(window, self._cached)
+        if len(logits) < wanted:
+            logits = await self._logits(window, self._uncached)
+        if len(logits) < wanted:
+            raise BoundaryError(
+                f"vLLM gave {len(logits)} labels for {wanted} tokens with {self._core.model!r}. A token classifier is "
+                "expected, one label a token; look at its log."
+            )
+        style: list[bool] = (logits[-wanted:].argmax(-1) == self._style_label).tolist()
+        return style
+
+    async def _logits(self, window: Sequence[int], params: Any) -> Any:
+        async def last() -> Any:
+            prompt = self._core.tokens_input(list(window))
+            async for output in self._core.vllm.encode(prompt, params, self._core.name("boundary")):
+                final = output
+            return final
+
+        return (await self._core.guard(last(), "boundary")).outputs.data
+
+    def close(self) -> None:
+        """Stop vLLM."""
+        self._core.close()
