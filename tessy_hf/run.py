@@ -137,13 +137,13 @@ class Run:
             raise DatasetError(
                 "The transform got a single row. A batch is expected: call map(transform, batched=True)."
             )
-        if self._started is None:
-            self._started = self._own(asyncio.create_task(self._start()))
-        await asyncio.shield(self._started)
         ids = batch[settings.id_column] if settings.id_column is not None else [None] * len(given_prompts)
         tasks: list[asyncio.Task[dict[str, Any]]] = []
         try:
-            async with self._admission:
+            async with self._admission:  # one batch after another, in the order in which they came
+                if self._started is None:
+                    self._started = self._own(asyncio.create_task(self._start()))
+                await asyncio.shield(self._started)
                 for given, prompt in zip(ids, given_prompts, strict=True):
                     await self._window.acquire()
                     tasks.append(self._own(asyncio.create_task(self._row(given, prompt, seen))))

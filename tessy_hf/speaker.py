@@ -5,7 +5,6 @@ Describes itself by light data until :meth:`Speaker.start`, so that it can be pi
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,7 +104,7 @@ class Speaker:
     async def start(self) -> None:
         """Make engine and predictor ready."""
         if self.boundary is not None:
-            await asyncio.get_running_loop().run_in_executor(None, self.boundary.start)
+            self.boundary.start()
         await self.engine.start()
 
     async def close(self) -> None:

@@ -30,7 +30,7 @@ from tests.rules import (
     vocabulary,
     write,
 )
-from tests.worlds import TEXT
+from tests.worlds import HARMONY_SYSTEM, TEXT
 
 KINDS = ["gpt2", "harmony", "qwen", "r1"]
 PAIRS = [("qwen", "qwen"), ("harmony", "qwen")]  # teacher, student
@@ -224,10 +224,11 @@ def test_authors_of_one_vocabulary_are_handed_token_ids():
 @pytest.mark.parametrize("k", [1, 5, 50])
 def test_engines_are_given_the_ids_of_the_prompt_and_of_the_text_so_far(kinds, k):
     opened = {
-        "harmony": "<|start|>user<|message|>How many?<|end|><|start|>assistant<|channel|>analysis<|message|>",
+        "harmony": HARMONY_SYSTEM
+        + "<|start|>user<|message|>How many?<|end|><|start|>assistant<|channel|>analysis<|message|>",
         "qwen": "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n<think>\n",
         "gpt2": "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n<think>\n",
-        "r1": "<|user|>How many?<|assistant|><think>\n",
+        "r1": "<｜begin▁of▁sentence｜><｜User｜>How many?<｜Assistant｜><think>\n",
     }
     engines = [scripted(TEACHER, kinds[0]), scripted(STUDENT, kinds[1])]
     seen = {author: [] for author in ("teacher", "student")}
@@ -318,7 +319,13 @@ def test_the_predictor_reads_a_bounded_window():
 
 @pytest.mark.parametrize(
     ("kind", "marker"),
-    [("qwen", "</think>"), ("qwen", "<|im_end|>"), ("r1", "</think>"), ("r1", "<|eos|>"), ("gpt2", "<|end|>")]
+    [
+        ("qwen", "</think>"),
+        ("qwen", "<|im_end|>"),
+        ("r1", "</think>"),
+        ("r1", "<｜end▁of▁sentence｜>"),
+        ("gpt2", "<|end|>"),
+    ]
     + [("harmony", token) for token in ("<|end|>", "<|return|>", "<|start|>", "<|channel|>")],
 )
 @pytest.mark.parametrize("author", ["student", "teacher"])

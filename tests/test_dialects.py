@@ -8,7 +8,7 @@ from tessy_hf.dialects import HARMONY, THINK_TAGS, check_templates, detect, end_
 from tessy_hf.errors import PromptError, TemplateError
 from tessy_hf.vocabulary import Vocabulary
 from tests.rules import vocabulary
-from tests.worlds import CHATML, R1, R1_KEEPS, make_tokenizer
+from tests.worlds import CHATML, HARMONY_SYSTEM, R1, R1_KEEPS, make_tokenizer
 
 USER = [{"role": "user", "content": "How many?"}]
 ROW = [*USER, {"role": "assistant", "content": "<think>\nOkay, three.\n</think>\n\nThree."}]
@@ -60,10 +60,11 @@ def test_every_special_token_and_the_end_marker_end_the_thinking(kind):
     [
         ("qwen", "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n<think>\n"),
         ("gpt2", "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n<think>\n"),
-        ("r1", "<|user|>How many?<|assistant|><think>\n"),
+        ("r1", "<｜begin▁of▁sentence｜><｜User｜>How many?<｜Assistant｜><think>\n"),
         (
             "harmony",
-            "<|start|>user<|message|>How many?<|end|><|start|>assistant<|channel|>analysis<|message|>",
+            HARMONY_SYSTEM
+            + "<|start|>user<|message|>How many?<|end|><|start|>assistant<|channel|>analysis<|message|>",
         ),
     ],
 )

@@ -25,13 +25,16 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 R1 = (
-    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}"
-    "<|assistant|>{{ m.content.split('</think>')[-1] }}<|eos|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
 R1_KEEPS = R1.replace(".split('</think>')[-1]", "")
+HARMONY_SYSTEM = "<|start|>system<|message|>Reasoning: medium\n\n# Valid channels: analysis, commentary, final.<|end|>"
 HARMONY = (
-    "{% for m in messages %}<|start|>{{ m.role }}"
+    "<|start|>system<|message|>Reasoning: {{ reasoning_effort | default('medium') }}\n\n"
+    "# Valid channels: analysis, commentary, final.<|end|>"
+    "{% for m in messages %}<|start|>{{ 'developer' if m.role == 'system' else m.role }}"
     "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|><|start|>assistant{% endif %}"
     "{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m.content }}"
     "{{ '<|return|>' if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
@@ -79,10 +82,11 @@ def _harmony():
 
 
 def _r1():
-    special = ["<|user|>", "<|assistant|>", "<|eos|>"]
+    special = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
     tokenizer = _bpe(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1), 380, special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eos|>", chat_template=R1)
-    fast.add_special_tokens({"additional_special_tokens": special[:2]})
+    begin, *roles, end = special
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end, chat_template=R1)
+    fast.add_special_tokens({"additional_special_tokens": roles})
     fast.add_tokens(["<think>", "</think>"])
     return fast
 
