@@ -103,3 +103,29 @@ TOKENIZERS = {"qwen": _qwen, "harmony": _harmony, "r1": _r1, "gpt2": _gpt2}
 @cache
 def make_tokenizer(kind):
     return TOKENIZERS[kind]()
+
+
+def save_models(kind, folder, seed):
+    """Save a model that writes by chance, but always the same, and a predictor; return their folders.
+
+    The heads are of 32, which is what vLLM's CPU backend takes. Ends of thinking and of text are made likely enough.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
+
+    tokenizer = make_tokenizer(kind)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.5}
+    base = {**shape, **heads, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(seed)
+    writer = Qwen3ForCausalLM(Qwen3Config(**base, tie_word_embeddings=False))
+    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|end|>" if kind == "harmony" else "</think>"])]
+    with torch.no_grad():
+        writer.lm_head.weight[ends] *= 1.3
+    labels = {"id2label": {0: "capability", 1: "style"}, "label2id": {"capability": 0, "style": 1}}
+    reader = Qwen3ForTokenClassification(Qwen3Config(**base, **labels, label_shift=0))
+    folders = folder / f"{kind}-writer", folder / f"{kind}-reader"
+    for model, where in zip((writer, reader), folders, strict=True):
+        model.save_pretrained(where)
+        tokenizer.save_pretrained(where)
+    return folders

@@ -27,7 +27,7 @@ class VLLMReader:
     """
 
     def __init__(self, model: str, revision: str | None, style_label: int, window: int, options: dict[str, Any]):
-        given = {"max_model_len": window + 1, "max_num_seqs": 256, **options}
+        given = {"max_model_len": window + 1, "max_num_seqs": 256, "stream_interval": 1, **options}
         self._core = Core(model, {"runner": "pooling", "revision": revision, **given})
         self._style_label = style_label
         from vllm import PoolingParams

@@ -107,10 +107,11 @@ def processes(*described, logs, health):
             process.kill()
 
 
-def vllm(*options):
-    """Describe a vLLM server of the miniature student."""
+def vllm(*options, author="student"):
+    """Describe a vLLM server of one of the miniature models."""
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-    model = ["--model", str(demo.STUDENT), "--served-model-name", "student", "--dtype", "float32"]
+    path = demo.TEACHER if author == "teacher" else demo.STUDENT
+    model = ["--model", str(path), "--served-model-name", author, "--dtype", "float32"]
     cpu = ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "16384"]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",

