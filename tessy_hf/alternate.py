@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Literal, NamedTuple
@@ -26,6 +27,7 @@ from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Span, Trajectory
 from tessy_hf.transcript import TokenList, Transcript
 from tessy_hf.vocabulary import words
+from tessy_hf.waits import Waits
 
 LONGEST_WORD = 8_192
 """Characters without a space after which a text counts as a degenerate loop."""
@@ -80,6 +82,7 @@ async def synthesize(
     *,
     begun: Trajectory | None = None,
     record: Callable[[Trajectory, Span], None] | None = None,
+    waits: Waits | None = None,
 ) -> Trajectory:
     """Write one row.
 
@@ -90,6 +93,7 @@ async def synthesize(
         plan: Who writes what, and how.
         begun: What an earlier attempt kept; the row goes on after it.
         record: Called with each piece of thinking as it is kept.
+        waits: Where it is noted what the row waits for, and how long it may.
 
     Returns:
         The row's trajectory. A prompt that cannot be used or a request that failed for good gives
@@ -100,7 +104,7 @@ async def synthesize(
     """
     trajectory = begun or Trajectory(prompt.key, seed=prompt.seed)
     trajectory.error, trajectory.retryable = None, False
-    row = Row(prompt, {"teacher": teacher, "student": student}, plan, trajectory, record)
+    row = Row(prompt, {"teacher": teacher, "student": student}, plan, trajectory, record, waits or Waits())
     try:
         row.open()
         await _think(row)
@@ -141,7 +145,8 @@ async def _answer(row: Row) -> None:
     request = row.request(author, "answer", row.plan.max_answer_tokens)
     if request is None:
         return
-    completion = row.count(author, await speaker.engine.complete(request))
+    async with row.waits_for(author):
+        completion = row.count(author, await speaker.engine.complete(request))
     text = speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]).strip()
     row.trajectory.add(author, "answer", text)
     if not row.trajectory.spans:
@@ -188,6 +193,7 @@ class Row:
     plan: Plan
     trajectory: Trajectory
     record: Callable[[Trajectory, Span], None] | None = None
+    waits: Waits = field(default_factory=Waits)
     transcript: Transcript = field(init=False)
     finish: FinishReason | None = None
     _stream: AsyncGenerator[Completion, None] | None = None
@@ -273,7 +279,8 @@ class Row:
     async def _more(self, author: Author) -> Completion | None:
         """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
         if self._stream is not None:
-            piece = await anext(self._stream, None)
+            async with self.waits_for(author):
+                piece = await anext(self._stream, None)
             if piece is not None:
                 return self.count(author, piece)
             await self.let_go()  # all that was asked for is there
@@ -285,9 +292,14 @@ class Row:
         if request is None:
             return None
         if not streams:
-            return self.count(author, await engine.complete(request))
+            async with self.waits_for(author):
+                return self.count(author, await engine.complete(request))
         self._stream = engine.stream(request)
         return await self._more(author)
+
+    def waits_for(self, author: Author, what: str = "") -> AbstractAsyncContextManager[None]:
+        """Note that the row waits for an author's engine, or for something else of the author's."""
+        return self.waits.on(self.prompt.key, f"the {author} {what or repr(self.speakers[author].engine.model)}")
 
     def turn_is_over(self, author: Author) -> bool:
         """Whether the author's text goes on no more."""
@@ -350,7 +362,8 @@ class Row:
         by_window = groupby((p for p in positions if p >= 0), lambda p: window_start(p, predictor.window))
         for start, group in by_window:
             inside = list(group)
-            labels = await predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
+            async with self.waits_for(author, "boundary predictor"):
+                labels = await predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
             style.update((p, labels[p - inside[0]]) for p in inside)
         return next((self._judged + i for i, p in enumerate(positions) if style[p] != own_kind), None)
 

@@ -40,6 +40,12 @@ def synthesize(
     with TessyTransform.from_yaml(recipe) as transform:
         prompts = _load(data, split)
         features = transform.features(prompts)
+        plan = transform.plan(prompts)
+        Console(stderr=True).print(
+            f"{plan.done} rows done, {plan.to_continue} to continue, {plan.to_do} to do, "
+            f"{plan.failed_before} failed before",
+            highlight=False,
+        )
         rows = prompts.map(transform, batched=True, features=features)
         finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
     _write(finished, out)

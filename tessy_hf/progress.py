@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import multiprocess
@@ -42,13 +43,20 @@ class Progress:
         self._bar.set_postfix_str(self.line(), refresh=False)
         self._bar.update()
 
-    def say(self, counts: Counts | None) -> None:
-        """Tell what an earlier run left in the journal."""
-        if counts is not None and not self._is_worker():
+    def say(self, counts: Counts | None, journal: Path) -> None:
+        """Tell what an earlier run left in the journal, and so what there is to do."""
+        done, to_continue, _, failed = counts or (0, 0, 0, 0)
+        self.write(
+            f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
+            f"(journal: {journal})."
+        )
+
+    def write(self, text: str) -> None:
+        """Write a line above the status line; of ``num_proc`` workers, only the first one does."""
+        if not self._is_worker() or multiprocess.current_process().name.endswith("-1"):
             from datasets.utils import tqdm
 
-            told = f"{counts.done} rows done, {counts.to_continue} to continue, {counts.failed_before} failed before"
-            tqdm.write(f"TESSY journal: {told}.", file=sys.stderr)
+            tqdm.write(f"TESSY: {text}", file=sys.stderr)
 
     def line(self) -> str:
         """Return what stands behind the count of rows."""

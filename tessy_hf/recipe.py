@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,6 +43,8 @@ class _Boundary(BaseModel):
     style_label: int | None = None
     window: int | None = None
     device: str | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Speaker(BaseModel):
@@ -89,7 +91,11 @@ def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
 
 def _speaker(described: _Speaker, path: Path) -> Speaker:
     boundary = described.boundary
-    predictor = BoundaryPredictor(**boundary.model_dump()) if isinstance(boundary, _Boundary) else boundary
+    predictor: BoundaryPredictor | str | None
+    if isinstance(boundary, _Boundary):
+        predictor = BoundaryPredictor(**boundary.model_dump(exclude={"options"}), **boundary.options)
+    else:
+        predictor = boundary
     return Speaker(
         _engine(described, path),
         predictor,

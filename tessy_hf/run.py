@@ -11,9 +11,9 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import count
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,21 @@ from tessy_hf import columns, prompts
 from tessy_hf.alternate import synthesize
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import DatasetError, JournalError, PromptError
-from tessy_hf.journal import Claim, Journal
+from tessy_hf.journal import Claim, Counts, Journal
 from tessy_hf.progress import Progress
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Message, Prompt, Span, Trajectory
+from tessy_hf.waits import Waits
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
 
 RUNS: dict[str, Run] = {}
 """What is live in this process, by the token of its transform. A forked child starts with none."""
+
+STALL_SECONDS = 120.0
+"""After so long without anything from engines or predictors, what is waited for is named."""
 
 
 def _close_all() -> None:
@@ -59,7 +63,8 @@ class Run:
         self._teacher, self._student, self._settings = teacher, student, settings
         self._fingerprint = fingerprint
         self._progress = Progress()
-        self._journal = _journal(self._settings, self._fingerprint)
+        self._waits = Waits(settings.request_timeout)
+        self._journal = journal_of(self._settings, self._fingerprint)
         self._journal_error: JournalError | None = None
         self._rows_seen = 0
         self._started: asyncio.Task[None] | None = None
@@ -100,10 +105,11 @@ class Run:
 
     async def _start(self) -> None:
         """Check what can be checked before anything heavy is loaded, then load it."""
+        self._own(asyncio.create_task(self._watch()))
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
         if self._journal is not None:
-            self._progress.say(self._journal.fingerprints().get(self._fingerprint))
+            self._progress.say(self._journal.fingerprints().get(self._fingerprint), self._journal.path)
             self._own(asyncio.create_task(self._tick(self._journal)))
         if self._teacher.engine is self._student.engine:
             await self._teacher.start()
@@ -117,9 +123,20 @@ class Run:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def _watch(self) -> None:
+        """Name what is waited for when nothing comes any more; less and less often."""
+        patience = STALL_SECONDS
+        while True:
+            await asyncio.sleep(STALL_SECONDS / 4)
+            if self._waits.stalled(STALL_SECONDS) is None:
+                patience = STALL_SECONDS
+            elif (hanging := self._waits.stalled(patience)) is not None:
+                self._progress.write(f"nothing came for {patience:.0f} s. Waiting for {hanging}.")
+                patience *= 2
+
     async def _tick(self, journal: Journal) -> None:
         """Commit what was written: each 50 ms against a kill, twice a second against a power cut."""
-        for number in count(1):
+        for number in numbers(1):
             await asyncio.sleep(0.05)
             try:
                 journal.flush(sync=number % 10 == 0)
@@ -184,7 +201,9 @@ class Run:
         """Write a row, trying again after what was kept where that may help."""
         plan, trajectory = self._settings.plan(prompt.key), None
         for attempt in range(1, self._settings.max_attempts + 1):
-            trajectory = await synthesize(prompt, self._teacher, self._student, plan, begun=trajectory)
+            trajectory = await synthesize(
+                prompt, self._teacher, self._student, plan, begun=trajectory, waits=self._waits
+            )
             if not trajectory.retryable or attempt == self._settings.max_attempts:
                 break
             await asyncio.sleep(_pause(attempt))
@@ -201,7 +220,9 @@ class Run:
             begun = Trajectory.resume(prompt.key, prompt.seed, claim.spans, claim.state)
             try:
                 record = functools.partial(self._record, journal)
-                trajectory = await synthesize(prompt, self._teacher, self._student, plan, begun=begun, record=record)
+                trajectory = await synthesize(
+                    prompt, self._teacher, self._student, plan, begun=begun, record=record, waits=self._waits
+                )
                 row = self._columns(trajectory, prompt.messages)
             except BaseException:
                 journal.release(prompt.key)
@@ -231,10 +252,33 @@ def _pause(attempt: int) -> float:
     return min(30.0, 0.1 * float(2**attempt))
 
 
-def _journal(settings: Settings, fingerprint: str) -> Journal | None:
+def journal_of(settings: Settings, fingerprint: str) -> Journal | None:
+    """Return the journal of a run, where it has one. Touches no file."""
     if settings.journal is None:
         return None
     if settings.journal != "auto":
         return Journal(settings.journal, fingerprint, max_attempts=settings.max_attempts)
     folder = Path(datasets.config.HF_DATASETS_CACHE).parent / "tessy"
     return Journal(folder / f"{fingerprint}.journal", fingerprint, max_attempts=settings.max_attempts)
+
+
+def count(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
+    """Count how a dataset's rows stand in the journal: done, to continue, to do, failed before. Starts nothing."""
+    names = [name for name in (settings.prompt_column, settings.id_column) if name is not None]
+    columns.check_columns(list(dataset.column_names or names), settings.prompt_column, settings.id_column)
+    journal, seen, unusable = journal_of(settings, fingerprint), set[str](), 0
+
+    def keys() -> Iterator[str]:
+        nonlocal unusable
+        for row in dataset.select_columns(names):
+            try:
+                given = row[settings.id_column] if settings.id_column is not None else None
+                yield prompts.read(given, row[settings.prompt_column], settings, seen)[0]
+            except PromptError:
+                unusable += 1
+
+    if journal is None or not journal.path.exists():
+        return Counts(to_do=sum(1 for _ in keys()) + unusable)
+    counts = journal.plan(keys())
+    journal.close()
+    return counts._replace(to_do=counts.to_do + unusable)

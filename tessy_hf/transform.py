@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf import columns
 from tessy_hf.errors import SettingsError
-from tessy_hf.run import RUNS, Batch, Run
+from tessy_hf.run import RUNS, Batch, Run, count
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
+
+    from tessy_hf.journal import Counts
 
 
 class TessyTransform(functools.partial[Any]):
@@ -35,9 +37,9 @@ class TessyTransform(functools.partial[Any]):
     Args:
         teacher: The strong model, writer of capability spans.
         student: The model to be trained, writer of style spans and of the answer.
-        **settings: See :class:`tessy_hf.settings.Settings`: ``method``, ``chunk_tokens``, ``temperature``, ``top_p``,
-            ``seed``, ``max_thinking_tokens``, ``max_answer_tokens``, ``prompt_column``, ``id_column``,
-            ``system_prompt``, ``rows_in_flight``, ``journal``, ``max_attempts``.
+        **settings: See :class:`tessy_hf.settings.Settings`: ``method``, ``chunk_tokens``, ``stream``, ``temperature``,
+            ``top_p``, ``seed``, ``max_thinking_tokens``, ``max_answer_tokens``, ``prompt_column``, ``id_column``,
+            ``system_prompt``, ``rows_in_flight``, ``journal``, ``request_timeout``, ``max_attempts``.
 
     Raises:
         SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor.
@@ -90,6 +92,17 @@ class TessyTransform(functools.partial[Any]):
             DatasetError: The prompt column is missing, or a column would be overwritten.
         """
         return columns.features(dataset, self.settings.prompt_column, self.student.dialect)
+
+    def plan(self, dataset: Dataset | IterableDataset) -> Counts:
+        """Tell how a dataset's rows stand before any work: done, to continue, to do, failed before.
+
+        Reads the prompts and looks their rows up in the journal; starts nothing.
+
+        Raises:
+            DatasetError: The prompt column or the id column is missing.
+            JournalError: The journal cannot be read.
+        """
+        return count(dataset, self.settings, self.run_fingerprint)
 
     # --- being called
 

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
-from tessy_hf.errors import EngineDeadError, RequestError
+from tessy_hf.errors import DatasetError, EngineDeadError, RequestError
 from tests.test_transform import play, prompts, scripted
 
 
@@ -36,6 +36,31 @@ def test_only_what_is_new_is_written_when_rows_are_added_and_shuffled(tmp_path):
     more, requests = run(prompts(25).shuffle(seed=1), scripted(journal=journal), batch_size=4)
     assert requests == 2 * 5
     assert {row["id"]: row["answer"] for row in more} == {f"r{i}": f"the answer is r{i} ." for i in range(25)}
+
+
+def test_the_plan_is_told_before_any_work(tmp_path, capfd):
+    journal = str(tmp_path / "rows.journal")
+    assert scripted(journal=journal).plan(prompts(4)) == (0, 0, 4, 0)
+    assert not os.path.exists(journal), "asking for the plan made a journal"
+    run(prompts(3), scripted(journal=journal))
+    assert scripted(journal=journal).plan(prompts(5).to_iterable_dataset()) == (3, 0, 2, 0)
+    assert scripted(journal=None).plan(prompts(5)) == (0, 0, 5, 0)
+    assert scripted(journal=journal, id_column=None).plan(prompts(5)) == (0, 0, 5, 0)
+    capfd.readouterr()
+    run(prompts(5), scripted(journal=journal))
+    told = [line for line in capfd.readouterr().err.splitlines() if "failed before" in line]
+    assert len(told) == 1
+    assert told[0].endswith(
+        f"TESSY: 3 rows done, 0 to continue, 0 failed before, all others to do (journal: {journal})."
+    )
+
+
+def test_the_plan_counts_rows_that_cannot_be_written_as_to_do(tmp_path):
+    journal = str(tmp_path / "rows.journal")
+    bad = Dataset.from_dict({"id": ["a", "b", "b"], "prompt": ["x", "", "y"]})
+    assert scripted(journal=journal).plan(bad) == (0, 0, 3, 0)
+    with pytest.raises(DatasetError, match="prompt"):
+        scripted(journal=journal).plan(bad.rename_column("prompt", "question"))
 
 
 def test_workers_of_num_proc_share_a_journal(tmp_path):

@@ -83,7 +83,14 @@ def test_settings_do_not_change():
 
 
 @pytest.mark.parametrize(
-    "change", [{"rows_in_flight": 7}, {"journal": "elsewhere"}, {"journal": None}, {"max_attempts": 9}]
+    "change",
+    [
+        {"rows_in_flight": 7},
+        {"journal": "elsewhere"},
+        {"journal": None},
+        {"max_attempts": 9},
+        {"request_timeout": 9.0},
+    ],
 )
 def test_what_only_changes_speed_and_safety_is_not_in_the_fingerprint(change):
     assert Settings.check(**change).fingerprint(SPEAKERS) == Settings.check().fingerprint(SPEAKERS)
@@ -105,7 +112,7 @@ CHANGES = {
 
 
 def test_all_that_decides_the_rows_is_in_the_fingerprint():
-    speed = {"rows_in_flight", "journal", "max_attempts"}
+    speed = {"rows_in_flight", "journal", "request_timeout", "max_attempts"}
     assert set(CHANGES) | speed == set(Settings.model_fields), "a new setting: say here whether it decides the rows"
     prints = {Settings.check(**{name: value}).fingerprint(SPEAKERS) for name, value in CHANGES.items()}
     assert len(prints | {Settings.check().fingerprint(SPEAKERS)}) == len(CHANGES) + 1

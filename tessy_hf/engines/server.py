@@ -596,7 +596,7 @@ class _Live:
             return await asyncio.wait_for(sent, self._engine._timeout)  # httpx's own limit is on each read
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise _PassingError(f"{where} cannot be reached ({type(error).__name__}).", "down") from error
-        except (httpx.TimeoutException, asyncio.TimeoutError) as error:
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise _PassingError(f"{where} did not answer within {self._engine._timeout} s.", "lost") from error
         except httpx.RequestError as error:
             raise _PassingError(f"{where} cut the connection ({type(error).__name__}).", "lost") from error

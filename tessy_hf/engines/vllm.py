@@ -45,6 +45,9 @@ CPU_ENVIRONMENT = {
 }
 """Set on machines without a GPU where the user did not set them."""
 
+MOST_RESTARTS = 2
+"""How often a vLLM that died in mid-run is started again. What kills it more often will kill it again."""
+
 _REAPER = """
 import os, signal, sys, time
 parent, children = int(sys.argv[1]), [int(pid) for pid in sys.argv[2:]]
@@ -79,6 +82,8 @@ class VLLMEngine:
         self.streams = True
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._live: _Live | None = None
+        self._starts: asyncio.Lock
+        self._restarts = 0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -114,16 +119,45 @@ class VLLMEngine:
         """
         if self._live is None:
             self._live = await asyncio.get_running_loop().run_in_executor(None, _Live, self)
+            self._starts = asyncio.Lock()
 
     async def complete(self, request: Request) -> Completion:
-        """Continue a row."""
-        assert self._live is not None, "start() comes first"
-        return await self._live.complete(request)
+        """Continue a row; where vLLM dies over it, start it again and ask once more.
 
-    def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
-        """Continue a row piece by piece until it is broken off."""
+        Raises:
+            RequestError: vLLM refuses the request.
+            EngineDeadError: It died more often than :data:`MOST_RESTARTS` times.
+        """
+        while True:
+            assert self._live is not None, "start() comes first"
+            live = self._live
+            try:
+                return await live.complete(request)
+            except EngineDeadError as death:
+                await self._restart(live, death)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Continue a row piece by piece until it is broken off; where vLLM dies over it, the row is to be retried."""
         assert self._live is not None, "start() comes first"
-        return self._live.stream(request)
+        live = self._live
+        try:
+            async with aclosing(live.stream(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except EngineDeadError as death:
+            await self._restart(live, death)
+            raise RequestError(str(death), retryable=True) from death
+
+    async def _restart(self, dead: _Live, death: EngineDeadError) -> None:
+        """Replace a vLLM that died, once for all who waited for it."""
+        async with self._starts:
+            if self._live is not dead:
+                return
+            if self._restarts >= MOST_RESTARTS:
+                raise death
+            self._restarts += 1
+            dead.core.close()
+            self._live = await asyncio.get_running_loop().run_in_executor(None, _Live, self)
 
     def release(self, row: str) -> None:
         """Do nothing: vLLM's prefix cache forgets what is not used."""
@@ -136,7 +170,7 @@ class VLLMEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
-        return {**self.__dict__, "_live": None, "_tokenizer": None}
+        return {**self.__dict__, "_live": None, "_tokenizer": None, "_starts": None, "_restarts": 0}
 
     def __repr__(self) -> str:
         return f"VLLMEngine({self.model!r})"

