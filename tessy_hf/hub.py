@@ -22,14 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-import httpx2
-import tenacity
+from typing import TYPE_CHECKING, Any, Literal
 
 from tessy_hf import provenance, shards
 from tessy_hf.errors import DatasetError, HubError, VersionError
 from tessy_hf.provenance import Counts, Licence, Manifest, RunRecord, ShardRecord, SplitRecord
+from tessy_hf.repository import Repository, record_folder
 from tessy_hf.shards import Rows, ShardWriter
 
 if TYPE_CHECKING:
@@ -39,17 +37,13 @@ if TYPE_CHECKING:
 
     from tessy_hf.journal import Journal
 
-T = TypeVar("T")
-
 SHARDS_PER_COMMIT = 50
 """Shards that go into one commit on the side branch; the Hub limits commits per hour."""
 
 BYTES_PER_COMMIT = 5 << 30
 """Nor does more than this wait on disk for its commit."""
 
-_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _VERSION = re.compile(r"v?(\d+)\.(\d+)\.(\d+)")
-_LONGEST_PAUSE = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -187,11 +181,6 @@ class _Options:
         return major == base_major and minor > base_minor
 
 
-def record_folder(config_name: str, split: str) -> str:
-    """Return the folder of a split's manifest and statistics in the repository."""
-    return f"tessy/{config_name}/{split}"
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     found = _VERSION.fullmatch(version)
     return tuple(map(int, found.groups())) if found else (-1, -1, -1)
@@ -258,217 +247,6 @@ class _Given:
             return (known or alive)[0].record()  # type: ignore[no-any-return]
         described = self.rows.given.description() if isinstance(self.rows.given, Journal) else None
         return RunRecord.model_validate_json(described) if described else RunRecord(fingerprint=fingerprint)
-
-
-# --- the repository
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed when made again: by the status, or for lack of an answer."""
-    seen: BaseException | None = error
-    while seen is not None:
-        status = getattr(getattr(seen, "response", None), "status_code", None)
-        if status is not None:
-            return status in _PASSING
-        if isinstance(seen, httpx2.TransportError):
-            return not isinstance(seen, httpx2.UnsupportedProtocol)
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-class Repository:
-    """A dataset repository on the Hub, with retries for what the client does not retry.
-
-    Args:
-        repo_id: ``user/name``.
-        folder: Where downloads are kept; files are only ever read at a commit, so nothing in it grows stale.
-        token: The token, or ``None`` for the environment's.
-        patience: Seconds for which a call is tried again.
-        backoff: Seconds before the first retry.
-        say: Is told of retries.
-    """
-
-    def __init__(
-        self,
-        repo_id: str,
-        folder: Path,
-        *,
-        token: str | None = None,
-        patience: float = 60.0,
-        backoff: float = 1.0,
-        say: Callable[[str], None] = logger.info,
-    ) -> None:
-        from huggingface_hub import HfApi
-
-        from tessy_hf import __version__
-
-        self.id, self.say = repo_id, say
-        self._token, self._cache = token, folder / "cache"
-        self.api = HfApi(token=token, library_name="tessy-hf", library_version=__version__)
-        self._where: dict[str, Any] = {"repo_id": repo_id, "repo_type": "dataset"}
-        self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(may_pass),
-            wait=lambda state: _pause(state, backoff),
-            stop=tenacity.stop_after_delay(patience),
-            before_sleep=self._tell_retry,
-            reraise=True,
-        )
-
-    def call(self, what: str, function: Callable[..., T], *args: Any, expected: Any = (), **kwargs: Any) -> T:
-        """Call a function until it answers or fails for good.
-
-        Args:
-            what: What is attempted, for the user: "list the files".
-            function: A method of the client, which is told the repository; or any function of no arguments.
-            *args: Its arguments.
-            expected: Exceptions that are the caller's business.
-            **kwargs: Its arguments by name.
-
-        Raises:
-            HubError: It failed for good.
-        """
-        where = self._where if getattr(function, "__self__", None) is self.api else {}
-        try:
-            return self._retrying(function, *args, **where, **kwargs)
-        except HubError:
-            raise
-        except expected:
-            raise
-        except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-            raise HubError(self._explained(what, error)) from error
-
-    def _explained(self, what: str, error: BaseException) -> str:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        seen = f"status {status}" if status else type(error).__name__
-        said = getattr(error, "server_message", None)
-        hint = "Check the connection and https://status.huggingface.co, and run it again; it goes on where it ended."
-        if status in (401, 403):
-            hint = (
-                f"A token that may write to {self.id} is expected: set HF_TOKEN, run `hf auth login`, or pass token=."
-            )
-        elif status is not None and status not in _PASSING:
-            hint = "An answer of 200 is expected; check the repository's name and state, and run it again."
-        return f"The Hub did not {what} for {self.id}: {seen}{f' ({said})' if said else ''}. {hint}"
-
-    def _tell_retry(self, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        self.say(f"the Hub did not answer well ({type(error).__name__}); trying again")
-
-    # --- reading
-
-    def refs(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the branches and the tags, with their commits."""
-        found = self.call("list branches and tags", self.api.list_repo_refs)
-        branches, tags = ({ref.name: ref.target_commit for ref in refs} for refs in (found.branches, found.tags))
-        return branches, tags
-
-    def read(self, path: str, commit: str) -> str | None:
-        """Return a text file at a commit, or ``None`` if there is none."""
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        def download() -> str:
-            try:
-                file = self.api.hf_hub_download(filename=path, revision=commit, cache_dir=self._cache, **self._where)
-            except LocalEntryNotFoundError as error:  # the client's word for no connection
-                raise ConnectionError(f"{path} could not be downloaded.") from error
-            return Path(file).read_text(encoding="utf-8")
-
-        try:
-            return self.call(f"send {path}", download, expected=EntryNotFoundError)
-        except EntryNotFoundError:
-            return None
-
-    def manifest(self, commit: str | None, config_name: str, split: str) -> Manifest | None:
-        """Return the manifest of a split at a commit, if there is one.
-
-        Raises:
-            HubError: It is there but cannot be read.
-        """
-        text = self.read(f"{record_folder(config_name, split)}/manifest.json", commit) if commit else None
-        if text is None:
-            return None
-        try:
-            return Manifest.model_validate_json(text)
-        except ValueError as error:
-            raise HubError(
-                f"The manifest of {self.id} at {commit} cannot be read: {error} One of schema version "
-                f"{provenance.SCHEMA_VERSION} is expected; upgrade tessy-hf."
-            ) from error
-
-    def files(self, commit: str, folder: str | None = None) -> dict[str, Any]:
-        """Return what the client tells of each file at a commit, by path."""
-        from huggingface_hub import RepoFile
-        from huggingface_hub.errors import EntryNotFoundError
-
-        def listing() -> list[Any]:
-            return list(self.api.list_repo_tree(path_in_repo=folder, recursive=True, revision=commit, **self._where))
-
-        try:
-            found = self.call("list the files", listing, expected=EntryNotFoundError)
-        except EntryNotFoundError:
-            return {}
-        return {file.path: file for file in found if isinstance(file, RepoFile)}
-
-    def footer(self, path: str, commit: str) -> tuple[int, Any]:
-        """Return the number of rows and the schema of a Parquet file; only its end is downloaded."""
-        import pyarrow.parquet as pq
-        from huggingface_hub import HfFileSystem
-
-        def read() -> tuple[int, Any]:
-            system = HfFileSystem(token=self._token, endpoint=self.api.endpoint, skip_instance_cache=True)
-            with system.open(f"datasets/{self.id}@{commit}/{path}", block_size=1 << 16) as file:
-                metadata = pq.read_metadata(file)
-            return metadata.num_rows, metadata.schema.to_arrow_schema()
-
-        return self.call(f"read back {path}", read)
-
-    def tables(self, shard_paths: Sequence[str], commit: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Iterate over the rows of files at a commit, one file on disk and one row group in memory at a time."""
-        import pyarrow.parquet as pq
-
-        for path in shard_paths:
-            with tempfile.TemporaryDirectory(dir=self._cache.parent) as folder:
-                file = self.call(
-                    f"send {path}", self.api.hf_hub_download, filename=path, revision=commit, local_dir=folder
-                )
-                with pq.ParquetFile(file) as parquet:
-                    for number in range(parquet.num_row_groups):
-                        yield parquet.read_row_group(number, columns=columns)
-
-    # --- writing
-
-    def reach(self, private: bool | None) -> None:
-        """Make the repository if it is not there, and check that this token may write to it.
-
-        Raises:
-            HubError: It may not.
-        """
-        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-        try:
-            self.call("check write access", self.api.auth_check, write=True, expected=HfHubHTTPError)
-        except RepositoryNotFoundError:
-            self.say(f"making the repository {self.id}")
-            self.call("make the repository", self.api.create_repo, private=private, exist_ok=True)
-        except HfHubHTTPError as error:
-            if error.response.status_code in (401, 403):
-                raise HubError(self._explained("grant write access", error)) from error
-            # A Hub without this check: the side branch, which is made before any row, shows it.
-            self.call("make the repository", self.api.create_repo, private=private, exist_ok=True)
-
-    def commit(self, branch: str, operations: list[Any], message: str, parent: str | None = None) -> str:
-        """Commit once, without retries; return the commit's id."""
-        done = self.api.create_commit(
-            operations=operations, commit_message=message, revision=branch, parent_commit=parent, **self._where
-        )
-        return str(done.oid)
-
-
-def _pause(state: tenacity.RetryCallState, backoff: float) -> float:
-    """Return the seconds to wait: what the server asks for, else twice as long as the last time."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return min(_LONGEST_PAUSE, float(asked) if asked.isdigit() else backoff * 2.0 ** (state.attempt_number - 1))
 
 
 # --- the push
@@ -588,10 +366,11 @@ class _Push:
         append = self.options.is_minor_step(on_main.version) if self.options.append is None else self.options.append
         if append:
             self.base, self.base_commit = on_main, main
-            if on_main.features != self.given.rows.features.to_dict():
+            if on_main.features != self.given.rows.features._to_yaml_list():
                 raise DatasetError(
-                    f"The rows have other columns than {self.repo.id}@v{on_main.version}, to which they would be added: "
-                    f"{', '.join(self.given.rows.features)}. Give them the same, or pass append=False to replace it."
+                    f"The rows have other columns than {self.repo.id}@v{on_main.version}, to which they are to be "
+                    f"added: {', '.join(self.given.rows.features)}. Give them the same, or pass append=False to "
+                    "replace what is there."
                 )
 
     def _branched(self, branches: dict[str, str]) -> Manifest | None:
@@ -653,9 +432,7 @@ class _Push:
 
     def _parts(self, tally: _Tally, statistics: Any) -> Iterator[tuple[str, pa.Table]]:
         """Iterate over what goes into which split; rows of the base are counted, and those it has are left out."""
-        options, old, failed_before = self.options, set[Any](), dict[Any, pa.Table]()
-        if self.base is not None:
-            old, failed_before = self._read_base(tally, statistics)
+        old, failed_before = self._read_base(tally, statistics)
         for table in self.given.rows.tables():
             tally.given += table.num_rows
             keys = shards.keys(table, self._id_column())
@@ -666,7 +443,7 @@ class _Push:
             yield from self._split(table, tally, statistics)
         for table in failed_before.values():
             yield from self._split(table, tally, statistics)
-        if options.failures == "drop" and tally.failed:
+        if self.options.failures == "drop" and tally.failed:
             self.repo.say(f"{tally.failed} failed or incomplete rows are left out")
 
     def _split(self, table: pa.Table, tally: _Tally, statistics: Any) -> Iterator[tuple[str, pa.Table]]:
@@ -679,11 +456,13 @@ class _Push:
         statistics.add(whole)
         yield self.options.split, whole
         if self.options.failures == "split":
+            statistics.add(failed)
             yield self.options.failures_split, failed
 
     def _read_base(self, tally: _Tally, statistics: Any) -> tuple[set[Any], dict[Any, pa.Table]]:
         """Read the release that is added to: its rows' keys, and its failures, which these rows may replace."""
-        assert self.base is not None and self.base_commit is not None
+        if self.base is None or self.base_commit is None:
+            return set(), {}
         self.repo.say(f"reading {self.repo.id}@v{self.base.version}, to which the new rows are added")
         old: set[Any] = set()
         for table in self.repo.tables(_paths(self.base, self.options.split), self.base_commit):
@@ -769,7 +548,7 @@ class _Push:
             runs=runs,
             counts=counts,
             splits=splits,
-            features=self.given.rows.features.to_dict(),
+            features=self.given.rows.features._to_yaml_list(),
             licence=options.licence,
             begun=begun,
             finished=provenance.now(),
@@ -859,7 +638,6 @@ class _Push:
         data = [shard.path for shard in _all_shards(manifest) if _difference(shard, on_main.get(shard.path))]
         records = [path for path in on_side if path.startswith(self.options.folder + "/")]
         card = dataset_card(summary, manifest, self.repo.id, previous=self.repo.read("README.md", main))
-        lay_out(card, manifest, self.given.rows.features)
         return [
             *(CommitOperationDelete(path) for path in self._stale(on_main, manifest)),
             *(CommitOperationCopy(path, path, src_revision=side) for path in (*data, *records)),
@@ -920,38 +698,3 @@ def _difference(shard: ShardRecord, there: Any) -> str | None:
     if there.lfs is not None and there.lfs.sha256 != shard.sha256:
         return "has another hash than what was sent"
     return None
-
-
-def lay_out(card: Any, manifest: Manifest, features: Features) -> None:
-    """Tell `datasets`, in a card's metadata, where the splits are and what they hold. Other splits are kept."""
-    from datasets import DatasetInfo, SplitDict, SplitInfo
-    from datasets.info import DatasetInfosDict
-    from datasets.utils.metadata import MetadataConfigs
-
-    name, folder = manifest.config_name, "data" if manifest.config_name == "default" else manifest.config_name
-    configs = {config["config_name"]: dict(config) for config in getattr(card.data, "configs", None) or []}
-    infos = DatasetInfosDict.from_dataset_card_data(card.data)
-    files = {entry["split"]: entry["path"] for entry in configs.get(name, {}).get("data_files", [])}
-    info = infos.get(name) or DatasetInfo(config_name=name)
-    splits = {one.name: one for one in (info.splits or {}).values()}
-    mine = {manifest.split: manifest.splits[manifest.split]}
-    mine |= {one: manifest.splits[one] for one in [manifest.failures_split] if one}
-    for gone in {"failures" if manifest.split == "train" else f"{manifest.split}_failures"} - set(mine):
-        files.pop(gone, None), splits.pop(gone, None)
-    for split, told in mine.items():
-        files[split] = f"{folder}/{split}-*"
-        splits[split] = SplitInfo(split, num_bytes=told.uncompressed_bytes, num_examples=told.rows)
-    configs[name] = {**configs.get(name, {}), "data_files": [{"split": s, "path": p} for s, p in files.items()]}
-    configs[name].pop("config_name", None)
-    info.features, info.splits = features, SplitDict()
-    for one in splits.values():
-        info.splits.add(one)
-    info.dataset_size = sum(one.num_bytes or 0 for one in splits.values())
-    info.download_size = sum(told.bytes for told in mine.values())
-    for field_name in ("configs", "dataset_info"):
-        if field_name in card.data:
-            delattr(card.data, field_name)
-    MetadataConfigs(
-        {k: {kk: vv for kk, vv in v.items() if kk != "config_name"} for k, v in configs.items()}
-    ).to_dataset_card_data(card.data)
-    DatasetInfosDict({**infos, name: info}).to_dataset_card_data(card.data)

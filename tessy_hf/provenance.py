@@ -194,8 +194,8 @@ class Manifest(_Record):
     counts: Counts
     splits: dict[str, SplitRecord]
     """The split and, where there is one, that of its failures."""
-    features: dict[str, Any] = Field(default_factory=dict)
-    """The columns and their types, as ``datasets.Features.from_dict`` reads them."""
+    features: list[Any] = Field(default_factory=list)
+    """The columns and their types, as in a dataset card's ``dataset_info``."""
     licence: Licence = Field(default_factory=Licence)
     begun: str
     """When the push began: UTC, ISO 8601."""
@@ -315,7 +315,7 @@ def _snapshots(file: Path) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Hash the weights and JSON files of a folder: names, sizes, and the first and last :data:`DIGEST_BYTES` of each."""
+    """Hash the weights and JSON files of a folder: names, sizes, and both ends (:data:`DIGEST_BYTES`) of each."""
     total = hashlib.sha256()
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
         size = path.stat().st_size

@@ -57,8 +57,8 @@ class Rows:
         missing = [name for name in columns.COLUMNS if name not in self.features]
         if missing:
             raise DatasetError(
-                f"The rows have no {', '.join(missing)}. Columns: {', '.join(self.features)}. Expected are rows that a "
-                "TessyTransform has written, with all columns it adds; for other rows use their own push_to_hub()."
+                f"The rows have no {', '.join(missing)}. Columns: {', '.join(self.features)}. Expected are rows that "
+                "a TessyTransform has written, with all columns it adds; for other rows use their own push_to_hub()."
             )
 
     @property
@@ -144,7 +144,7 @@ def _journal(rows: Journal | str | Path, run: str | None) -> Journal:
     wanted = run or (journal.fingerprint if isinstance(rows, Journal) else None)
     if wanted is None and len(runs) != 1:
         raise JournalError(
-            f"The journal {journal.path} holds {len(runs)} runs: {', '.join(runs)}. Pass run= (--run) with one of them."
+            f"The journal {journal.path} holds {len(runs)} runs: {', '.join(runs)}. Pass run= (--run) with one."
         )
     if wanted is not None and wanted not in runs:
         raise JournalError(
@@ -171,7 +171,7 @@ def _journal_features(journal: Journal) -> Features:
 def keys(table: pa.Table, id_column: str | None) -> list[Any]:
     """Return what tells each row from the others over all releases.
 
-    The id, where there is a column of ids; else the row's seed, which is derived from the run's seed and the row's key.
+    The id, where there is a column of ids; else the row's seed, which derives from the run's seed and the row's key.
     """
     name = next(name for name in (id_column, "key", "seed") if name is not None and name in table.column_names)
     return table.column(name).to_pylist()  # type: ignore[no-any-return]
