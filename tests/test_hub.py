@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
 from tessy_hf import push_to_hub
-from tessy_hf.errors import DatasetError, HubError, RequestError, VersionError
+from tessy_hf.errors import RequestError
 from tessy_hf.provenance import Manifest
-from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
+from tests.hub_server import HubServer, clients_of
 from tests.test_transform import prompts, scripted
 
 # The client's own upload speaks to httpx2 in a deprecated way.
