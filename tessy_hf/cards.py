@@ -12,7 +12,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
@@ -265,11 +265,12 @@ def _template(name: str) -> Template:
     environment = Environment(undefined=StrictUndefined, finalize=_inert, autoescape=False)  # noqa: S701 - Markdown
     environment.filters.update(
         code=code,
+        cell=partial(code, cell=True),
         count=lambda value: Markdown(count(value)),
         percent=lambda value: Markdown(html.escape(percent(value))),
         python=lambda value: Markdown(json.dumps(value, ensure_ascii=False)),
         json=lambda value: Markdown(json.dumps(value, indent=2, ensure_ascii=False)),
-        model=lambda name: _link(name, "https://huggingface.co/"),
+        model=lambda name: _link(name, "https://huggingface.co/", cell=True),
         dataset=lambda name: _link(name, "https://huggingface.co/datasets/"),
         revision=_revision,
         url=lambda path: Markdown(quote(path)),
@@ -286,12 +287,18 @@ class Markdown(str):
     """Text that is put on a card as it is."""
 
 
-def code(text: Any) -> Markdown:
-    """Return any text as a code span in one line, also within a table: nothing in it is markup, nor a link."""
+def code(text: Any, cell: bool = False) -> Markdown:
+    """Return any text as a code span in one line: nothing in it is markup, nor a link.
+
+    Args:
+        text: The text.
+        cell: Whether it stands in a table, where a bar would end the cell.
+    """
     line = " ".join(re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(text)).split()) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if line[0] == "`" or line[-1] == "`" or len(fence) > 1 else ""
-    return Markdown(f"{fence}{space}{line}{space}{fence}".replace("|", "\\|"))
+    span = f"{fence}{space}{line}{space}{fence}"
+    return Markdown(span.replace("|", "\\|") if cell else span)
 
 
 def _inert(value: Any) -> Markdown:
@@ -307,7 +314,7 @@ def _inert(value: Any) -> Markdown:
 def _grid(table: Table, names: bool = False) -> Markdown:
     """Return a table; ``names`` says that the first column holds names, in code spans, and not words."""
     lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)]]
-    lines += [[code(line[0]) if names else _inert(line[0]), *map(_inert, line[1:])] for line in table.lines]
+    lines += [[code(line[0], cell=True) if names else _inert(line[0]), *map(_inert, line[1:])] for line in table.lines]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return Markdown(drawn + (f"\n\n{_inert(table.note)}" if table.note else ""))
 
@@ -322,13 +329,13 @@ def _by_group(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table("", head, lines)
 
 
-def _link(name: str, base: str) -> Markdown:
-    return Markdown(f"[{code(name)}]({base}{name})") if _REPO.fullmatch(name) else code(name)
+def _link(name: str, base: str, cell: bool = False) -> Markdown:
+    return Markdown(f"[{code(name)}]({base}{name})") if _REPO.fullmatch(name) else code(name, cell)
 
 
 def _revision(model: ModelRecord) -> Markdown:
     known = model.revision or model.digest or model.requested_revision
-    return Markdown("–") if known is None else code(known if len(known) <= 20 else known[:19] + "…")
+    return Markdown("–") if known is None else code(known if len(known) <= 20 else known[:19] + "…", cell=True)
 
 
 def _hardware(hardware: HardwareRecord) -> str:
