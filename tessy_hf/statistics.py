@@ -223,9 +223,9 @@ class Statistics:
 
     def _span_lengths(self, author: str) -> dict[str, Any]:
         longest = max((max(tally.counts, default=1) for tally in self.spans.values()), default=1)
-        edges = [0, 1, 2, 3]  # then ever wider: 3-4, 5-8, ...
+        edges = [0, 1, 2, 3] if longest > 16 else list(range(longest + 2))
         while edges[-1] <= longest:
-            edges.append(2 * edges[-1] - 1)
+            edges.append(2 * edges[-1] - 1)  # ever wider: 3-4, 5-8, ...
         tally = self.spans[author]
         return {**tally.summary(), "histogram": {"edges": edges, "counts": tally.histogram(edges)}}
 

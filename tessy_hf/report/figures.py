@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,7 @@ THEMES = {
 }
 
 ThemeName = Literal["light", "dark"]
+Kind = Literal["svg", "png"]
 NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
 _SIZE = (6.4, 3.6)  # inches
 
@@ -63,13 +65,13 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
         return figure
 
 
-def image(name: str, summary: dict[str, Any], theme: ThemeName = "light", kind: Literal["svg", "png"] = "svg") -> bytes:
+def image(name: str, summary: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
     """Draw one figure as a file. The same summary gives the same bytes with the same version of matplotlib."""
     figure, buffer = draw(name, summary, theme), io.BytesIO()
     with _style(THEMES[theme]):
         plain = {"Date": None} if kind == "svg" else {"Software": None}
         transparent = kind == "svg"  # in the report the page shows through; a picture on its own is on paper
-        figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=144)
+        figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=120)
     return buffer.getvalue()
 
 
@@ -154,7 +156,7 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
         return _nothing(axes, theme)
     edges = spans["teacher"]["histogram"]["edges"]
     first = 0 if any(spans[author]["histogram"]["counts"][0] for author in AUTHORS) else 1
-    labels = [str(low) if high - low == 1 else f"{low}–{high - 1}" for low, high in zip(edges, edges[1:], strict=False)]
+    labels = [str(low) if high - low == 1 else f"{low}–{high - 1}" for low, high in pairwise(edges)]
     places = range(len(labels) - first)
     for author, shift in (("teacher", -0.2), ("student", 0.2)):
         told = spans[author]
@@ -217,7 +219,7 @@ def _style(theme: Theme) -> Iterator[Any]:
             'Figures are drawn with matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
     plain = {"text": theme.text, "xtick": theme.muted, "ytick": theme.muted}
-    settings = {
+    settings: Any = {
         **{f"{name}.color": colour for name, colour in plain.items()},
         **{f"axes.{name}": theme.text for name in ("labelcolor", "titlecolor")},
         **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
@@ -240,8 +242,11 @@ def _style(theme: Theme) -> Iterator[Any]:
         "legend.frameon": False,
         "font.family": "DejaVu Sans",  # the one that comes with matplotlib: figures are the same everywhere
         "svg.hashsalt": "tessy",
+        "svg.fonttype": "none",  # text stays text: the page's own letters, and readable
         "figure.figsize": _SIZE,
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.w_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.12,
     }
     with matplotlib.rc_context(settings):
         yield Figure
@@ -273,7 +278,7 @@ def _whole_numbers(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(_thousands)
 
 
-def _thousands(value: float, _position: int = 0) -> str:
+def _thousands(value: float, _position: float = 0) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
