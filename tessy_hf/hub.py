@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tessy_hf import provenance, shards
-from tessy_hf.errors import DatasetError, HubError, VersionError
+from tessy_hf.errors import DatasetError, HubError, TessyError, VersionError
 from tessy_hf.provenance import Counts, Licence, Manifest, RunRecord, ShardRecord, SplitRecord
 from tessy_hf.repository import Repository, record_folder
 from tessy_hf.shards import Rows, ShardWriter
+from tessy_hf.typed_streams import functions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -165,7 +166,7 @@ class _Options:
 
     @property
     def failures_split(self) -> str:
-        return "failures" if self.split == "train" else f"{self.split}_failures"
+        return provenance.failures_split(self.split)
 
     def prefix(self, split: str) -> str:
         """Return where a split's files are, up to their number; as `datasets` lays them out."""
@@ -230,8 +231,8 @@ class _Given:
 
         if not isinstance(self.rows.given, IterableDataset):
             return []
-        functions = provenance.mapped_functions(self.rows.given)
-        return [function for function in functions if isinstance(function, TessyTransform)][:1]
+        mapped = functions(self.rows.given._ex_iterable)
+        return [function for function in mapped if isinstance(function, TessyTransform)][:1]
 
     def record(self, fingerprint: str) -> RunRecord:
         """Describe a run as well as anyone here can."""
@@ -560,15 +561,25 @@ class _Push:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         texts = {"manifest.json": manifest.to_json(), "statistics.json": json.dumps(summary, indent=2) + "\n"}
+        files = {name: text.encode() for name, text in texts.items()} | self._figures(summary)
 
         def finish() -> str:
             there = self.repo.files(self.repo.refs()[0][self.branch])
             operations: list[Any] = [CommitOperationDelete(path) for path in self._stale(there, manifest)]
-            for name, text in texts.items():
-                operations.append(CommitOperationAdd(f"{self.options.folder}/{name}", text.encode()))
+            operations += [CommitOperationAdd(f"{self.options.folder}/{name}", data) for name, data in files.items()]
             return self.repo.commit(self.branch, operations, f"Describe {self.options.tag}")
 
         self.repo.call("commit", finish)
+
+    def _figures(self, summary: dict[str, Any]) -> dict[str, bytes]:
+        """Draw the figures of the card, where what draws them is installed."""
+        from tessy_hf.report import figures
+
+        try:
+            return {f"{name}.png": figures.image(name, summary, kind="png") for name in figures.NAMES}
+        except TessyError as error:
+            self.repo.say(f"the card goes without figures: {error}")
+            return {}
 
     def _stale(self, there: dict[str, Any], manifest: Manifest) -> list[str]:
         """Return the data files of these splits that are not of this release."""
@@ -633,13 +644,17 @@ class _Push:
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         from tessy_hf.cards import dataset_card
+        from tessy_hf.report.figures import describe
 
         on_main, on_side = self.repo.files(main), self.repo.files(side)
         data = [shard.path for shard in _all_shards(manifest) if _difference(shard, on_main.get(shard.path))]
         records = [path for path in on_side if path.startswith(self.options.folder + "/")]
-        card = dataset_card(summary, manifest, self.repo.id, previous=self.repo.read("README.md", main))
+        gone = [path for path in on_main if path.startswith(self.options.folder + "/") and path not in on_side]
+        figures = {path: describe(Path(path).stem, summary) for path in records if path.endswith(".png")}
+        previous = self.repo.read("README.md", main)
+        card = dataset_card(summary, manifest, self.repo.id, previous, figures=figures)
         return [
-            *(CommitOperationDelete(path) for path in self._stale(on_main, manifest)),
+            *(CommitOperationDelete(path) for path in (*self._stale(on_main, manifest), *gone)),
             *(CommitOperationCopy(path, path, src_revision=side) for path in (*data, *records)),
             CommitOperationAdd("README.md", str(card).encode()),
         ]

@@ -219,6 +219,11 @@ class Manifest(_Record):
         return self.model_dump_json(indent=2) + "\n"
 
 
+def failures_split(split: str) -> str:
+    """Return the name of the split for the failed and incomplete rows of a split."""
+    return "failures" if split == "train" else f"{split}_failures"
+
+
 def json_schema() -> str:
     """Return the manifest's JSON Schema, as in :data:`SCHEMA_FILE`."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
@@ -390,15 +395,6 @@ def _plain(values: Any) -> Iterator[Any]:
 def _hash_of(chain: list[tuple[str, list[Any]]]) -> str:
     told = [[name, [getattr(value, "_fingerprint", value) for value in values]] for name, values in chain]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def mapped_functions(dataset: IterableDataset) -> Iterator[Any]:
-    """Iterate over the functions mapped over a stream, last first. `datasets` has no public way to ask."""
-    steps = [getattr(dataset, "_ex_iterable", None)]
-    for step in steps:
-        if step is not None:
-            yield from filter(None, [getattr(step, "function", None)])
-            steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
 
 
 # --- the machine and what is installed on it

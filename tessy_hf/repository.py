@@ -80,13 +80,14 @@ class Repository:
         backoff: float = 1.0,
         say: Callable[[str], None] = logger.info,
     ) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, HfFileSystem
 
         from tessy_hf import __version__
 
         self.id, self.say = repo_id, say
-        self._token, self._cache = token, folder / "cache"
+        self._cache = folder / "cache"
         self.api = HfApi(token=token, library_name="tessy-hf", library_version=__version__)
+        self._system = HfFileSystem(token=token, endpoint=self.api.endpoint, skip_instance_cache=True)
         self._where: dict[str, Any] = {"repo_id": repo_id, "repo_type": "dataset"}
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(may_pass),
@@ -144,6 +145,27 @@ class Repository:
         branches, tags = ({ref.name: ref.target_commit for ref in refs} for refs in (found.branches, found.tags))
         return branches, tags
 
+    def resolve(self, revision: str) -> str:
+        """Return the commit of a tag, branch or commit.
+
+        Raises:
+            HubError: There is none.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        absent = (RepositoryNotFoundError, RevisionNotFoundError)
+        try:
+            found = self.call("tell the revision", self.api.repo_info, revision=revision, expected=absent)
+        except RepositoryNotFoundError as error:
+            raise HubError(
+                f"There is no dataset {self.id} on the Hub, or this token may not see it. Check the name user/name, "
+                "and for a private one set HF_TOKEN."
+            ) from error
+        except RevisionNotFoundError as error:
+            there = ", ".join(sorted(self.refs()[1])) or "none"
+            raise HubError(f"{self.id} has no {revision!r}. Tags: {there}. Give one of them.") from error
+        return str(found.sha)
+
     def read(self, path: str, commit: str) -> str | None:
         """Return a text file at a commit, or ``None`` if there is none."""
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -194,11 +216,8 @@ class Repository:
     def footer(self, path: str, commit: str) -> tuple[int, Any]:
         """Return the number of rows and the schema of a Parquet file; only its end is downloaded."""
         import pyarrow.parquet as pq
-        from huggingface_hub import HfFileSystem
-
         def read() -> tuple[int, Any]:
-            system = HfFileSystem(token=self._token, endpoint=self.api.endpoint, skip_instance_cache=True)
-            with system.open(f"datasets/{self.id}@{commit}/{path}", block_size=1 << 16) as file:
+            with self._system.open(f"datasets/{self.id}@{commit}/{path}", block_size=1 << 16) as file:
                 metadata = pq.read_metadata(file)
             return metadata.num_rows, metadata.schema.to_arrow_schema()
 

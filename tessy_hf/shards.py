@@ -34,16 +34,22 @@ class Rows:
     Args:
         rows: A ``Dataset``, an ``IterableDataset``, a :class:`Journal`, or a journal's path.
         run: Which run of the journal, where it holds several.
+        max_attempts: How many attempts at a row of the journal may have failed for it to count as done, and failed.
 
     Raises:
         DatasetError: The rows have no schema, or lack columns that the transform adds.
         JournalError: The path is no journal, or the journal holds several runs.
     """
 
-    def __init__(self, rows: Dataset | IterableDataset | Journal | str | Path, run: str | None = None) -> None:
+    def __init__(
+        self,
+        rows: Dataset | IterableDataset | Journal | str | Path,
+        run: str | None = None,
+        max_attempts: int = 1,
+    ) -> None:
         from datasets import Dataset, IterableDataset
 
-        self.given = _journal(rows, run) if isinstance(rows, (Journal, str, Path)) else rows
+        self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
             self.features: Features = _journal_features(self.given)
         elif isinstance(self.given, (Dataset, IterableDataset)):
@@ -87,6 +93,14 @@ class Rows:
         if isinstance(self.given, Dataset):
             return {value for value in self.given.unique("run_fingerprint") if value is not None}
         return None
+
+    def dataset(self) -> Dataset:
+        """Return all rows as one dataset in memory."""
+        import pyarrow as pa
+        from datasets import Dataset
+
+        empty = self.features.arrow_schema.empty_table()
+        return Dataset(pa.concat_tables([empty, *self.tables()]))
 
     def tables(self) -> Iterator[pa.Table]:
         """Iterate over the rows, in order, :data:`BATCH_ROWS` at a time."""
@@ -138,7 +152,7 @@ def open_journal(path: Path) -> Journal:
     return Journal(path, "")
 
 
-def _journal(rows: Journal | str | Path, run: str | None) -> Journal:
+def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> Journal:
     journal = rows if isinstance(rows, Journal) else open_journal(Path(rows))
     runs = list(journal.fingerprints())
     wanted = run or (journal.fingerprint if isinstance(rows, Journal) else None)
@@ -150,7 +164,7 @@ def _journal(rows: Journal | str | Path, run: str | None) -> Journal:
         raise JournalError(
             f"The journal {journal.path} holds no run {wanted!r}, but {', '.join(runs)}. Pass one of these."
         )
-    return Journal(journal.path, wanted or runs[0], max_attempts=journal.max_attempts)
+    return Journal(journal.path, wanted or runs[0], max_attempts=max_attempts)
 
 
 def _journal_features(journal: Journal) -> Features:

@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf import columns, provenance
+from tessy_hf import columns, provenance, typed_streams
 from tessy_hf.errors import SettingsError
 from tessy_hf.run import RUNS, Batch, Run
 from tessy_hf.settings import Settings
@@ -81,15 +81,19 @@ class TessyTransform(functools.partial[Any]):
         return self
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> TessyTransform:
+    def from_yaml(cls, path: str | Path, *changes: str) -> TessyTransform:
         """Read a transform from a YAML file: the settings by name, and ``teacher`` and ``student``.
+
+        Args:
+            path: The file.
+            *changes: What is to be different, for instance ``"temperature=0.5"`` or ``"teacher.model=me/model"``.
 
         Raises:
             SettingsError: The file cannot be read as such a description.
         """
         from tessy_hf.recipe import read
 
-        teacher, student, settings = read(Path(path))
+        teacher, student, settings = read(Path(path), changes)
         return cls(teacher=teacher, student=student, **settings)
 
     @property
@@ -202,3 +206,4 @@ def _register_with_hasher() -> None:
 
 
 _register_with_hasher()
+typed_streams.install(lambda function: isinstance(function, TessyTransform))

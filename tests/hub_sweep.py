@@ -122,19 +122,18 @@ def check_old_or_new(hub, old, version, rows):
 
 
 @contextmanager
-def dying(number, after):
+def dying(hub, number, after):
     """Let this process die at a request: before it is sent, or before its answer is read."""
     import httpx2
     import huggingface_hub
 
-    sent, send = [0], httpx2.Client.send
+    send = httpx2.Client.send
 
     def sending(client, request, **options):
-        sent[0] += 1
-        if sent[0] == number and not after:
+        if len(hub.requests) >= number and not after:
             raise Killed
         answer = send(client, request, **options)
-        if sent[0] == number:
+        if len(hub.requests) > number:
             raise Killed
         return answer
 
@@ -183,7 +182,7 @@ class Scenario:
         self.restore()
         old = state(self.hub)
         if kind.startswith("killed"):
-            with dying(number + 1, kind.endswith("after")), pytest.raises(Killed):
+            with dying(self.hub, number, kind.endswith("after")), pytest.raises(Killed):
                 push(self.rows, self.version)
         else:
             self.hub.fault = at(number, kind)
