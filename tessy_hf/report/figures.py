@@ -186,7 +186,8 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
             axes.barh(place, bar[author], 0.56, left=left, color=theme.of(author), label=author if not place else None)
             left += bar[author]
         share = bar["teacher"] / left if left else None
-        axes.text(left, place, f"  {left:,}", va="center", color=theme.text, weight="bold")
+        total = {"textcoords": "offset points", "va": "center", "color": theme.text, "weight": "bold"}
+        axes.annotate(f"{left:,}", (left, place), (7, 0), **total)
         told = "" if share is None else f"teacher {_percent(share)}"
         axes.annotate(told, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
     axes.set_yticks(range(3), list(bars), color=theme.text, size=10)
