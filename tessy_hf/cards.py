@@ -171,9 +171,12 @@ def _update_files(data: DatasetCardData, manifest: Manifest) -> None:
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
 
+    from tessy_hf.provenance import failures_split
+
     name, pushed = manifest.config_name, manifest.splits
     config = MetadataConfigs.from_dataset_card_data(data).get(name, {})
-    others = [file for file in config.get("data_files", []) if isinstance(file, dict) and file["split"] not in pushed]
+    gone = {*pushed, failures_split(manifest.split)}
+    others = [file for file in config.get("data_files", []) if isinstance(file, dict) and file["split"] not in gone]
     files = [{"split": split, "path": _pattern(of.shards[0].path)} for split, of in pushed.items() if of.shards]
     MetadataConfigs({name: {**config, "data_files": [*files, *others]}}).to_dataset_card_data(data)
     known = DatasetInfosDict.from_dataset_card_data(data).get(name, DatasetInfo())
@@ -181,7 +184,7 @@ def _update_files(data: DatasetCardData, manifest: Manifest) -> None:
         {"name": split, "num_bytes": record.uncompressed_bytes, "num_examples": record.rows}
         for split, record in pushed.items()
     ]
-    kept = [split for split in known._to_yaml_dict().get("splits") or [] if split["name"] not in pushed]
+    kept = [split for split in known._to_yaml_dict().get("splits") or [] if split["name"] not in gone]
     info = DatasetInfo._from_yaml_dict({"features": manifest.features, "splits": [*splits, *kept]})
     info.download_size = sum(record.bytes for record in pushed.values())
     info.dataset_size = sum(split["num_bytes"] for split in (*splits, *kept))

@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
     from tessy_hf.settings import Settings
     from tessy_hf.speaker import Speaker
 
@@ -33,6 +37,7 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 """The manifest's JSON Schema, as published with the package."""
 
 LIBRARIES = ("datasets", "huggingface-hub", "tessy-hf", "tokenizers", "torch", "transformers", "vllm")
+DIGEST_BYTES = 16 << 20
 SPEED = frozenset({"rows_in_flight", "journal", "max_attempts"})
 """Settings that never change what is written."""
 
@@ -51,7 +56,7 @@ class ModelRecord(_Record):
     requested_revision: str | None = None
     """The branch, tag or commit that was asked for."""
     digest: str | None = None
-    """For a folder: a SHA-256 of its weights and JSON files."""
+    """For a folder: a SHA-256 of its weights and JSON files (of large ones, of their size, beginning and end)."""
 
 
 class BoundaryRecord(_Record):
@@ -149,6 +154,8 @@ class Counts(_Record):
     """In the pushed split."""
     failed: int
     """Failed or incomplete: in the split of failures, or left out, as ``Manifest.failures`` says."""
+    given: int = 0
+    """The rows this push was given, those included that were there already."""
     unfinished: int = 0
     """Begun in the journal but not done, hence in no split."""
     finish_reasons: dict[str, int] = Field(default_factory=dict)
@@ -187,8 +194,8 @@ class Manifest(_Record):
     counts: Counts
     splits: dict[str, SplitRecord]
     """The split and, where there is one, that of its failures."""
-    features: list[Any] | dict[str, Any] = Field(default_factory=list)
-    """The columns, as in a dataset card's ``dataset_info``."""
+    features: list[Any] = Field(default_factory=list)
+    """The columns and their types, as in a dataset card's ``dataset_info``."""
     licence: Licence = Field(default_factory=Licence)
     begun: str
     """When the push began: UTC, ISO 8601."""
@@ -210,6 +217,11 @@ class Manifest(_Record):
     def to_json(self) -> str:
         """Return the manifest as it is stored."""
         return self.model_dump_json(indent=2) + "\n"
+
+
+def failures_split(split: str) -> str:
+    """Return the name of the split for the failed and incomplete rows of a split."""
+    return "failures" if split == "train" else f"{split}_failures"
 
 
 def json_schema() -> str:
@@ -253,8 +265,8 @@ def record(
 
 def _speaker(speaker: Speaker) -> SpeakerRecord:
     identity = dict(speaker.engine.identity)
-    name, revision = str(identity.pop("model")), identity.pop("revision", None)
-    engine, tokenizer = str(identity.pop("engine")), identity.pop("tokenizer", None)
+    name, revision = str(identity.pop("model", speaker.engine.model)), identity.pop("revision", None)
+    engine, tokenizer = str(identity.pop("engine", "unknown")), identity.pop("tokenizer", None)
     served = engine == "server"  # the revision is the tokenizer's; what the server runs is the server's knowledge
     model = ModelRecord(name=shown(name)) if served else _model(name, revision)
     return SpeakerRecord(
@@ -270,7 +282,7 @@ def _speaker(speaker: Speaker) -> SpeakerRecord:
 
 def _boundary(identity: dict[str, Any]) -> BoundaryRecord:
     stated = {key: identity.get(key) for key in ("label_shift", "style_label", "window")}
-    return BoundaryRecord(model=_model(str(identity["model"]), identity.get("revision")), **stated)
+    return BoundaryRecord(model=_model(str(identity.get("model", "unnamed")), identity.get("revision")), **stated)
 
 
 def _model(name: str, revision: str | None) -> ModelRecord:
@@ -308,15 +320,84 @@ def _snapshots(file: Path) -> Path:
 
 
 def _digest(folder: Path) -> str:
-    """Hash a folder's weights and JSON files, by name and content."""
+    """Hash the weights and JSON files of a folder: names, sizes, and both ends (:data:`DIGEST_BYTES`) of each."""
     total = hashlib.sha256()
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
-        one = hashlib.sha256()
+        size = path.stat().st_size
         with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                one.update(piece)
-        total.update(f"{path.name} {one.hexdigest()}\n".encode())
+            begin = file.read(DIGEST_BYTES)
+            file.seek(max(size - DIGEST_BYTES, len(begin)))
+            total.update(f"{path.name} {size} ".encode() + begin + file.read())
     return f"sha256:{total.hexdigest()}"
+
+
+# --- the prompts
+
+_CACHED = re.compile(r"(?:([^/]+)___)?([^/]+)/([^/]+)/[^/]+/([0-9a-f]{40})/[^/]+\.arrow$")
+_STREAMED = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{40})/")
+
+
+def source(dataset: Dataset | IterableDataset) -> SourceRecord:
+    """Describe a dataset of prompts: where it is from on the Hub, at which commit, and the fingerprint of its rows."""
+    from datasets import Dataset
+
+    split = str(dataset.split) if dataset.split is not None else None
+    if isinstance(dataset, Dataset):
+        return _source_of_files(dataset, split)
+    chain = _chain(dataset)
+    files = [text for _, values in chain for text in values if isinstance(text, str)]
+    found = next(filter(None, map(_STREAMED.match, files)), None)
+    below = next((value for _, values in chain for value in values if isinstance(value, Dataset)), None)
+    if below is not None:
+        return _source_of_files(below, split).model_copy(update={"fingerprint": _hash_of(chain)})
+    if found is None:  # paths, generators: nothing tells whether they give the same again
+        return SourceRecord(config=dataset.config_name, split=split)
+    return SourceRecord(
+        id=found[1], config=dataset.config_name, split=split, revision=found[2], fingerprint=_hash_of(chain)
+    )
+
+
+def _source_of_files(dataset: Dataset, split: str | None) -> SourceRecord:
+    files = [Path(file["filename"]).as_posix() for file in dataset.cache_files]
+    found = next(filter(None, map(_CACHED.search, files)), None)
+    name = "/".join(filter(None, found.groups()[:2])) if found else None
+    config, revision = (found[3], found[4]) if found else (dataset.config_name, None)
+    return SourceRecord(id=name, config=config, split=split, revision=revision, fingerprint=dataset._fingerprint)
+
+
+def _chain(dataset: IterableDataset) -> list[tuple[str, list[Any]]]:
+    """Return the steps a stream is made of, last first, each with the plain values it was given.
+
+    `datasets` has no public way to ask; what cannot be read is left out.
+    """
+    chain, steps = [], [getattr(dataset, "_ex_iterable", None)]
+    for step in steps:
+        if step is not None:
+            values = {**vars(step), **(getattr(step, "kwargs", None) or {})}
+            chain.append((type(step).__name__, list(_plain(values))))
+            steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
+    return chain
+
+
+def _plain(values: Any) -> Iterator[Any]:
+    from datasets import Dataset
+
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from () if str(name).startswith("_") else _plain(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _plain(value)
+    elif isinstance(values, (str, int, float, Dataset)):
+        yield values
+
+
+def _hash_of(chain: list[tuple[str, list[Any]]]) -> str:
+    told = [[name, [getattr(value, "_fingerprint", value) for value in values]] for name, values in chain]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+# --- the machine and what is installed on it
 
 
 def libraries() -> dict[str, str]:
