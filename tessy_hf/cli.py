@@ -190,6 +190,31 @@ def diff(
             console.print(f"{what}: {count} rows{some}", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_REPO",
+            help="Finished rows: a .parquet or .jsonl file, a saved folder, or a dataset on the Hub (me/data@v1.0.0).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    against: Annotated[
+        str | None, typer.Option(help="A second dataset of the same prompts, to show beside the first.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split, where there are several.")] = "train",
+    config_name: Annotated[str | None, typer.Option("--config", help="Which configuration, on the Hub.")] = None,
+    rows: Annotated[int, typer.Option(help="Show so many rows at most. The numbers are of all.")] = 10_000,
+) -> None:
+    """Write one HTML file with a dataset's numbers, its figures and its rows coloured by author."""
+    from tessy_hf.report import write_report
+
+    shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
+    size = out.stat().st_size / 1e6
+    Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
+
+
 def _finished(rows: str, split: str) -> Any:
     """Open what is to be pushed."""
     from tessy_hf.columns import schema

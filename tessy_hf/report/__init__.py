@@ -76,9 +76,17 @@ def load(source: str, split: str = "train", config_name: str | None = None) -> D
     Raises:
         DatasetError: There is none, it cannot be read, or it holds no chats.
     """
+    from datasets.exceptions import DatasetsError
+
     try:
         dataset = _load(source, split, config_name)
-    except (OSError, ValueError, ArrowException) as error:  # ImportError and the like are our own mistakes
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ArrowException,
+        DatasetsError,
+    ) as error:  # ImportError and the like are our own mistakes
         raise DatasetError(
             f"{source!r} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__} "
             "A .parquet or .jsonl file, a folder that save_to_disk wrote, or a dataset on the Hub such as "

@@ -126,7 +126,7 @@ def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> Non
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 10))
     _whole_numbers(axes)
-    _legend(figure, axes)
+    _legend(axes)
 
 
 def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
@@ -145,7 +145,8 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
             continue
         axes.stairs([100] * len(shares), edges, baseline=shares, fill=True, color=theme.student, label="student")
         axes.stairs(shares, edges, fill=True, color=theme.teacher, label="teacher")
-    _legend(figure, panels[0])
+    for axes in [axes for axes in panels if not axes.texts][:1]:
+        _legend(axes)
 
 
 def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
@@ -165,7 +166,7 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
         axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {middle}")
     axes.set_xticks(places, labels[first:])
     axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
-    _legend(figure, axes)
+    _legend(axes)
 
 
 def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
@@ -186,7 +187,8 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
             axes.barh(place, bar[author], 0.56, left=left, color=theme.of(author), label=author if not place else None)
             left += bar[author]
         share = bar["teacher"] / left if left else None
-        axes.text(left, place, f"  {left:,}", va="center", color=theme.text, weight="bold")
+        total: Any = {"textcoords": "offset points", "va": "center", "color": theme.text, "weight": "bold"}
+        axes.annotate(f"{left:,}", (left, place), (7, 0), **total)
         told = "" if share is None else f"teacher {_percent(share)}"
         axes.annotate(told, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
     axes.set_yticks(range(3), list(bars), color=theme.text, size=10)
@@ -195,7 +197,7 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.xaxis.set_major_formatter(_thousands)
-    _legend(figure, axes)
+    _legend(axes)
 
 
 _DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
@@ -258,7 +260,7 @@ def _name(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y, labelpad=7)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(axes: Axes) -> None:
     """Put the legend in one line between title and picture, where it covers nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3, borderpad=0, ncols=4, handlelength=1.3,

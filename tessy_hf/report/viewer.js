@@ -2,8 +2,9 @@
 // Texts of models and prompts reach the page as text nodes only.
 "use strict";
 (() => {
-  const ITEM = 84; // the height of a row of the list in CSS pixels, as in the style sheet
+  const ITEM = 76; // the height of a row of the list in CSS pixels, as in the style sheet
   const KEPT = 48; // unpacked chunks kept in memory, of about a megabyte each
+  const AHEAD = 4; // chunks that are unpacked at a time while searching
   const AUTHORS = ["teacher", "student", "mark", "unknown"];
   const $ = (id) => document.getElementById(id);
   const number = (value) => (value === null ? "–" : value.toLocaleString("en-US"));
@@ -33,9 +34,16 @@
 
   async function unpack(id) {
     const holder = $(id) ?? (await parsed.then(() => $(id)));
-    const packed = Uint8Array.from(atob(holder.textContent.trim()), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const stream = new Blob([bytes(holder.textContent.trim())]).stream().pipeThrough(new DecompressionStream("deflate"));
     return JSON.parse(await new Response(stream).text());
+  }
+
+  function bytes(text) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+    const letters = atob(text);
+    const made = new Uint8Array(letters.length);
+    for (let at = 0; at < letters.length; at++) made[at] = letters.charCodeAt(at);
+    return made;
   }
 
   const parsed = new Promise((done) => {
@@ -78,7 +86,7 @@
   function filtered() {
     const [leastShare, mostShare] = limits("share", 10);
     const [fewest, most] = limits("length", 1);
-    const reasons = new Set([...document.querySelectorAll(".chip[aria-pressed=true]")].map((chip) => Number(chip.value)));
+    const reasons = new Set([...$("reasons").querySelectorAll("[aria-pressed=true]")].map((chip) => Number(chip.value)));
     const anyShare = leastShare === -Infinity && mostShare === Infinity;
     const passed = [];
     for (let row = 0; row < index.prompt.length; row++) {
@@ -102,8 +110,13 @@
     });
   }
 
-  function haystack(row) {
-    const [turns, pieces, error, details] = row;
+  const lowered = new WeakMap(); // the rows of a chunk → their texts in small letters
+  function haystacks(rows) {
+    if (!lowered.has(rows)) lowered.set(rows, rows.map(haystack));
+    return lowered.get(rows);
+  }
+
+  function haystack([turns, pieces, error, details]) {
     const texts = turns.map((turn) => turn[1]);
     texts.push(pieces.map((piece) => piece[3]).join(""), error ?? "", ...Object.values(details));
     return texts.join("\n").toLowerCase();
@@ -120,11 +133,13 @@
     const needle = query.toLowerCase();
     let told = performance.now();
     let done = 0;
-    for (const [at, rows] of wanted) {
-      const texts = await chunk(at);
+    const order = [...wanted.keys()];
+    for (const at of order) {
+      order.slice(done, done + AHEAD).forEach(chunk);
+      const texts = haystacks(await chunk(at));
       if (mine !== searching) return null;
-      for (const row of rows) {
-        if (haystack(texts[row - chunks[at]]).includes(needle)) hits.add(row);
+      for (const row of wanted.get(at)) {
+        if (texts[row - chunks[at]].includes(needle)) hits.add(row);
       }
       done += 1;
       if (performance.now() - told > 60) {
@@ -139,6 +154,7 @@
 
   async function refresh() {
     const mine = ++searching;
+    $("list").setAttribute("aria-busy", "true");
     query = $("search").value.trim();
     let rows = filtered();
     if (query) rows = await matching(rows, mine);
@@ -146,7 +162,7 @@
     shown = rows;
     const all = index.prompt.length;
     $("found").textContent = rows.length === all ? `${number(all)} rows` : `${number(rows.length)} of ${number(all)} rows`;
-    $("reset").hidden = rows.length === all && !query;
+    $("clear").hidden = rows.length === all && !query;
     $("list").scrollTop = 0;
     if (!shown.includes(current)) {
       if (shown.length) await open(shown[0], { enter: false });
@@ -155,6 +171,7 @@
       await open(current, { enter: false });
     }
     drawList();
+    if (mine === searching) $("list").setAttribute("aria-busy", "false");
   }
 
   // --- the list: only the rows in sight exist
@@ -338,7 +355,8 @@
     for (const [author, where, length, written] of pieces) {
       if (author < 2) turns += 1;
       if (where === part) {
-        const span = make("span", { className: `span ${AUTHORS[author]}` }, ...highlighted(written));
+        const said = author === 2 ? written.trim() : written; // a marker has a line to itself
+        const span = make("span", { className: `span ${AUTHORS[author]}` }, ...highlighted(said));
         if (author < 2) {
           span.tabIndex = -1;
           span.told = {
@@ -537,11 +555,17 @@
   function listen() {
     let pending = 0;
     $("filters").addEventListener("submit", (event) => event.preventDefault());
-    $("filters").addEventListener("input", () => {
+    $("filters").addEventListener("input", (event) => {
+      if (event.target === $("sort")) return;
+      $("list").setAttribute("aria-busy", "true");
       clearTimeout(pending);
       pending = setTimeout(refresh, 120);
     });
-    $("reset").addEventListener("click", reset);
+    $("sort").addEventListener("change", () => {
+      current = null; // the first row in the new order is what one wants to see
+      refresh();
+    });
+    $("clear").addEventListener("click", reset);
     let drawing = false;
     $("list").addEventListener("scroll", () => {
       if (drawing) return;
