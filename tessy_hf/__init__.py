@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tessy_hf.engines.transformers import TransformersEngine as TransformersEngine
     from tessy_hf.engines.vllm import VLLMEngine as VLLMEngine
     from tessy_hf.errors import TessyError as TessyError
+    from tessy_hf.hub import push_to_hub as push_to_hub
     from tessy_hf.settings import Settings as Settings
     from tessy_hf.speaker import Speaker as Speaker
     from tessy_hf.transform import TessyTransform as TessyTransform
@@ -39,6 +40,7 @@ _HOMES = {
     "TessyTransform": "tessy_hf.transform",
     "TransformersEngine": "tessy_hf.engines.transformers",
     "VLLMEngine": "tessy_hf.engines.vllm",
+    "push_to_hub": "tessy_hf.hub",
 }
 
 __all__ = [*_HOMES, "__version__", "demo"]  # noqa: PLE0604 - computed from one table

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from tessy_hf.errors import JournalError, TessyError
+from tessy_hf.errors import TessyError
+
+if TYPE_CHECKING:
+    from tessy_hf.transform import TessyTransform
 
 app = typer.Typer(
     help="Cooperative teacher-student synthesis of reasoning data (TESSY).",
@@ -19,26 +23,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
 JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_default=False)]
 
 
 @app.command()
 def synthesize(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: settings, teacher and student.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML recipe, or a release to make again: user/name@v1.0.0.", show_default=False)
+    ],
     data: Annotated[
-        str, typer.Argument(help="Prompts: a .jsonl, .json, .csv or .parquet file, or a dataset on the Hub.")
+        str,
+        typer.Argument(
+            help="Prompts: a .jsonl, .json, .csv or .parquet file, or a dataset on the Hub, user/name or "
+            "user/name@revision."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Where to write the finished rows: a .parquet or .jsonl file.")],
     split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipe: temperature=0.5, teacher.model=me/model.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Which run of a release, where it has several.")] = None,
 ) -> None:
     """Write an answer to each prompt, teacher and student together."""
     from datasets import Dataset
 
-    from tessy_hf.transform import TessyTransform
-
     _writer(out)
-    with TessyTransform.from_yaml(recipe) as transform:
-        prompts = _load(data, split)
+    with _transform(recipe, change or [], run) as transform:
+        prompts = _load(data, split, config)
         features = transform.features(prompts)
         plan = transform.plan(prompts)
         Console(stderr=True).print(
@@ -49,6 +64,20 @@ def synthesize(
         rows = prompts.map(transform, batched=True, features=features)
         finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
     _write(finished, out)
+
+
+def _transform(recipe: str, changes: list[str], run: str | None) -> TessyTransform:
+    """Read a transform from a file, or from the record of a release."""
+    from tessy_hf.transform import TessyTransform
+
+    if "@" not in recipe or Path(recipe).exists():
+        return TessyTransform.from_yaml(recipe, *changes)
+    from tessy_hf import recipe as recipes
+    from tessy_hf import releases
+
+    described = releases.recipe(releases.run_of(recipe, run))
+    teacher, student, settings = recipes.build(described, recipe, changes)
+    return TessyTransform(teacher=teacher, student=student, **settings)
 
 
 @app.command()
@@ -67,49 +96,164 @@ def export(
     run: Annotated[str | None, typer.Option(help="Which run, where the journal holds several.")] = None,
 ) -> None:
     """Write the finished rows of a journal as a dataset, even if the run never ended."""
-    from datasets import Dataset, Features, Value
-
-    from tessy_hf.columns import schema
+    from tessy_hf.shards import Rows
 
     _writer(out)
-    opened = _open(journal)
-    runs = list(opened.fingerprints())
-    if run is None and len(runs) != 1:
-        raise JournalError(
-            f"The journal {journal} holds {len(runs)} runs: {', '.join(runs)}. Pass --run with one of them."
-        )
-    if run is not None and run not in runs:
-        raise JournalError(f"The journal {journal} holds no run {run!r}, but {', '.join(runs)}. Pass one of these.")
-    rows = [{"key": key, **columns} for key, columns in opened.finished(run or runs[0])]
-    opened.close()
-    features = Features({"key": Value("string"), **schema(marks_in_content="thinking" not in _keys(rows))})
-    _write(Dataset.from_list(rows, features=features), out)
+    _write(Rows(journal, run, max_attempts=3).dataset(), out)
 
 
-def _keys(rows: list[dict[str, Any]]) -> set[str]:
-    return {key for row in rows for message in row["messages"] for key in message}
+@app.command()
+def push(
+    rows: Annotated[
+        str, typer.Argument(help="Finished rows: a journal, a .parquet or .jsonl file, or a dataset on the Hub.")
+    ],
+    repo: Annotated[str, typer.Argument(help="The dataset repository, user/name. Made if it is not there.")],
+    version: Annotated[
+        str, typer.Option(help="The release. A minor step, 1.1.0, adds the rows that are new.")
+    ] = "1.0.0",
+    split: Annotated[str, typer.Option(help="The split's name.")] = "train",
+    config: Annotated[str, typer.Option(help="The configuration (subset) of the dataset.")] = "default",
+    private: Annotated[bool | None, typer.Option(help="Whether a repository that is made now is private.")] = None,
+    append: Annotated[
+        bool | None, typer.Option("--append/--replace", help="Add to the last release or replace it, in any case.")
+    ] = None,
+    failures: Annotated[str, typer.Option(help="Failed and incomplete rows: to their own split, or drop.")] = "split",
+    license: Annotated[str | None, typer.Option(help="The data's licence, as the Hub names it.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Its name, where --license is other.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Where it stands.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe the rows were made with; journals know it.")] = None,
+    run: Annotated[str | None, typer.Option(help="Which run of a journal, where it holds several.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="About how much a file holds, uncompressed.")] = "500MB",
+) -> None:
+    """Release finished rows on the Hub: data, manifest and card under one tag, complete or not at all."""
+    from tessy_hf.hub import push_to_hub
+    from tessy_hf.transform import TessyTransform
+
+    console = Console()
+    release = push_to_hub(
+        _finished(rows, split),
+        repo,
+        version,
+        split=split,
+        config_name=config,
+        private=private,
+        append=append,
+        failures=failures,  # type: ignore[arg-type]
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        manifest=TessyTransform.from_yaml(recipe).record() if recipe else None,
+        run=run,
+        max_shard_size=max_shard_size,
+        say=lambda step: console.print(f"· {step}", markup=False, highlight=False, soft_wrap=True),
+    )
+    console.print(f"{release.rows} rows, {release.failed} failed or incomplete: {release.url}", soft_wrap=True)
+
+
+@app.command()
+def show(
+    release: Annotated[str, typer.Argument(help="A release, user/name@v1.0.0; without a tag, what is on main.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifests as they are stored.")] = False,
+) -> None:
+    """Tell what a release holds, where it comes from, and the command that makes it again."""
+    from tessy_hf import releases
+
+    console = Console()
+    for manifest in releases.manifests(release):
+        if as_json:
+            typer.echo(manifest.to_json(), nl=False)
+            continue
+        table = Table("", f"{release}, split {manifest.split} of {manifest.config_name}", show_edge=False)
+        for name, told in releases.outline(manifest):
+            table.add_row(name, Text(told))
+        console.print(table)
+        name = f"{release.partition('@')[0]}@v{manifest.version}"
+        for run in manifest.runs:
+            console.print("\nTo make these rows again:", highlight=False)
+            told = releases.command(name, run, several=len(manifest.runs) > 1)
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def diff(
+    repo: Annotated[str, typer.Argument(help="The dataset repository, user/name.")],
+    before: Annotated[str, typer.Argument(help="A release, v1.0.0.")],
+    after: Annotated[str, typer.Argument(help="Another, v1.1.0.")],
+) -> None:
+    """Tell how two releases differ: rows added, removed and changed, settings, models, libraries."""
+    from tessy_hf import releases
+
+    console = Console()
+    for told in releases.diff(repo, before, after):
+        table = Table(f"{told.split} of {told.config_name}", before, after, show_edge=False)
+        table.add_row("rows", *map(str, told.rows))
+        for fact in told.facts:
+            table.add_row(*map(Text, fact))
+        console.print(table)
+        for what in ("added", "removed", "changed"):
+            ids, count = getattr(told, what)
+            some = f" ({', '.join(map(str, ids))}{', …' if count > len(ids) else ''})" if count else ""
+            console.print(f"{what}: {count} rows{some}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_REPO",
+            help="Finished rows: a .parquet or .jsonl file, a saved folder, or a dataset on the Hub (me/data@v1.0.0).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    against: Annotated[
+        str | None, typer.Option(help="A second dataset of the same prompts, to show beside the first.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split, where there are several.")] = "train",
+    config_name: Annotated[str | None, typer.Option("--config", help="Which configuration, on the Hub.")] = None,
+    rows: Annotated[int, typer.Option(help="Show so many rows at most. The numbers are of all.")] = 10_000,
+) -> None:
+    """Write one HTML file with a dataset's numbers, its figures and its rows coloured by author."""
+    from tessy_hf.report import write_report
+
+    shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
+    size = out.stat().st_size / 1e6
+    Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
+
+
+def _finished(rows: str, split: str) -> Any:
+    """Open what is to be pushed."""
+    from tessy_hf.columns import schema
+
+    if Path(rows).suffix in _KINDS:
+        dataset = _load(rows, "train", streaming=False)
+        message = dataset.features.get("messages")
+        keys = getattr(message, "feature", {})
+        typed = {name: kind for name, kind in schema("thinking" not in keys).items() if name in dataset.features}
+        return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
+    if Path(rows).exists() or rows.count("/") != 1:
+        return Path(rows)
+    return _load(rows, split, streaming=False)
 
 
 def _open(path: Path) -> Any:
-    from tessy_hf.journal import Journal
+    from tessy_hf.shards import open_journal
 
-    if not path.is_file():
-        raise JournalError(f"There is no journal at {path}. A file that a run wrote is expected; check the path.")
-    return Journal(path, "")
+    return open_journal(path)
 
 
 def _iterate(rows: Any) -> Iterator[Any]:
     yield from rows
 
 
-def _load(data: str, split: str) -> Any:
+def _load(data: str, split: str, config: str | None = None, *, streaming: bool = True) -> Any:
     from datasets import load_dataset
 
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    kind = kinds.get(Path(data).suffix)
-    if kind is None:
-        return load_dataset(data, split=split, streaming=True)
-    return load_dataset(kind, data_files=data, split=split, streaming=True)
+    kind = _KINDS.get(Path(data).suffix)
+    if kind is not None:
+        return load_dataset(kind, data_files=data, split=split, streaming=streaming)
+    name, _, revision = data.partition("@")
+    return load_dataset(name, config, split=split, revision=revision or None, streaming=streaming)
 
 
 def _writer(out: Path) -> str:

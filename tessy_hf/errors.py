@@ -6,6 +6,8 @@
     ├── TemplateError      a chat template cannot carry open or finished thinking    → nothing starts
     ├── BoundaryError      a boundary predictor cannot be read without more knowledge → nothing starts
     ├── JournalError       the journal cannot be read or written                     → nothing starts, or the run stops
+    ├── HubError           the Hub refuses or does not answer                        → no version, or the complete one
+    │   └── VersionError   a version cannot be pushed: it is there, or is no version → nothing starts
     ├── PromptError        one row's prompt cannot be used                           → that row fails, with this text
     └── EngineError        an engine could not answer
         ├── RequestError   one request failed for good                               → that row fails, with this text
@@ -38,6 +40,14 @@ class BoundaryError(TessyError, ValueError):
 
 class JournalError(TessyError, OSError):
     """The journal cannot be read or written. What is committed in it stays as it is."""
+
+
+class HubError(TessyError, RuntimeError):
+    """The Hub refuses, or does not answer. ``main`` and the tags hold the old release or the complete new one."""
+
+
+class VersionError(HubError, ValueError):
+    """A version cannot be pushed: it is there with other rows, lies below another, or is no version."""
 
 
 class PromptError(TessyError, ValueError):

@@ -48,6 +48,7 @@ _PARTS: tuple[Part, ...] = ("thinking", "answer")
 
 # Text is bound as bytes and cast, so that what is no valid Unicode (lone surrogates) comes back as it was.
 _ROW = "fingerprint = ? AND key = CAST(? AS TEXT)"
+_DESCRIPTIONS = "CREATE TABLE IF NOT EXISTS descriptions (fingerprint TEXT PRIMARY KEY, text TEXT NOT NULL)"
 _DONE = "(finish_reason IS NOT NULL OR attempts >= ?)"
 _STANDING = f"""CASE WHEN {_DONE} THEN 'done' WHEN attempts > 0 THEN 'failed_before'
     WHEN EXISTS (SELECT 1 FROM pieces WHERE row = id) THEN 'to_continue' ELSE 'to_do' END"""
@@ -278,6 +279,21 @@ class Journal:
         for run, standing, count in found:
             counts[run] = counts.get(run, Counts())._replace(**{standing: count})
         return counts
+
+    def describe(self, description: str) -> None:
+        """Keep a text that describes this run, in place of the one kept before."""
+        with self._transaction() as db:
+            db.execute(_DESCRIPTIONS)
+            db.execute("INSERT OR REPLACE INTO descriptions VALUES (?, ?)", (self.fingerprint, description))
+
+    def description(self) -> str | None:
+        """Return the text that describes this run, or ``None``."""
+        with self._file.use() as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'descriptions'").fetchone():
+                return None
+            query = "SELECT text FROM descriptions WHERE fingerprint = ?"
+            found = db.execute(query, (self.fingerprint,)).fetchone()
+        return found and str(found[0])
 
     # --- writing
 

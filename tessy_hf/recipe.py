@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +66,12 @@ class _Recipe(BaseModel):
     student: _Speaker
 
 
-def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
+def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
     """Read a recipe; return teacher, student and the settings.
+
+    Args:
+        path: The file.
+        changes: What is to be different, as ``temperature=0.5`` or ``teacher.options.base_url=http://...``.
 
     Raises:
         SettingsError: The file is missing, is not YAML, or lacks or misspells something.
@@ -75,6 +80,17 @@ def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
+    return build(given, path, changes)
+
+
+def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
+    """Build teacher, student and settings from a recipe's content; ``path`` is its name, for people.
+
+    Raises:
+        SettingsError: It lacks or misspells something.
+    """
+    for change in changes:
+        _change(given, change)
     try:
         recipe = _Recipe.model_validate(given)
     except ValidationError as error:
@@ -89,7 +105,22 @@ def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
     return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
 
 
-def _speaker(described: _Speaker, path: Path) -> Speaker:
+def _change(given: Any, change: str) -> None:
+    """Set one value, by its dotted name."""
+    name, sign, value = change.partition("=")
+    *above, last = name.split(".")
+    inner = given
+    for part in above:
+        inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
+    if not (sign and last and isinstance(inner, dict)):
+        raise SettingsError(
+            f"{change!r} changes nothing in a recipe. A dotted name and a value are expected, for instance "
+            "--set teacher.options.base_url=http://127.0.0.1:8000/v1."
+        )
+    inner[last] = yaml.safe_load(value)
+
+
+def _speaker(described: _Speaker, path: Path | str) -> Speaker:
     boundary = described.boundary
     predictor: BoundaryPredictor | str | None
     if isinstance(boundary, _Boundary):
@@ -104,7 +135,7 @@ def _speaker(described: _Speaker, path: Path) -> Speaker:
     )
 
 
-def _engine(described: _Speaker, path: Path) -> Engine:
+def _engine(described: _Speaker, path: Path | str) -> Engine:
     if described.engine not in ENGINES:
         raise SettingsError(
             f"The recipe {str(path)!r} asks for the engine {described.engine!r}. Known: {', '.join(ENGINES)}."

@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import count as numbers
 from pathlib import Path
@@ -25,6 +25,7 @@ from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import DatasetError, JournalError, PromptError
 from tessy_hf.journal import Claim, Counts, Journal
 from tessy_hf.progress import Progress
+from tessy_hf.provenance import RunRecord
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Message, Prompt, Span, Trajectory
@@ -57,9 +58,18 @@ class Run:
         student: The model to be trained.
         settings: The run's settings.
         fingerprint: The run's fingerprint.
+        record: Describes the run, for the journal.
     """
 
-    def __init__(self, teacher: Speaker, student: Speaker, settings: Settings, fingerprint: str) -> None:
+    def __init__(
+        self,
+        teacher: Speaker,
+        student: Speaker,
+        settings: Settings,
+        fingerprint: str,
+        record: Callable[[], RunRecord],
+    ) -> None:
+        self._describe = record
         self._teacher, self._student, self._settings = teacher, student, settings
         self._fingerprint = fingerprint
         self._progress = Progress()
@@ -116,6 +126,9 @@ class Run:
             await self._student.start()
         else:
             await asyncio.gather(self._teacher.start(), self._student.start())
+        if self._journal is not None:  # now that the models are there, their revisions are known
+            described = await asyncio.to_thread(self._describe)  # reads files
+            self._journal.describe(described.model_dump_json())
 
     def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf import columns
+from tessy_hf import columns, provenance, typed_streams
 from tessy_hf.errors import SettingsError
 from tessy_hf.run import RUNS, Batch, Run, count
 from tessy_hf.settings import Settings
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
     from tessy_hf.journal import Counts
+
+TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
+"""Those in this process, so that rows that carry only a fingerprint find what wrote them."""
 
 
 class TessyTransform(functools.partial[Any]):
@@ -48,6 +52,8 @@ class TessyTransform(functools.partial[Any]):
     teacher: Speaker
     student: Speaker
     settings: Settings
+    source: provenance.SourceRecord | None
+    """The prompts last asked about with :meth:`features`."""
     _token: str
     _async: bool
 
@@ -56,7 +62,14 @@ class TessyTransform(functools.partial[Any]):
         return cls._make(teacher, student, Settings.check(**settings), uuid.uuid4().hex)
 
     @classmethod
-    def _make(cls, teacher: Speaker, student: Speaker, settings: Settings, token: str) -> TessyTransform:
+    def _make(
+        cls,
+        teacher: Speaker,
+        student: Speaker,
+        settings: Settings,
+        token: str,
+        source: provenance.SourceRecord | None = None,
+    ) -> TessyTransform:
         self = super().__new__(cls, print)
         for name, speaker in (("teacher", teacher), ("student", student)):
             if settings.alternates and speaker.boundary is None:
@@ -65,19 +78,24 @@ class TessyTransform(functools.partial[Any]):
                     f"Pass {name}=Speaker(engine, boundary=...) with a Hub id or folder, or another method."
                 )
         self.teacher, self.student, self.settings = teacher, student, settings
-        self._token, self._async = token, False
+        self.source, self._token, self._async = source, token, False
+        TRANSFORMS.add(self)
         return self
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> TessyTransform:
+    def from_yaml(cls, path: str | Path, *changes: str) -> TessyTransform:
         """Read a transform from a YAML file: the settings by name, and ``teacher`` and ``student``.
+
+        Args:
+            path: The file.
+            *changes: What is to be different, for instance ``"temperature=0.5"`` or ``"teacher.model=me/model"``.
 
         Raises:
             SettingsError: The file cannot be read as such a description.
         """
         from tessy_hf.recipe import read
 
-        teacher, student, settings = read(Path(path))
+        teacher, student, settings = read(Path(path), changes)
         return cls(teacher=teacher, student=student, **settings)
 
     @property
@@ -91,7 +109,13 @@ class TessyTransform(functools.partial[Any]):
         Raises:
             DatasetError: The prompt column is missing, or a column would be overwritten.
         """
-        return columns.features(dataset, self.settings.prompt_column, self.student.dialect)
+        features = columns.features(dataset, self.settings.prompt_column, self.student.dialect)
+        self.source = provenance.source(dataset)
+        return features
+
+    def record(self) -> provenance.RunRecord:
+        """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
+        return provenance.record(self.teacher, self.student, self.settings, self.run_fingerprint, self.source)
 
     def plan(self, dataset: Dataset | IterableDataset) -> Counts:
         """Tell how a dataset's rows stand before any work: done, to continue, to do, failed before.
@@ -136,7 +160,7 @@ class TessyTransform(functools.partial[Any]):
 
     def _run(self) -> Run:
         if self._token not in RUNS:
-            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint)
+            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
         return RUNS[self._token]
 
     def close(self) -> None:
@@ -157,7 +181,7 @@ class TessyTransform(functools.partial[Any]):
 
     def __reduce__(self) -> Any:
         """Carry the description, never what is live."""
-        return _restore, (type(self), self.teacher, self.student, self.settings, self._token)
+        return _restore, (type(self), self.teacher, self.student, self.settings, self._token, self.source)
 
     def __repr__(self) -> str:
         """Show the method and the models."""
@@ -165,10 +189,8 @@ class TessyTransform(functools.partial[Any]):
         return f"TessyTransform({models}, method={self.settings.method!r}, fingerprint={self.run_fingerprint})"
 
 
-def _restore(
-    cls: type[TessyTransform], teacher: Speaker, student: Speaker, settings: Settings, token: str
-) -> TessyTransform:
-    return cls._make(teacher, student, settings, token)
+def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
+    return cls._make(*given)
 
 
 async def _coroutine_function(batch: Batch) -> None:
@@ -197,3 +219,4 @@ def _register_with_hasher() -> None:
 
 
 _register_with_hasher()
+typed_streams.install(lambda function: isinstance(function, TessyTransform))

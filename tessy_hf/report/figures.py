@@ -1,0 +1,301 @@
+"""The figures of a dataset: a summary of :class:`tessy_hf.statistics.Statistics` goes in, matplotlib figures come out.
+
+Knows nothing of rows or of the Hub, and draws without pyplot, so that no window system and no global state is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tessy_hf.errors import TessyError
+from tessy_hf.statistics import AUTHORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a figure. Teacher and student can be told apart with every kind of colour vision."""
+
+    text: str
+    muted: str
+    line: str
+    teacher: str
+    student: str
+    background: str
+
+    def of(self, author: str) -> str:
+        """Return an author's colour."""
+        return self.teacher if author == "teacher" else self.student
+
+
+THEMES = {
+    "light": Theme("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff"),
+    "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c"),
+}
+
+ThemeName = Literal["light", "dark"]
+Kind = Literal["svg", "png"]
+NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
+_SIZE = (6.4, 3.6)  # inches
+
+
+def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figure:
+    """Draw one figure.
+
+    Args:
+        name: One of :data:`NAMES`.
+        summary: The dataset's numbers.
+        theme: The colours.
+
+    Raises:
+        TessyError: matplotlib is not installed.
+    """
+    with _style(THEMES[theme]) as new_figure:
+        figure: Figure = new_figure()
+        _DRAW[name](figure, summary, THEMES[theme])
+        return figure
+
+
+def image(name: str, summary: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
+    """Draw one figure as a file. The same summary gives the same bytes with the same version of matplotlib."""
+    figure, buffer = draw(name, summary, theme), io.BytesIO()
+    with _style(THEMES[theme]):
+        plain = {"Date": None} if kind == "svg" else {"Software": None}
+        transparent = kind == "svg"  # in the report the page shows through; a picture on its own is on paper
+        figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=120)
+    return buffer.getvalue()
+
+
+def write(summary: dict[str, Any], folder: Path) -> list[Path]:
+    """Write all figures of a dataset as PNG files, for its card, and return where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in NAMES]
+    for name, path in zip(NAMES, paths, strict=True):
+        path.write_bytes(image(name, summary, kind="png"))
+    return paths
+
+
+def describe(name: str, summary: dict[str, Any]) -> str:
+    """Say in a sentence what a figure shows, for those who cannot see it."""
+    share, spans, tokens = summary["teacher_share"]["row"], summary["spans"], summary["tokens"]
+    return {
+        "teacher_share": (
+            f"The teacher wrote between {_percent(share['quantiles']['0.05'])} and "
+            f"{_percent(share['quantiles']['0.95'])} of the tokens in nine rows of ten, "
+            f"{_percent(share['quantiles']['0.5'])} in the middle one."
+        ),
+        "share_along_row": "The teacher's share of the tokens from the beginning to the end of the thinking, "
+        "then of the answer: " + _along(summary["position"]) + ".",
+        "span_lengths": "; ".join(
+            f"{author}: {spans[author]['count']:,} spans, the middle one of "
+            f"{_number(spans[author]['quantiles']['0.5'])} tokens, the longest of {_number(spans[author]['max'])}"
+            for author in AUTHORS
+        )
+        + ".",
+        "tokens_by_part": "; ".join(
+            f"{part}: {tokens[part]['teacher']:,} by the teacher, {tokens[part]['student']:,} by the student"
+            for part in ("thinking", "answer")
+        )
+        + f"; discarded: {summary['discarded']['all']['tokens']:,}.",
+    }[name]
+
+
+# --- the four figures
+
+
+def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    row, thinking = (summary["teacher_share"][part] for part in ("row", "thinking"))
+    _name(axes, "How much of a row the teacher wrote", "teacher's share of a row's tokens (%)", "rows")
+    if not row["count"]:
+        return _nothing(axes, theme)
+    edges = [100 * edge for edge in row["histogram"]["edges"]]
+    axes.stairs(row["histogram"]["counts"], edges, fill=True, color=theme.teacher, alpha=0.85, label="whole row")
+    axes.stairs(thinking["histogram"]["counts"], edges, color=theme.text, linewidth=1.3, label="thinking alone")
+    middle = 100 * row["quantiles"]["0.5"]
+    axes.axvline(middle, color=theme.text, linewidth=1.1, linestyle=(0, (4, 3)), label=f"median row, {middle:.0f} %")
+    axes.set_xlim(0, 100)
+    axes.set_xticks(range(0, 101, 10))
+    _whole_numbers(axes)
+    _legend(axes)
+
+
+def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+    position = summary["position"]
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
+    panels[0].set_title("Who writes where in a row")
+    panels[0].set_ylabel("share of the tokens (%)")
+    for axes, part in zip(panels, ("thinking", "answer"), strict=True):
+        shares = [None if share is None else 100 * share for share in position[part]]
+        edges = [100 * step / len(shares) for step in range(len(shares) + 1)]
+        axes.set_xlabel(f"position in the {part} (%)" if part == "thinking" else "… in the answer (%)")
+        axes.grid(visible=False)
+        axes.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 10 if part == "thinking" else 50))
+        if any(share is None for share in shares):
+            _nothing(axes, theme)
+            continue
+        axes.stairs([100] * len(shares), edges, baseline=shares, fill=True, color=theme.student, label="student")
+        axes.stairs(shares, edges, fill=True, color=theme.teacher, label="teacher")
+    for axes in [axes for axes in panels if not axes.texts][:1]:
+        _legend(axes)
+
+
+def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    _name(axes, "How long a span is", "length of a span of the thinking (tokens)", "share of the author's spans (%)")
+    spans = summary["spans"]
+    if not any(spans[author]["count"] for author in AUTHORS):
+        return _nothing(axes, theme)
+    edges = spans["teacher"]["histogram"]["edges"]
+    first = 0 if any(spans[author]["histogram"]["counts"][0] for author in AUTHORS) else 1
+    labels = [str(low) if high - low == 1 else f"{low}–{high - 1}" for low, high in pairwise(edges)]
+    places = range(len(labels) - first)
+    for author, shift in (("teacher", -0.2), ("student", 0.2)):
+        told = spans[author]
+        heights = [100 * count / max(told["count"], 1) for count in told["histogram"]["counts"][first:]]
+        middle = "none" if not told["count"] else f"median {_number(told['quantiles']['0.5'])} tokens"
+        axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {middle}")
+    axes.set_xticks(places, labels[first:])
+    axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
+    _legend(axes)
+
+
+def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    _name(axes, "What the tokens were spent on", "tokens (the discarded ones in their author's own)", "")
+    tokens, discarded = summary["tokens"], summary["discarded"]
+    bars = {
+        "thinking": tokens["thinking"],
+        "answer": tokens["answer"],
+        "discarded": {author: discarded[author]["tokens"] for author in AUTHORS},
+    }
+    whole = max(sum(bar.values()) for bar in bars.values())
+    if not whole:
+        return _nothing(axes, theme)
+    for place, bar in enumerate(bars.values()):
+        left = 0
+        for author in AUTHORS:
+            axes.barh(place, bar[author], 0.56, left=left, color=theme.of(author), label=author if not place else None)
+            left += bar[author]
+        share = bar["teacher"] / left if left else None
+        total: Any = {"textcoords": "offset points", "va": "center", "color": theme.text, "weight": "bold"}
+        axes.annotate(f"{left:,}", (left, place), (7, 0), **total)
+        told = "" if share is None else f"teacher {_percent(share)}"
+        axes.annotate(told, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
+    axes.set_yticks(range(3), list(bars), color=theme.text, size=10)
+    axes.set(ylim=(2.6, -0.45), xlim=(0, whole * 1.16))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.xaxis.set_major_formatter(_thousands)
+    _legend(axes)
+
+
+_DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
+    "teacher_share": _teacher_share,
+    "share_along_row": _share_along_row,
+    "span_lengths": _span_lengths,
+    "tokens_by_part": _tokens_by_part,
+}
+
+# --- how they look
+
+
+@contextmanager
+def _style(theme: Theme) -> Iterator[Any]:
+    """Set how figures look while one is drawn or saved, and give what makes an empty one."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TessyError(
+            'Figures are drawn with matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
+        ) from error
+    plain = {"text": theme.text, "xtick": theme.muted, "ytick": theme.muted}
+    settings: Any = {
+        **{f"{name}.color": colour for name, colour in plain.items()},
+        **{f"axes.{name}": theme.text for name in ("labelcolor", "titlecolor")},
+        **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+        **{f"{kind}.facecolor": theme.background for kind in ("figure", "axes", "savefig")},
+        "axes.edgecolor": theme.line,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.7,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "axes.titlepad": 30,
+        "axes.labelsize": 9.5,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "ytick.major.size": 0,
+        "legend.fontsize": 9,
+        "legend.frameon": False,
+        "font.family": "DejaVu Sans",  # the one that comes with matplotlib: figures are the same everywhere
+        "svg.hashsalt": "tessy",
+        "svg.fonttype": "none",  # text stays text: the page's own letters, and readable
+        "figure.figsize": _SIZE,
+        "figure.constrained_layout.use": True,
+        "figure.constrained_layout.w_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.12,
+    }
+    with matplotlib.rc_context(settings):
+        yield Figure
+
+
+def _name(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x, labelpad=7)
+    axes.set_ylabel(y, labelpad=7)
+
+
+def _legend(axes: Axes) -> None:
+    """Put the legend in one line between title and picture, where it covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3, borderpad=0, ncols=4, handlelength=1.3,
+        columnspacing=1.6, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _nothing(axes: Axes, theme: Theme) -> None:
+    axes.text(0.5, 0.5, "no tokens", transform=axes.transAxes, ha="center", va="center", color=theme.muted)
+    axes.set(xticks=[], yticks=[])
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_formatter(_thousands)
+
+
+def _thousands(value: float, _position: float = 0) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
+    return f"{value:,.0f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,g}"
+
+
+def _along(position: dict[str, list[float | None]]) -> str:
+    thinking = position["thinking"]
+    quarters = [thinking[0], thinking[len(thinking) // 2], thinking[-1], position["answer"][0]]
+    return ", ".join(map(_percent, quarters))

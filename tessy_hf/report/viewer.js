@@ -1,0 +1,607 @@
+// The viewer of a report: finds rows in the index, unpacks their texts when they are wanted, shows who wrote what.
+// Texts of models and prompts reach the page as text nodes only.
+"use strict";
+(() => {
+  const ITEM = 76; // the height of a row of the list in CSS pixels, as in the style sheet
+  const KEPT = 48; // unpacked chunks kept in memory, of about a megabyte each
+  const AHEAD = 4; // chunks that are unpacked at a time while searching
+  const AUTHORS = ["teacher", "student", "mark", "unknown"];
+  const $ = (id) => document.getElementById(id);
+  const number = (value) => (value === null ? "–" : value.toLocaleString("en-US"));
+  const percent = (share) => (share === null ? "–" : `${(share / 10).toFixed(0)} %`);
+
+  let index; // what the list and the filters need of every row, column by column
+  let chunks; // the row at which each chunk begins
+  let shown = []; // the rows that pass the filters, in the order of the list
+  let current = null; // the row in view
+  let query = "";
+  let searching = 0; // the number of the latest search: an older one gives up
+  let opening = 0; // the same for rows that are being opened
+  let besides = true;
+  let emphasis = "both";
+
+  // --- small tools
+
+  function make(tag, properties = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name in element) element[name] = value;
+      else element.setAttribute(name, value);
+    }
+    element.append(...children);
+    return element;
+  }
+
+  async function unpack(id) {
+    const holder = $(id) ?? (await parsed.then(() => $(id)));
+    const stream = new Blob([bytes(holder.textContent.trim())]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return JSON.parse(await new Response(stream).text());
+  }
+
+  function bytes(text) {
+    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+    const letters = atob(text);
+    const made = new Uint8Array(letters.length);
+    for (let at = 0; at < letters.length; at++) made[at] = letters.charCodeAt(at);
+    return made;
+  }
+
+  const parsed = new Promise((done) => {
+    if (document.readyState !== "loading") done();
+    else document.addEventListener("DOMContentLoaded", done, { once: true });
+  });
+
+  const unpacked = new Map(); // chunk → promise of its rows, the latest used last
+  function chunk(at) {
+    const rows = unpacked.get(at) ?? unpack(`rows-${at}`);
+    unpacked.delete(at);
+    unpacked.set(at, rows);
+    if (unpacked.size > KEPT) unpacked.delete(unpacked.keys().next().value);
+    return rows;
+  }
+
+  function chunkOf(row) {
+    let low = 0;
+    let high = chunks.length - 1;
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (chunks[middle] <= row) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+
+  async function load(row) {
+    const at = chunkOf(row);
+    return (await chunk(at))[row - chunks[at]];
+  }
+
+  // --- which rows are shown
+
+  function limits(name, scale) {
+    const read = (id, none) => ($(id).value === "" ? none : Number($(id).value) * scale);
+    return [read(`${name}-min`, -Infinity), read(`${name}-max`, Infinity)];
+  }
+
+  function filtered() {
+    const [leastShare, mostShare] = limits("share", 10);
+    const [fewest, most] = limits("length", 1);
+    const reasons = new Set([...$("reasons").querySelectorAll("[aria-pressed=true]")].map((chip) => Number(chip.value)));
+    const anyShare = leastShare === -Infinity && mostShare === Infinity;
+    const passed = [];
+    for (let row = 0; row < index.prompt.length; row++) {
+      const share = index.share[row];
+      if (reasons.size && !reasons.has(index.reason[row])) continue;
+      if (!anyShare && (share === null || share < leastShare || share > mostShare)) continue;
+      if (index.tokens[row] < fewest || index.tokens[row] > most) continue;
+      passed.push(row);
+    }
+    return sorted(passed);
+  }
+
+  function sorted(rows) {
+    const [by, way] = $("sort").value.split("-");
+    if (by === "order") return rows;
+    const column = by === "share" ? index.share : index.tokens;
+    const sign = way === "up" ? 1 : -1;
+    return rows.sort((a, b) => {
+      if (column[a] === null || column[b] === null) return (column[a] === null) - (column[b] === null) || a - b;
+      return sign * (column[a] - column[b]) || a - b;
+    });
+  }
+
+  const lowered = new WeakMap(); // the rows of a chunk → their texts in small letters
+  function haystacks(rows) {
+    if (!lowered.has(rows)) lowered.set(rows, rows.map(haystack));
+    return lowered.get(rows);
+  }
+
+  function haystack([turns, pieces, error, details]) {
+    const texts = turns.map((turn) => turn[1]);
+    texts.push(pieces.map((piece) => piece[3]).join(""), error ?? "", ...Object.values(details));
+    return texts.join("\n").toLowerCase();
+  }
+
+  async function matching(candidates, mine) {
+    const wanted = new Map(); // chunk → the candidates in it
+    for (const row of candidates) {
+      const at = chunkOf(row);
+      if (!wanted.has(at)) wanted.set(at, []);
+      wanted.get(at).push(row);
+    }
+    const hits = new Set();
+    const needle = query.toLowerCase();
+    let told = performance.now();
+    let done = 0;
+    const order = [...wanted.keys()];
+    for (const at of order) {
+      order.slice(done, done + AHEAD).forEach(chunk);
+      const texts = haystacks(await chunk(at));
+      if (mine !== searching) return null;
+      for (const row of wanted.get(at)) {
+        if (texts[row - chunks[at]].includes(needle)) hits.add(row);
+      }
+      done += 1;
+      if (performance.now() - told > 60) {
+        told = performance.now();
+        $("found").textContent = `searching … ${Math.round((100 * done) / wanted.size)} %`;
+        await new Promise((next) => setTimeout(next));
+        if (mine !== searching) return null;
+      }
+    }
+    return candidates.filter((row) => hits.has(row));
+  }
+
+  async function refresh() {
+    const mine = ++searching;
+    $("list").setAttribute("aria-busy", "true");
+    query = $("search").value.trim();
+    let rows = filtered();
+    if (query) rows = await matching(rows, mine);
+    if (rows === null) return;
+    shown = rows;
+    const all = index.prompt.length;
+    $("found").textContent = rows.length === all ? `${number(all)} rows` : `${number(rows.length)} of ${number(all)} rows`;
+    $("clear").hidden = rows.length === all && !query;
+    $("list").scrollTop = 0;
+    if (!shown.includes(current)) {
+      if (shown.length) await open(shown[0], { enter: false });
+      else close();
+    } else {
+      await open(current, { enter: false });
+    }
+    drawList();
+    if (mine === searching) $("list").setAttribute("aria-busy", "false");
+  }
+
+  // --- the list: only the rows in sight exist
+
+  function drawList() {
+    const list = $("list");
+    const space = $("space");
+    space.style.height = `${shown.length * ITEM}px`;
+    if (!shown.length) {
+      space.replaceChildren(make("p", { className: "none", textContent: "No row fits. Search for less, or reset the filters." }));
+      return;
+    }
+    const first = Math.max(0, Math.floor(list.scrollTop / ITEM) - 4);
+    const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ITEM) + 4);
+    const items = [];
+    for (let place = first; place < last; place++) items.push(item(shown[place], place));
+    space.replaceChildren(...items);
+    if (current === null || !$(`item-${current}`)) list.removeAttribute("aria-activedescendant");
+    else list.setAttribute("aria-activedescendant", `item-${current}`);
+  }
+
+  function item(row, place) {
+    const facts = make("div", { className: "facts" });
+    facts.append(make("span", { className: "number", textContent: name(row) }), reason(row));
+    if (index.share[row] !== null) facts.append(`${percent(index.share[row])}`, bar(index.share[row]));
+    facts.append(`${number(index.tokens[row])} tokens`);
+    const element = make("div", { className: "item", id: `item-${row}`, role: "option" });
+    element.setAttribute("aria-selected", String(row === current));
+    element.setAttribute("aria-posinset", place + 1);
+    element.setAttribute("aria-setsize", shown.length);
+    element.style.top = `${place * ITEM}px`;
+    element.append(make("div", { className: "prompt", textContent: index.prompt[row] || "(no prompt)" }), facts);
+    element.addEventListener("click", () => open(row));
+    return element;
+  }
+
+  function name(row) {
+    return index.id ? index.id[row] : `row ${number(index.number[row])}`;
+  }
+
+  function reason(row) {
+    const word = index.reasons[index.reason[row]];
+    return make("span", { className: `reason ${/^[a-z]+$/.test(word) ? word : ""}`, textContent: word });
+  }
+
+  function bar(share) {
+    const teacher = make("i");
+    teacher.style.width = `${share / 10}%`;
+    return make("span", { className: "bar", title: `the teacher wrote ${percent(share)}` }, teacher);
+  }
+
+  function reveal(place) {
+    const list = $("list");
+    const top = place * ITEM;
+    if (top < list.scrollTop) list.scrollTop = top;
+    else if (top + ITEM > list.scrollTop + list.clientHeight) list.scrollTop = top + ITEM - list.clientHeight;
+  }
+
+  function step(by) {
+    if (!shown.length) return;
+    const place = shown.indexOf(current);
+    const next = Math.min(Math.max(place + by, 0), shown.length - 1);
+    if (shown[next] !== current) open(shown[next], { enter: false });
+  }
+
+  // --- one row
+
+  async function open(row, { enter = true } = {}) {
+    const mine = ++opening;
+    const again = row === current;
+    current = row;
+    reveal(shown.indexOf(row));
+    drawList();
+    if (enter) $("rows").classList.add("reading");
+    const content = await load(row);
+    if (mine !== opening) return;
+    hideTip();
+    drawRow(row, content);
+    if (!again) $("row").scrollTop = 0;
+    if (query) $("row").querySelector("mark")?.scrollIntoView({ block: "center" });
+    history.replaceState(null, "", `#row=${index.number[row]}`);
+  }
+
+  function close() {
+    opening += 1;
+    current = null;
+    $("row").replaceChildren(make("p", { className: "wait", textContent: "No row fits the search and the filters." }));
+    drawList();
+  }
+
+  function drawRow(row, [turns, pieces, error, details, other]) {
+    const place = shown.indexOf(row);
+    const head = make("div", { className: "head" });
+    head.append(button("back", "← All rows", leave), make("h2", { textContent: name(row) }), reason(row));
+    const steps = make("div", { className: "steps" });
+    steps.append(button("previous", "Previous", () => step(-1)), button("next", "Next", () => step(1)));
+    steps.children[0].disabled = place <= 0;
+    steps.children[1].disabled = place >= shown.length - 1;
+    head.append(steps);
+    const two = Boolean(index.names[1]) && besides;
+    const columns = make("div", { className: two ? "columns two" : "columns" });
+    columns.append(column(index.names[0], pieces, error, index.share[row], index.tokens[row], null));
+    if (two) {
+      if (other) columns.append(column(index.names[1], ...other));
+      else columns.append(missing(index.names[1]));
+    }
+    $("row").replaceChildren(head, ...turns.map(turn), legend(), columns, more(details));
+    $("row").dataset.emphasis = emphasis;
+  }
+
+  function button(id, text, action) {
+    const element = make("button", { id, type: "button", textContent: text });
+    element.addEventListener("click", action);
+    return element;
+  }
+
+  function turn([role, text]) {
+    const said = make("div", { className: "said" });
+    said.append(...highlighted(text));
+    return make("section", { className: "turn" }, make("h3", { textContent: role }), said);
+  }
+
+  function legend() {
+    const line = make("div", { className: "legend", role: "group", "aria-label": "Who is shown in colour" });
+    for (const [who, text] of [["both", "Both authors"], ["teacher", "Teacher"], ["student", "Student"]]) {
+      const choice = make("button", { type: "button", className: "chip", value: who });
+      if (who !== "both") choice.append(make("span", { className: `swatch ${who}` }));
+      choice.append(text);
+      choice.setAttribute("aria-pressed", String(emphasis === who));
+      choice.addEventListener("click", () => emphasise(who));
+      line.append(choice);
+    }
+    if (index.names[1]) {
+      const side = button("beside", `Beside ${index.names[1]}`, toggleBeside);
+      side.className = "chip side";
+      side.setAttribute("aria-pressed", String(besides));
+      line.append(side);
+    }
+    return line;
+  }
+
+  function emphasise(who) {
+    emphasis = who;
+    $("row").dataset.emphasis = who;
+    for (const choice of document.querySelectorAll(".legend .chip[value]:not([value=''])")) {
+      choice.setAttribute("aria-pressed", String(choice.value === who));
+    }
+  }
+
+  function column(title, pieces, error, share, tokens, word) {
+    const figures = make("div", { className: "figuresline" });
+    if (word) figures.append(make("span", { className: "reason", textContent: word }));
+    figures.append(figure(number(tokens), "tokens"));
+    if (share !== null) figures.append(figure(percent(share), "by the teacher"));
+    const turns = pieces.filter((piece) => piece[0] < 2).length;
+    figures.append(figure(number(turns), turns === 1 ? "span" : "spans"));
+    const box = make("section", { className: "column", "aria-label": title });
+    box.append(make("h3", { textContent: title }), figures);
+    if (error) box.append(make("p", { className: "failed", textContent: error }));
+    const texts = [text("Thinking", 0, pieces, tokens), text("Answer", 1, pieces, tokens)].flat();
+    const spans = texts.flatMap((element) => [...element.querySelectorAll(".span.teacher, .span.student")]);
+    if (spans.length) box.append(...ribbon(spans, tokens));
+    box.append(...texts);
+    return box;
+  }
+
+  function figure(value, unit) {
+    return make("span", {}, make("strong", { textContent: value }), ` ${unit}`);
+  }
+
+  function missing(title) {
+    const told = make("p", { className: "note", textContent: "This dataset has no row with the same prompt." });
+    return make("section", { className: "column" }, make("h3", { textContent: title }), told);
+  }
+
+  function text(title, part, pieces, tokens) {
+    const box = make("div", { className: "text", tabIndex: 0, role: "group", "aria-label": title });
+    let before = 0;
+    let turns = 0;
+    const all = pieces.filter((piece) => piece[0] < 2).length;
+    for (const [author, where, length, written] of pieces) {
+      if (author < 2) turns += 1;
+      if (where === part) {
+        const said = author === 2 ? written.trim() : written; // a marker has a line to itself
+        const span = make("span", { className: `span ${AUTHORS[author]}` }, ...highlighted(said));
+        if (author < 2) {
+          span.tabIndex = -1;
+          span.told = {
+            author: AUTHORS[author], part: part ? "answer" : "thinking", tokens: length, before, all: tokens,
+            turn: turns, turns: all, characters: [...written].length,
+          };
+        }
+        box.append(span);
+      }
+      before += length;
+    }
+    return box.childNodes.length ? [make("h3", { className: "part", textContent: title }), box] : [];
+  }
+
+  function highlighted(written) {
+    if (!query) return [written];
+    const low = written.toLowerCase();
+    const needle = query.toLowerCase();
+    if (low.length !== written.length) return [written]; // a letter whose small form is longer
+    const parts = [];
+    let from = 0;
+    for (let at = low.indexOf(needle); at >= 0; at = low.indexOf(needle, from)) {
+      parts.push(written.slice(from, at), make("mark", { textContent: written.slice(at, at + needle.length) }));
+      from = at + needle.length;
+    }
+    return [...parts, written.slice(from)];
+  }
+
+  // --- the ribbon: the row from left to right, one stripe a span
+
+  function ribbon(spans, tokens) {
+    const stops = [];
+    const share = (count) => `${((100 * count) / Math.max(tokens, 1)).toFixed(3)}%`;
+    for (const { told } of spans) {
+      const colour = `var(--${told.author === "teacher" ? "teacher" : "student-fill"})`;
+      stops.push(`${colour} ${share(told.before)} ${share(told.before + told.tokens)}`);
+    }
+    const line = make("div", { className: "ribbon", title: "The row from beginning to end. Click to go there." });
+    line.style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
+    line.addEventListener("click", (event) => {
+      const at = (tokens * event.offsetX) / line.clientWidth;
+      const there = spans.find(({ told }) => at < told.before + told.tokens) ?? spans[spans.length - 1];
+      there.focus();
+    });
+    const scale = make("div", { className: "scale" }, make("span", { textContent: "0" }));
+    scale.append(make("span", { textContent: `${number(tokens)} tokens` }));
+    return [line, scale];
+  }
+
+  // --- who wrote a span
+
+  function showTip(span) {
+    const { author, part, tokens, before, all, turn, turns, characters } = span.told;
+    const tip = $("tip");
+    const count = (value, unit) => `${number(value)} ${unit}${value === 1 ? "" : "s"}`;
+    tip.replaceChildren(make("b", { textContent: `${author === "teacher" ? "Teacher" : "Student"}, ${part}` }));
+    tip.append(`${count(tokens, "token")}, ${count(characters, "character")}`, make("br"));
+    const place = tokens ? `tokens ${number(before + 1)} to ${number(before + tokens)} of ${number(all)}` : "no token of its own";
+    tip.append(`span ${number(turn)} of ${number(turns)}, ${place}`);
+    tip.hidden = false;
+    document.querySelector("[aria-describedby=tip]")?.removeAttribute("aria-describedby");
+    span.setAttribute("aria-describedby", "tip");
+    const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
+    const left = Math.min(Math.max(8, box.left), innerWidth - tip.offsetWidth - 8);
+    const above = box.top - tip.offsetHeight - 7;
+    tip.style.left = `${left}px`;
+    tip.style.top = `${above > 60 ? above : box.bottom + 7}px`;
+  }
+
+  function hideTip() {
+    $("tip").hidden = true;
+  }
+
+  function stepSpan(by) {
+    const spans = [...$("row").querySelectorAll(".span.teacher, .span.student")];
+    if (!spans.length) return;
+    const at = spans.indexOf(document.activeElement);
+    const next = at < 0 ? (by > 0 ? 0 : spans.length - 1) : at + by;
+    spans[Math.min(Math.max(next, 0), spans.length - 1)].focus();
+  }
+
+  function more(details) {
+    const facts = make("dl");
+    for (const [key, value] of Object.entries(details)) {
+      facts.append(make("dt", { textContent: key }), make("dd", { textContent: value }));
+    }
+    return make("details", {}, make("summary", { textContent: "Other columns" }), facts);
+  }
+
+  // --- what the user does
+
+  function toggleBeside() {
+    if (!index.names[1]) return;
+    besides = !besides;
+    if (current !== null) open(current, { enter: false });
+  }
+
+  function leave() {
+    $("rows").classList.remove("reading");
+    $("list").focus();
+    drawList();
+    if (current !== null) reveal(shown.indexOf(current));
+  }
+
+  function view(which) {
+    for (const [id, panel] of [["tab-rows", "rows"], ["tab-overview", "overview"]]) {
+      const chosen = panel === which;
+      $(id).setAttribute("aria-selected", String(chosen));
+      $(id).tabIndex = chosen ? 0 : -1;
+      $(panel).hidden = !chosen;
+    }
+    hideTip();
+    if (which === "rows") drawList();
+  }
+
+  function turnTheme() {
+    const order = ["auto", "light", "dark"];
+    const next = order[(order.indexOf(document.documentElement.dataset.theme ?? "auto") + 1) % 3];
+    if (next === "auto") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = next;
+    $("theme").textContent = `Theme: ${next}`;
+  }
+
+  function escape() {
+    if (document.activeElement === $("search")) {
+      if ($("search").value) {
+        $("search").value = "";
+        refresh();
+      } else {
+        $("list").focus();
+      }
+    } else {
+      hideTip();
+      leave();
+    }
+  }
+
+  const inOverview = () => $("rows").hidden;
+  const KEYS = {
+    ArrowDown: () => step(1), j: () => step(1), ArrowUp: () => step(-1), k: () => step(-1),
+    PageDown: () => step(8), PageUp: () => step(-8), Home: () => step(-Infinity), End: () => step(Infinity),
+    Enter: () => open(current),
+    ArrowRight: () => stepSpan(1), ArrowLeft: () => stepSpan(-1),
+    a: () => emphasise({ both: "teacher", teacher: "student", student: "both" }[emphasis]),
+    b: toggleBeside,
+  };
+  const ANYWHERE = {
+    "/": () => { view("rows"); $("rows").classList.remove("reading"); $("search").focus(); },
+    o: () => view(inOverview() ? "rows" : "overview"),
+    t: turnTheme,
+    "?": () => $("help").showModal(),
+  };
+
+  function pressed(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
+    const target = event.target;
+    const typing = target.matches("input, select");
+    if (event.key === "Escape" && !inOverview()) return escape();
+    if (target.matches("[role=tab]") && /^Arrow(Left|Right)$/.test(event.key)) {
+      view(inOverview() ? "rows" : "overview");
+      return document.querySelector("[role=tab][aria-selected=true]").focus();
+    }
+    if (target === $("search") && event.key === "ArrowDown") {
+      event.preventDefault();
+      return $("list").focus();
+    }
+    if (typing) return;
+    const press = /^(Enter| )$/.test(event.key) && target.matches("button, summary");
+    const scrolls = /^(Arrow(Up|Down)|Page|Home|End)/.test(event.key) && target.closest("#row"); // reading: as usual
+    const action = ANYWHERE[event.key] ?? (inOverview() || press || scrolls ? null : KEYS[event.key]);
+    if (!action) return;
+    event.preventDefault();
+    action();
+  }
+
+  function reasonChips() {
+    for (const [number_, word] of index.reasons.entries()) {
+      const rows = index.reason.reduce((sum, reason_) => sum + (reason_ === number_), 0);
+      const chip = make("button", { type: "button", className: "chip", value: number_, textContent: word });
+      chip.append(make("b", { textContent: number(rows) }));
+      chip.setAttribute("aria-pressed", "false");
+      chip.addEventListener("click", () => {
+        chip.setAttribute("aria-pressed", String(chip.getAttribute("aria-pressed") !== "true"));
+        refresh();
+      });
+      $("reasons").append(chip);
+    }
+  }
+
+  function reset() {
+    $("filters").reset();
+    for (const chip of document.querySelectorAll("#reasons .chip")) chip.setAttribute("aria-pressed", "false");
+    refresh();
+  }
+
+  function listen() {
+    let pending = 0;
+    $("filters").addEventListener("submit", (event) => event.preventDefault());
+    $("filters").addEventListener("input", (event) => {
+      if (event.target === $("sort")) return;
+      $("list").setAttribute("aria-busy", "true");
+      clearTimeout(pending);
+      pending = setTimeout(refresh, 120);
+    });
+    $("sort").addEventListener("change", () => {
+      current = null; // the first row in the new order is what one wants to see
+      refresh();
+    });
+    $("clear").addEventListener("click", reset);
+    let drawing = false;
+    $("list").addEventListener("scroll", () => {
+      if (drawing) return;
+      drawing = true;
+      requestAnimationFrame(() => { drawing = false; drawList(); });
+    });
+    new ResizeObserver(drawList).observe($("list"));
+    const spanAt = (event) => event.target.closest?.(".span.teacher, .span.student");
+    for (const [kind, act] of [["mouseover", showTip], ["focusin", showTip], ["mouseout", hideTip], ["focusout", hideTip]]) {
+      $("row").addEventListener(kind, (event) => { if (spanAt(event)) act(spanAt(event)); });
+    }
+    $("row").addEventListener("scroll", () => {
+      const here = document.activeElement?.closest?.(".span");
+      if (here && !$("tip").hidden) showTip(here);
+      else hideTip();
+    });
+    $("theme").addEventListener("click", turnTheme);
+    $("help-button").addEventListener("click", () => $("help").showModal());
+    $("tab-rows").addEventListener("click", () => view("rows"));
+    $("tab-overview").addEventListener("click", () => view("overview"));
+    document.addEventListener("keydown", pressed);
+  }
+
+  async function begin() {
+    index = await unpack("index");
+    chunks = index.chunks;
+    const wanted = /^#row=(\d+)$/.exec(location.hash);
+    if (wanted) current = Math.max(0, index.number.indexOf(Number(wanted[1])));
+    $("length-max").placeholder = String(index.tokens.reduce((most, tokens) => Math.max(most, tokens), 0));
+    reasonChips();
+    listen();
+    await refresh();
+    document.documentElement.dataset.ready = "yes";
+  }
+
+  begin().catch((error) => {
+    $("row").replaceChildren(make("p", { className: "failed", textContent: `This page cannot show its rows: ${error}` }));
+  });
+})();
