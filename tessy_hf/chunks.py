@@ -17,7 +17,7 @@ from tessy_hf.trajectory import Author
 CANDIDATES = np.array([4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
 """Sizes to choose from, in tokens."""
 
-REQUEST_COST = 4.0
+REQUEST_COST = 2.0
 """What a request costs besides its new tokens, counted in new tokens. See `benchmarks/README.md`."""
 
 PRIOR = (8, 12, 20)
