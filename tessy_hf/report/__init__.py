@@ -84,8 +84,8 @@ def load(source: str, split: str = "train", config_name: str | None = None) -> D
         seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DatasetError(
             f"{source!r} cannot be read: {seen}. A .parquet or .jsonl file, a folder that save_to_disk wrote, or a "
-            f"dataset on the Hub such as me/data@v1.0.0 is expected, with a split {split!r}; check the name, the split and "
-            "HF_TOKEN."
+            f"dataset on the Hub such as me/data@v1.0.0 is expected, with a split {split!r}; check the name, the "
+            "split and HF_TOKEN."
         ) from error
     if "messages" not in dataset.column_names:
         raise DatasetError(
