@@ -23,6 +23,7 @@ from datasets import Dataset, IterableDataset, List, disable_progress_bars
 
 from tessy_hf import columns, push_to_hub, shards
 from tessy_hf.provenance import Manifest
+from tessy_hf.statistics import Statistics
 from tests.hub_server import HubServer, clients_of
 
 REPO = "ada/rows"
@@ -224,9 +225,15 @@ def sweep(hub, count, step, offset=0, tell=lambda *_: None):
 
 @contextmanager
 def patched(monkeypatch):
-    """Cut shards small, and let the client's own retries follow at once."""
+    """Cut shards small, draw figures once, and let the client's own retries follow at once."""
     import huggingface_hub.utils._http as client
 
+    from tessy_hf.report import figures
+
+    statistics = Statistics()
+    statistics.add(finished(8).with_format("arrow")[:])
+    drawn = {name: figures.image(name, statistics.summary(), kind="png") for name in figures.NAMES}
+    monkeypatch.setattr(figures, "image", lambda name, summary, kind: drawn[name])
     monkeypatch.setattr(shards, "BATCH_ROWS", 4)
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     yield
