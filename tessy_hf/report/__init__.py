@@ -80,8 +80,8 @@ def load(source: str, split: str = "train", config_name: str | None = None) -> D
 
     try:
         dataset = _load(source, split, config_name)
-    except (OSError, ValueError, KeyError, ArrowException, DatasetsError) as error:
-        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    except (OSError, ValueError, LookupError, ArrowException, DatasetsError) as error:
+        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
         raise DatasetError(
             f"{source!r} cannot be read: {seen}. A .parquet or .jsonl file, a folder that save_to_disk wrote, or a "
             f"dataset on the Hub such as me/data@v1.0.0 is expected, with a split {split!r}; check the name, the "
