@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -273,8 +274,10 @@ class _Push:
     def __init__(self, repo: Repository, given: _Given, options: _Options, folder: Path, private: bool | None) -> None:
         self.repo, self.given, self.options, self.folder, self.private = repo, given, options, folder, private
         self.branch = f"tessy-{options.tag}"
+        self.on_main: Manifest | None = None
         self.base: Manifest | None = None
         self.base_commit: str | None = None
+        self.there: dict[str, Any] = {}
         self.pending: list[tuple[CommitOperationAdd, Path]] = []
 
     def run(self) -> Release:
@@ -436,10 +439,10 @@ class _Push:
         old, failed_before = self._read_base(tally, statistics)
         for table in self.given.rows.tables():
             tally.given += table.num_rows
-            keys = shards.keys(table, self._id_column())
-            for key in keys:
-                failed_before.pop(key, None)
-            if old:
+            if self.base is not None:
+                keys = shards.keys(table, self.id_column)
+                for key in keys:
+                    failed_before.pop(key, None)
                 table = table.filter([key not in old for key in keys])
             yield from self._split(table, tally, statistics)
         for table in failed_before.values():
@@ -469,16 +472,18 @@ class _Push:
         for table in self.repo.tables(_paths(self.base, self.options.split), self.base_commit):
             tally.add(table)
             statistics.add(table)
-            old.update(shards.keys(table, self._id_column()))
+            old.update(shards.keys(table, self.id_column))
         failures: dict[Any, pa.Table] = {}
         if self.base.failures_split:
             for table in self.repo.tables(_paths(self.base, self.base.failures_split), self.base_commit):
                 table = table.cast(self.given.rows.features.arrow_schema)
-                for number, key in enumerate(shards.keys(table, self._id_column())):
+                for number, key in enumerate(shards.keys(table, self.id_column)):
                     failures[key] = table.slice(number, 1)
         return old, failures
 
-    def _id_column(self) -> str | None:
+    @cached_property
+    def id_column(self) -> str | None:
+        """The column that tells rows apart, where the run has one."""
         runs = [self.given.record(fingerprint) for fingerprint in sorted(self.given.fingerprints())]
         return next((run.settings["id_column"] for run in runs if run.settings.get("id_column")), None)
 

@@ -16,6 +16,7 @@ from tessy_hf import columns
 from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.journal import Journal
 from tessy_hf.provenance import ShardRecord
+from tessy_hf.typed_streams import table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,17 +112,15 @@ class Rows:
             for start in range(0, len(rows), BATCH_ROWS):
                 yield _typed(rows[start : start + BATCH_ROWS], self.features)
             return
-        for batch in self._batches():
-            table = Dataset.from_dict(batch, features=self.features).with_format("arrow")[:]
-            yield _typed(table, self.features)
-
-    def _batches(self) -> Iterator[dict[str, list[Any]]]:
-        if not isinstance(self.given, Journal):
-            yield from self.given.with_format(None).iter(batch_size=BATCH_ROWS)
-            return
-        rows = ({"key": key, **row} for key, row in self.given.finished())
+        rows = iter(self._rows())
         while batch := list(islice(rows, BATCH_ROWS)):
-            yield {name: [row[name] for row in batch] for name in self.features}
+            yield table(batch, self.features)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if isinstance(self.given, Journal):
+            yield from ({"key": key, **row} for key, row in self.given.finished())
+        else:
+            yield from self.given.with_format(None)
 
 
 def _features(rows: Dataset | IterableDataset) -> Features:

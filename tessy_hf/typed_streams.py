@@ -8,9 +8,13 @@ other streams are left to `datasets`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Features
 
 
 def install(is_ours: Callable[[Any], bool]) -> None:
@@ -46,17 +50,18 @@ def functions(step: Any) -> Iterator[Any]:
 
 
 def _typed(iterable: Any, batch_size: int, drop_last_batch: bool) -> Iterator[tuple[Any, Any]]:
-    import pyarrow as pa
-    from datasets.features.features import cast_to_python_objects
-
-    features, examples = iterable.features, iter(iterable)
+    examples = iter(iterable)
     size = batch_size if batch_size and batch_size > 0 else None
     while batch := list(islice(examples, size)):
         if drop_last_batch and size is not None and len(batch) < size:
             return
-        encoded = [features.encode_example(cast_to_python_objects(example)) for _, example in batch]
-        yield _key(key for key, _ in batch), pa.Table.from_pylist(encoded, schema=features.arrow_schema)
+        yield "_".join(str(key) for key, _ in batch), table([example for _, example in batch], iterable.features)
 
 
-def _key(keys: Iterable[Any]) -> str:
-    return "_".join(map(str, keys))
+def table(rows: Iterable[Mapping[str, Any]], features: Features) -> pa.Table:
+    """Return rows as a table of exactly these types, whatever is empty or missing in them."""
+    import pyarrow as pa
+    from datasets.features.features import cast_to_python_objects
+
+    encoded = [features.encode_example(cast_to_python_objects(row)) for row in rows]
+    return pa.Table.from_pylist(encoded, schema=features.arrow_schema)

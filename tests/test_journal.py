@@ -927,3 +927,14 @@ def test_a_process_may_close_its_journal_while_another_of_its_journals_writes(op
     one.append("a", [span("x")])
     one.close()
     assert opened("one").claim("a").spans == [span("x")]
+
+
+def test_a_run_can_be_described_and_old_files_hold_no_description(tmp_path):
+    journal = Journal(tmp_path / "rows.journal", "run")
+    journal.claim("a")
+    assert journal.description() is None
+    journal.describe("first")
+    journal.describe("then")
+    journal.close()
+    assert Journal(tmp_path / "rows.journal", "run").description() == "then"
+    assert Journal(tmp_path / "rows.journal", "other").description() is None

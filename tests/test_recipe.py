@@ -1,5 +1,7 @@
 """A run described in YAML is read whole, and a fault in it is told with its place."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -134,3 +136,12 @@ def test_reading_a_recipe_loads_no_model(recipe):
     teacher, student, _ = read(recipe(("teacher", "model", "no/such-model")))
     assert teacher.engine.model == "no/such-model"
     assert "me/boundary-student" in repr(student.boundary)
+
+
+def test_a_recipe_can_be_changed_by_dotted_names(tmp_path):
+    recipe = Path(__file__).parent.parent / "recipes" / "miniature" / "tessy.yaml"
+    changes = ["temperature=0.25", "teacher.options.device=cpu", "id_column=null"]
+    changed = read(recipe, changes)[2]
+    assert (changed["temperature"], changed["id_column"]) == (0.25, None)
+    with pytest.raises(SettingsError, match="'method.x=1' changes nothing"):
+        read(recipe, ["method.x=1"])
