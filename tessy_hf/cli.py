@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessy_hf.errors import JournalError, TessyError
+from tessy_hf.errors import JournalError, SettingsError, TessyError
 
 app = typer.Typer(
     help="Cooperative teacher-student synthesis of reasoning data (TESSY).",
@@ -78,6 +80,95 @@ def export(
     opened.close()
     features = Features({"key": Value("string"), **schema(marks_in_content="thinking" not in _keys(rows))})
     _write(Dataset.from_list(rows, features=features), out)
+
+
+@app.command("train-boundary")
+def train_boundary(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: training settings, and where the data are.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the predictor into.")],
+    data: Annotated[list[str] | None, typer.Option(help="Segments with marked style spans (again for more).")] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="More of them, for training only.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="Thinking to make a small base model from.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+) -> None:
+    """Train a boundary predictor from segments whose style spans are marked."""
+    from tessy_hf.boundary import train
+    from tessy_hf.boundary.traces import thinking
+
+    settings = train.read_recipe(recipe)
+    told = {"data": data, "extra": extra, "texts": texts}
+    places = {name: settings.pop(name, None) for name in told} | {name: told[name] for name in told if told[name]}
+    rows = {name: _chain(place, split) for name, place in places.items() if place}
+    if "data" not in rows:
+        raise SettingsError(f"The recipe {str(recipe)!r} names no `data`. Add it, or pass --data with a file.")
+    plain = (text for row in rows["texts"] if (text := thinking(row))) if "texts" in rows else None
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    made = train.train_boundary(rows["data"], out, extra=rows.get("extra"), texts=plain, **settings)
+    _show(made.evaluation)
+    Console().print(f"The predictor is in {made.folder}", soft_wrap=True)
+
+
+def _chain(places: str | list[str], split: str) -> Iterator[Any]:
+    for place in [places] if isinstance(places, str) else places:
+        yield from _load(place, split)
+
+
+@app.command("evaluate-boundary")
+def evaluate_boundary(
+    data: Annotated[
+        str, typer.Option(help="Segments with marked style spans: a .jsonl or .parquet file, or a dataset on the Hub.")
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="A Hub id or folder; by default the small predictor that comes along.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    label_shift: Annotated[int | None, typer.Option(help="0 or 1, where the model's config does not say.")] = None,
+    style_label: Annotated[int | None, typer.Option(help="The label number that means style, likewise.")] = None,
+    window: Annotated[int | None, typer.Option(help="How many tokens are read at most, likewise.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw calibration and boundary errors into this file.")] = None,
+) -> None:
+    """Measure a boundary predictor on segments whose style spans are marked."""
+    from tessy_hf.boundary import metrics
+    from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
+    from tessy_hf.boundary.segments import read_segments
+
+    segments = read_segments(_load(data, split))
+    stated: Any = {"label_shift": label_shift, "style_label": style_label, "window": window}
+    predictor = BoundaryPredictor.from_pretrained(model or SHIPPED, revision=revision, **stated)
+    evaluation = metrics.evaluate(predictor, segments)
+    predictor.close()
+    if plot is not None:
+        metrics.plot(evaluation, plot)
+    if as_json:
+        typer.echo(evaluation.model_dump_json())
+    else:
+        _show(evaluation)
+
+
+def _show(evaluation: Any) -> None:
+    """Print an evaluation as a table: one line for all segments, then one for each group."""
+    table = Table(
+        evaluation.model, "segments", "char P / R / F1", "95%", "span F1", "token acc.", "boundary ±0 / ±1 / ±3 words"
+    )
+    groups = {"all": evaluation.overall, **evaluation.by_family, **evaluation.by_source_model}
+    groups |= {f"begins as {author}": figures for author, figures in evaluation.by_author.items()}
+    for name, figures in groups.items():
+        char, words = figures.char, figures.boundary_words
+        low, high = figures.char_f1_interval
+        table.add_row(
+            name,
+            str(figures.segments),
+            f"{char.precision:.3f} / {char.recall:.3f} / {char.f1:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{figures.span.f1:.3f}",
+            f"{figures.token_accuracy:.3f}",
+            f"{words.exact:.0%} / {words.within_1:.0%} / {words.within_3:.0%}",
+        )
+    Console().print(table)
+    if not evaluation.causal:
+        Console().print("The model reads text on both sides: while a row is written it sees less than here.")
 
 
 def _keys(rows: list[dict[str, Any]]) -> set[str]:

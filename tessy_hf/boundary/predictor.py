@@ -10,8 +10,10 @@ what is predicted depends on the text alone and not on how it was cut into chunk
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -37,6 +39,11 @@ class Convention(NamedTuple):
     style_label: int
 
 
+SHIPPED = "tessy_hf.boundary.small"
+"""The name of the small predictor that comes with this package (folder ``small`` beside this file)."""
+
+_SHIPPED_FOLDER = Path(__file__).with_name("small")
+
 KNOWN_CHECKPOINTS = {
     "CoopReason/Boundary_Predictor_Teacher_Code": Convention(label_shift=1, style_label=1),
     "CoopReason/Boundary_Predictor_Student_Code": Convention(label_shift=1, style_label=1),
@@ -56,7 +63,8 @@ class BoundaryPredictor:
     Describes the checkpoint until :meth:`start` loads it, so that it can be pickled and fingerprinted.
 
     Args:
-        model: Hub id or folder.
+        model: Hub id or folder; by default the small predictor that comes with this package, for English reasoning
+            text (see ``recipes/boundary/README.md`` for how good it is).
         revision: Branch, tag or commit on the Hub.
         label_shift: See :data:`LabelShift`; needed where the checkpoint's config does not state it.
         style_label: The label number that means style; needed where the config's label names do not say it.
@@ -66,7 +74,7 @@ class BoundaryPredictor:
 
     def __init__(
         self,
-        model: str,
+        model: str = SHIPPED,
         *,
         revision: str | None = None,
         label_shift: LabelShift | None = None,
@@ -81,7 +89,7 @@ class BoundaryPredictor:
         self._live: _LivePredictor | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> BoundaryPredictor:
+    def from_pretrained(cls, model: str | Path = SHIPPED, **options: Any) -> BoundaryPredictor:
         """Load a predictor at once.
 
         Args:
@@ -98,7 +106,8 @@ class BoundaryPredictor:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the predictions, for the run's fingerprint."""
-        return {"model": self.model, "revision": self.revision, **self._stated}
+        identity = {"model": self.model, "revision": self.revision, **self._stated}
+        return {**identity, "weights": _shipped_digest()} if self.model == SHIPPED else identity
 
     def start(self) -> None:
         """Load the model. Does nothing where it is loaded."""
@@ -202,7 +211,17 @@ class _LivePredictor:
                 future.set_result(done.result()[index])
         self._next_batch(loop)
 
-    def read(self, windows: list[Sequence[int]]) -> list[list[bool]]:
+    def read(self, windows: Sequence[Sequence[int]]) -> list[list[bool]]:
+        """Return, for each id of each window, whether its label says style."""
+        style = (self._logits(windows).argmax(-1) == self.convention.style_label).cpu().tolist()
+        return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
+
+    def probabilities(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return, for each id of each window, how probable its label holds style to be."""
+        style = self._logits(windows).float().softmax(-1)[..., self.convention.style_label].cpu().tolist()
+        return [shares[: len(window)] for shares, window in zip(style, windows, strict=True)]
+
+    def _logits(self, windows: Sequence[Sequence[int]]) -> Any:
         """Run the classifier over windows of ids, right-padded into one batch."""
         torch = self._torch
         longest = max(map(len, windows))
@@ -212,17 +231,34 @@ class _LivePredictor:
             ids[row, : len(window)] = torch.tensor(list(window), dtype=torch.long)
             mask[row, : len(window)] = 1
         with torch.inference_mode():
-            logits = self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
-        style = (logits.argmax(-1) == self.convention.style_label).cpu().tolist()
-        return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
+            return self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
 
+@cache
+def _shipped_digest() -> str:
+    """Return a hash of the shipped weights, so that a run knows them wherever the package is installed.
+
+    Raises:
+        BoundaryError: This installation has none.
+    """
+    weights = _SHIPPED_FOLDER / "model.safetensors"
+    if not weights.is_file():
+        raise BoundaryError(
+            f"No boundary predictor is named, and the small one that comes with this package is missing: {weights}. "
+            "Install the package whole, or pass a Hub id or folder."
+        )
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
 def _load(model: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+    if model == SHIPPED:
+        _shipped_digest()
+        model = str(_SHIPPED_FOLDER)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
         network, info = AutoModelForTokenClassification.from_pretrained(
