@@ -82,6 +82,30 @@ def export(
     _write(Dataset.from_list(rows, features=features), out)
 
 
+@app.command()
+def annotate(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: the annotator, and what to draw from the traces.")],
+    traces: Annotated[
+        str, typer.Argument(help="Reasoning traces: a .jsonl, .json or .parquet file, or a dataset on the Hub.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write the marked segments into, or to continue.")],
+    limit: Annotated[int | None, typer.Option(help="Most segments altogether.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of the traces.")] = "train",
+) -> None:
+    """Let a model mark the style spans in segments of reasoning traces."""
+    from tessy_hf.boundary import annotate as annotation
+    from tessy_hf.recipe import read_annotation
+
+    annotator, settings = read_annotation(recipe)
+    settings |= {} if limit is None else {"limit": limit}
+    found = annotation.annotate(_load(traces, split), annotator, out, **settings)
+    table = Table("answers", "")
+    for outcome, count in found.counts.items():
+        table.add_row(outcome, str(count))
+    Console().print(table)
+    Console().print(f"{len(found.rows)} segments in {found.folder}", soft_wrap=True)
+
+
 @app.command("train-boundary")
 def train_boundary(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe: training settings, and where the data are.")],
@@ -111,6 +135,21 @@ def train_boundary(
 def _chain(places: str | list[str], split: str) -> Iterator[Any]:
     for place in [places] if isinstance(places, str) else places:
         yield from _load(place, split)
+
+
+@app.command("push-boundary")
+def push_boundary(
+    folder: Annotated[Path, typer.Argument(help="A folder that train-boundary wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to on the Hub, as name/model.")],
+    private: Annotated[bool, typer.Option(help="Make it private where it is made.")] = False,
+    tag: Annotated[str | None, typer.Option(help="A tag to set on the commit.")] = None,
+    license: Annotated[str | None, typer.Option(help="The licence of the weights, by its name on the Hub.")] = None,  # noqa: A002
+) -> None:
+    """Publish a boundary predictor: weights, tokenizer, config and card in one commit."""
+    from tessy_hf.boundary import publish
+
+    commit = publish.push_boundary(folder, repo_id, private=private, tag=tag, license=license)
+    Console().print(f"{repo_id} at {commit}", soft_wrap=True)
 
 
 @app.command("evaluate-boundary")
@@ -148,24 +187,17 @@ def evaluate_boundary(
 
 
 def _show(evaluation: Any) -> None:
-    """Print an evaluation as a table: one line for all segments, then one for each group."""
-    table = Table(
-        evaluation.model, "segments", "char P / R / F1", "95%", "span F1", "token acc.", "boundary ±0 / ±1 / ±3 words"
-    )
+    """Print an evaluation as a table: a line for all segments, then one for each group."""
+    table = Table("", "segments", "char F1 (95%)", "P", "R", "span F1", "±0", "±1", "±3 words", title=evaluation.model)
     groups = {"all": evaluation.overall, **evaluation.by_family, **evaluation.by_source_model}
     groups |= {f"begins as {author}": figures for author, figures in evaluation.by_author.items()}
     for name, figures in groups.items():
-        char, words = figures.char, figures.boundary_words
         low, high = figures.char_f1_interval
-        table.add_row(
-            name,
-            str(figures.segments),
-            f"{char.precision:.3f} / {char.recall:.3f} / {char.f1:.3f}",
-            f"{low:.3f}-{high:.3f}",
-            f"{figures.span.f1:.3f}",
-            f"{figures.token_accuracy:.3f}",
-            f"{words.exact:.0%} / {words.within_1:.0%} / {words.within_3:.0%}",
-        )
+        shares = (figures.char.precision, figures.char.recall, figures.span.f1)
+        within = (figures.boundary_words.exact, figures.boundary_words.within_1, figures.boundary_words.within_3)
+        interval = f"{figures.char.f1:.3f} ({low:.2f}-{high:.2f})"
+        cells = (*(f"{share:.3f}" for share in shares), *(f"{share:.0%}" for share in within))
+        table.add_row(name, str(figures.segments), interval, *cells)
     Console().print(table)
     if not evaluation.causal:
         Console().print("The model reads text on both sides: while a row is written it sees less than here.")

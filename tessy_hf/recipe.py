@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +30,8 @@ from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import SettingsError
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
+
+Read = TypeVar("Read", bound=BaseModel)
 
 ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine, "server": ServerEngine}
 
@@ -63,28 +65,47 @@ class _Recipe(BaseModel):
     student: _Speaker
 
 
+class _Annotation(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    annotator: _Speaker
+
+
+def read_annotation(path: Path) -> tuple[Speaker, dict[str, Any]]:
+    """Read a recipe of an annotation: ``annotator`` as a speaker is described, and settings of the annotation.
+
+    Raises:
+        SettingsError: The file is missing, is not YAML, or lacks or misspells something.
+    """
+    recipe = _validate(_Annotation, path, "annotation settings by name, and `annotator` with `engine` and `model`")
+    return _speaker(recipe.annotator, path), dict(recipe.model_extra or {})
+
+
 def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
     """Read a recipe; return teacher, student and the settings.
 
     Raises:
         SettingsError: The file is missing, is not YAML, or lacks or misspells something.
     """
+    recipe = _validate(
+        _Recipe, path, "settings by name, and `teacher` and `student` with `engine`, `model` and `boundary`"
+    )
+    settings = dict(recipe.model_extra or {})
+    Settings.check(**settings)
+    return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
+
+
+def _validate(kind: type[Read], path: Path, expected: str) -> Read:
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
-    try:
-        recipe = _Recipe.model_validate(given)
     except ValidationError as error:
         first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of alternatives, the one that was meant
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise SettingsError(
-            f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are settings by name, "
-            "and `teacher` and `student` with `engine`, `model` and `boundary`."
+            f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are {expected}."
         ) from error
-    settings = dict(recipe.model_extra or {})
-    Settings.check(**settings)
-    return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
 
 
 def _speaker(described: _Speaker, path: Path) -> Speaker:

@@ -231,11 +231,12 @@ def read(predictor: BoundaryPredictor, texts: Sequence[str], batch_size: int = 3
 
 
 def is_causal(predictor: BoundaryPredictor, text: str) -> bool:
-    """Return whether what is said of the first half of a text stays the same without the second."""
+    """Return whether what is said of the first half of a text stays the same when the second half is another."""
     ids = predictor.vocabulary.encode(text).ids[: predictor.window]
     half = (len(ids) + 1) // 2
-    whole, first = predictor.live.probabilities([ids])[0], predictor.live.probabilities([ids[:half]])[0]
-    return bool(np.allclose(whole[:half], first, atol=1e-3))
+    windows = ids, [*ids[:half], *ids[:half][: len(ids) - half]]
+    said, of_another = (predictor.live.probabilities([window])[0][:half] for window in windows)
+    return bool(np.allclose(said, of_another, rtol=0, atol=1e-5))
 
 
 # --- counting

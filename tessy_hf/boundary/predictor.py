@@ -237,27 +237,35 @@ class _LivePredictor:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
 
-@cache
+def is_shipped() -> bool:
+    """Return whether this installation has the small predictor."""
+    return (_SHIPPED_FOLDER / "model.safetensors").is_file()
+
+
 def _shipped_digest() -> str:
-    """Return a hash of the shipped weights, so that a run knows them wherever the package is installed.
+    """Return a hash of the small predictor's weights, so that a run knows them wherever the package is installed.
 
     Raises:
         BoundaryError: This installation has none.
     """
-    weights = _SHIPPED_FOLDER / "model.safetensors"
-    if not weights.is_file():
+    if not is_shipped():
         raise BoundaryError(
-            f"No boundary predictor is named, and the small one that comes with this package is missing: {weights}. "
+            f"No boundary predictor is named, and the small one that comes with tessy-hf is not in {_SHIPPED_FOLDER}. "
             "Install the package whole, or pass a Hub id or folder."
         )
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return _digest(_SHIPPED_FOLDER / "model.safetensors")
+
+
+@cache
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _load(model: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
     if model == SHIPPED:
-        _shipped_digest()
+        _shipped_digest()  # complains where there is none
         model = str(_SHIPPED_FOLDER)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)

@@ -102,12 +102,16 @@ class Segment:
         spans = tuple((a, b) for a, b in inside if a < b)
         return replace(self, text=self.text[start:end], spans=spans, key=f"{self.key}[{start}:{end}]")
 
+    def marked(self) -> list[dict[str, Any]]:
+        """Return the style spans as a dataset holds them: offsets, and for people the text."""
+        return [{"start": start, "end": end, "text": self.text[start:end]} for start, end in self.spans]
+
     def to_row(self) -> dict[str, Any]:
         """Return the segment as a row of a dataset."""
         return {
             "id": self.key,
             "text": self.text,
-            "style_spans": [{"start": a, "end": b, "text": self.text[a:b]} for a, b in self.spans],
+            "style_spans": self.marked(),
             "problem_id": self.problem,
             "family": self.family,
             "source_model": self.source_model,

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessy_hf.boundary.metrics import UNJUDGED, Evaluation, Reading, evaluate, evaluate_readings
 from tessy_hf.boundary.predictor import BoundaryPredictor, LabelShift
+from tessy_hf.boundary.publish import render_card
 from tessy_hf.boundary.segments import UNKNOWN, Segment, read_segments, span_starts, split_by_problem, token_kinds
 from tessy_hf.boundary.warm_up import WarmUp, warm_up
 from tessy_hf.errors import BoundaryError, SettingsError
@@ -159,8 +160,11 @@ def train_boundary(
     figures = {name: evaluate(predictor, parts[name]) for name in ("validation", "test") if parts[name]}
     predictor.close()
     figures = {name: found.model_copy(update={"model": folder.name}) for name, found in figures.items()}
+    described = chosen.model_dump(mode="json")
+    if isinstance(chosen.base, str) and Path(chosen.base).is_dir():
+        described["base"] = Path(chosen.base).name  # where it lies on this machine is nobody's business
     report = {
-        "settings": chosen.model_dump(mode="json"),
+        "settings": described,
         "segments": {name: len(part) for name, part in parts.items()},
         "problems": {name: len({segment.problem for segment in part}) for name, part in parts.items()},
         "parameters": network.num_parameters(),
@@ -170,6 +174,7 @@ def train_boundary(
         **{name: found.model_dump(mode="json") for name, found in figures.items()},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    render_card(folder).save(folder / "README.md")
     return Trained(folder, figures.get("test") or figures["validation"])
 
 
