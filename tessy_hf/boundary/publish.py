@@ -141,8 +141,8 @@ def push_boundary(
         BoundaryError: The folder holds no predictor that states its label convention, or the Hub refused. As there is
             one commit, nothing is ever half there; run it again.
     """
+    import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(folder)
     BoundaryPredictor.from_pretrained(str(folder)).close()
@@ -157,9 +157,9 @@ def push_boundary(
         commit = api.create_commit(repo_id, operations, commit_message="Add the boundary predictor")
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    except HfHubHTTPError as error:
+    except (httpx2.HTTPError, OSError, RuntimeError) as error:
         raise BoundaryError(
-            f"The predictor could not be pushed to {repo_id!r}: {error} A token that may write there is expected in "
-            "HF_TOKEN (or from `hf auth login`); run it again."
+            f"The predictor could not be pushed to {repo_id!r}: {error} Expected are a connection and, in HF_TOKEN or "
+            "from `hf auth login`, a token that may write there; run it again."
         ) from error
     return str(commit.oid)

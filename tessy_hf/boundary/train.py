@@ -213,16 +213,16 @@ def _split(
 
 
 def cut(segment: Segment, vocabulary: Vocabulary, window: int) -> list[Segment]:
-    """Cut a segment into pieces of at most ``window`` tokens that end where words end."""
+    """Cut a segment into pieces of whole words with at most ``window`` tokens each, or one word where it has more."""
     pieces: list[Segment] = []
     start = 0
     while True:
         rest = segment.part(start) if start else segment
-        offsets = vocabulary.encode(rest.text).offsets
-        if len(offsets) <= window:
-            return [*pieces, rest] if rest.text.strip() else pieces
-        last = offsets[window - 1][1]
-        end = max((word_end for _, word_end in words(rest.text) if word_end <= last), default=last)
+        offsets, ends = vocabulary.encode(rest.text).offsets, [end for _, end in words(rest.text)]
+        if len(offsets) <= window or len(ends) <= 1:
+            return [*pieces, rest] if ends else pieces
+        last = offsets[window][0]  # a character may have several tokens
+        end = max((end for end in ends if end <= last), default=ends[0])
         pieces.append(rest.part(0, end))
         start += end
 

@@ -21,7 +21,7 @@ from tessy_hf.boundary.segments import Segment, span_starts
 from tessy_hf.errors import BoundaryError, EngineDeadError, RequestError, SettingsError
 from tests.worlds import CHATML, make_tokenizer
 
-STYLE = ("Okay, so", "Wait,", "Hmm, maybe")
+STYLE = ("Okay, so", "Wait, then", "Hmm, maybe")
 STEPS = (
     "the river is 40 km long",
     "7 + 5\n= 12",
