@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessy_hf.errors import JournalError, SettingsError, TessyError
+from tessy_hf.errors import DatasetError, JournalError, SettingsError, TessyError
 
 app = typer.Typer(
     help="Cooperative teacher-student synthesis of reasoning data (TESSY).",
@@ -98,6 +98,7 @@ def annotate(
 
     annotator, settings = read_annotation(recipe)
     settings |= {} if limit is None else {"limit": limit}
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     found = annotation.annotate(_load(traces, split), annotator, out, **settings)
     table = Table("answers", "")
     for outcome, count in found.counts.items():
@@ -125,7 +126,7 @@ def train_boundary(
     rows = {name: _chain(place, split) for name, place in places.items() if place}
     if "data" not in rows:
         raise SettingsError(f"The recipe {str(recipe)!r} names no `data`. Add it, or pass --data with a file.")
-    plain = (text for row in rows["texts"] if (text := thinking(row))) if "texts" in rows else None
+    plain = (thinking(row) or row.get("text") or "" for row in rows["texts"]) if "texts" in rows else None
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     made = train.train_boundary(rows["data"], out, extra=rows.get("extra"), texts=plain, **settings)
     _show(made.evaluation)
@@ -188,16 +189,19 @@ def evaluate_boundary(
 
 def _show(evaluation: Any) -> None:
     """Print an evaluation as a table: a line for all segments, then one for each group."""
-    table = Table("", "segments", "char F1 (95%)", "P", "R", "span F1", "±0", "±1", "±3 words", title=evaluation.model)
+    table = Table(
+        *("", "n", "char F1", "95%", "P", "R", "span F1", "±0", "±1", "±3"),
+        title=f"{evaluation.model}: style, and the first boundary by words",
+        box=None,
+    )
     groups = {"all": evaluation.overall, **evaluation.by_family, **evaluation.by_source_model}
     groups |= {f"begins as {author}": figures for author, figures in evaluation.by_author.items()}
     for name, figures in groups.items():
         low, high = figures.char_f1_interval
         shares = (figures.char.precision, figures.char.recall, figures.span.f1)
         within = (figures.boundary_words.exact, figures.boundary_words.within_1, figures.boundary_words.within_3)
-        interval = f"{figures.char.f1:.3f} ({low:.2f}-{high:.2f})"
-        cells = (*(f"{share:.3f}" for share in shares), *(f"{share:.0%}" for share in within))
-        table.add_row(name, str(figures.segments), interval, *cells)
+        cells = (*(f"{share:.2f}" for share in shares), *(f"{share:.0%}" for share in within))
+        table.add_row(name, str(figures.segments), f"{figures.char.f1:.3f}", f"{low:.2f}-{high:.2f}", *cells)
     Console().print(table)
     if not evaluation.causal:
         Console().print("The model reads text on both sides: while a row is written it sees less than here.")
@@ -226,6 +230,8 @@ def _load(data: str, split: str) -> Any:
     kind = kinds.get(Path(data).suffix)
     if kind is None:
         return load_dataset(data, split=split, streaming=True)
+    if not any(mark in data for mark in ("://", "*")) and not Path(data).is_file():
+        raise DatasetError(f"There is no file {data!r}. Check the path, or name a dataset on the Hub.")
     return load_dataset(kind, data_files=data, split=split, streaming=True)
 
 

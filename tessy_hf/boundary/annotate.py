@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import threading
 from collections import Counter
@@ -40,6 +41,8 @@ from tessy_hf.errors import TemplateError as ChatTemplateError
 from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.vocabulary import Vocabulary, words
+
+log = logging.getLogger(__name__)
 
 PROMPT = Path(__file__).with_name("annotation_prompt.jinja")
 CARD = Path(__file__).with_name("annotation_card.jinja")
@@ -326,6 +329,8 @@ class _Answers:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.rows[segment.id] = row
+        if len(self.rows) % 100 == 0:
+            log.info("%d answers", len(self.rows))
 
     def close(self) -> None:
         self._file.close()
