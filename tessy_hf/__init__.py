@@ -9,7 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tessy_hf.boundary.annotate import annotate as annotate
     from tessy_hf.boundary.predictor import BoundaryPredictor as BoundaryPredictor
+    from tessy_hf.boundary.publish import push_boundary as push_boundary
+    from tessy_hf.boundary.train import train_boundary as train_boundary
     from tessy_hf.engines.base import Completion as Completion
     from tessy_hf.engines.base import Engine as Engine
     from tessy_hf.engines.base import Request as Request
@@ -41,6 +44,9 @@ _HOMES = {
     "TransformersEngine": "tessy_hf.engines.transformers",
     "VLLMEngine": "tessy_hf.engines.vllm",
     "push_to_hub": "tessy_hf.hub",
+    "annotate": "tessy_hf.boundary.annotate",
+    "push_boundary": "tessy_hf.boundary.publish",
+    "train_boundary": "tessy_hf.boundary.train",
 }
 
 __all__ = [*_HOMES, "__version__", "demo"]  # noqa: PLE0604 - computed from one table

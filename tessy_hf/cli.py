@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tessy_hf.errors import TessyError
+from tessy_hf.errors import DatasetError, SettingsError, TessyError
 
 if TYPE_CHECKING:
     from tessy_hf.transform import TessyTransform
@@ -236,6 +238,135 @@ def _finished(rows: str, split: str) -> Any:
     return _load(rows, split, streaming=False)
 
 
+@app.command()
+def annotate(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: the annotator, and what to draw from the traces.")],
+    traces: Annotated[
+        str, typer.Argument(help="Reasoning traces: a .jsonl, .json or .parquet file, or a dataset on the Hub.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write the marked segments into, or to continue.")],
+    limit: Annotated[int | None, typer.Option(help="Most segments altogether.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of the traces.")] = "train",
+) -> None:
+    """Let a model mark the style spans in segments of reasoning traces."""
+    from tessy_hf.boundary import annotate as annotation
+    from tessy_hf.recipe import read_annotation
+
+    annotator, settings = read_annotation(recipe)
+    settings |= {} if limit is None else {"limit": limit}
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    found = annotation.annotate(_load(traces, split), annotator, out, **settings)
+    table = Table("answers", "")
+    for outcome, count in found.counts.items():
+        table.add_row(outcome, str(count))
+    Console().print(table)
+    Console().print(f"{len(found.rows)} segments in {found.folder}", soft_wrap=True)
+
+
+@app.command("train-boundary")
+def train_boundary(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe: training settings, and where the data are.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the predictor into.")],
+    data: Annotated[list[str] | None, typer.Option(help="Segments with marked style spans (again for more).")] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="More of them, for training only.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="Thinking to make a small base model from.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+) -> None:
+    """Train a boundary predictor from segments whose style spans are marked."""
+    from tessy_hf.boundary import train
+    from tessy_hf.boundary.traces import thinking
+
+    settings = train.read_recipe(recipe)
+    told = {"data": data, "extra": extra, "texts": texts}
+    places = {name: settings.pop(name, None) for name in told} | {name: told[name] for name in told if told[name]}
+    rows = {name: _chain(place, split) for name, place in places.items() if place}
+    if "data" not in rows:
+        raise SettingsError(f"The recipe {str(recipe)!r} names no `data`. Add it, or pass --data with a file.")
+    plain = (thinking(row) or row.get("text") or "" for row in rows["texts"]) if "texts" in rows else None
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    made = train.train_boundary(rows["data"], out, extra=rows.get("extra"), texts=plain, **settings)
+    _show(made.evaluation)
+    Console().print(f"The predictor is in {made.folder}", soft_wrap=True)
+
+
+def _chain(places: str | list[str], split: str) -> Iterator[Any]:
+    for place in [places] if isinstance(places, str) else places:
+        yield from _load(place, split)
+
+
+@app.command("push-boundary")
+def push_boundary(
+    folder: Annotated[Path, typer.Argument(help="A folder that train-boundary wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to on the Hub, as name/model.")],
+    private: Annotated[bool, typer.Option(help="Make it private where it is made.")] = False,
+    tag: Annotated[str | None, typer.Option(help="A tag to set on the commit.")] = None,
+    license: Annotated[str | None, typer.Option(help="The licence of the weights, by its name on the Hub.")] = None,  # noqa: A002
+) -> None:
+    """Publish a boundary predictor: weights, tokenizer, config and card in one commit."""
+    from tessy_hf.boundary import publish
+
+    commit = publish.push_boundary(folder, repo_id, private=private, tag=tag, license=license)
+    Console().print(f"{repo_id} at {commit}", soft_wrap=True)
+
+
+@app.command("evaluate-boundary")
+def evaluate_boundary(
+    data: Annotated[
+        str, typer.Option(help="Segments with marked style spans: a .jsonl or .parquet file, or a dataset on the Hub.")
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="A Hub id or folder; by default the small predictor that comes along.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    label_shift: Annotated[int | None, typer.Option(help="0 or 1, where the model's config does not say.")] = None,
+    style_label: Annotated[int | None, typer.Option(help="The label number that means style, likewise.")] = None,
+    window: Annotated[int | None, typer.Option(help="How many tokens are read at most, likewise.")] = None,
+    split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw calibration and boundary errors into this file.")] = None,
+) -> None:
+    """Measure a boundary predictor on segments whose style spans are marked."""
+    from tessy_hf.boundary import metrics
+    from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
+    from tessy_hf.boundary.segments import read_segments
+
+    segments = read_segments(_load(data, split))
+    stated: Any = {"label_shift": label_shift, "style_label": style_label, "window": window}
+    predictor = BoundaryPredictor.from_pretrained(model or SHIPPED, revision=revision, **stated)
+    evaluation = metrics.evaluate(predictor, segments)
+    predictor.close()
+    if plot is not None:
+        metrics.plot(evaluation, plot)
+    if as_json:
+        typer.echo(evaluation.model_dump_json())
+    else:
+        _show(evaluation)
+
+
+def _show(evaluation: Any) -> None:
+    """Print an evaluation as a table: a line for all segments, then one for each group."""
+    table = Table(
+        *("", "n", "char F1", "95%", "P", "R", "span F1", "±0", "±1", "±3"),
+        title=f"{evaluation.model}: style, and the first boundary by words",
+        box=None,
+    )
+    groups = {"all": evaluation.overall, **evaluation.by_family, **evaluation.by_source_model}
+    groups |= {f"begins as {author}": figures for author, figures in evaluation.by_author.items()}
+    for name, figures in groups.items():
+        low, high = figures.char_f1_interval
+        shares = (figures.char.precision, figures.char.recall, figures.span.f1)
+        within = (figures.boundary_words.exact, figures.boundary_words.within_1, figures.boundary_words.within_3)
+        cells = (*(f"{share:.2f}" for share in shares), *(f"{share:.0%}" for share in within))
+        table.add_row(name, str(figures.segments), f"{figures.char.f1:.3f}", f"{low:.2f}-{high:.2f}", *cells)
+    Console().print(table)
+    if not evaluation.causal:
+        Console().print("The model reads text on both sides: while a row is written it sees less than here.")
+
+
+def _keys(rows: list[dict[str, Any]]) -> set[str]:
+    return {key for row in rows for message in row["messages"] for key in message}
+
+
 def _open(path: Path) -> Any:
     from tessy_hf.shards import open_journal
 
@@ -250,10 +381,12 @@ def _load(data: str, split: str, config: str | None = None, *, streaming: bool =
     from datasets import load_dataset
 
     kind = _KINDS.get(Path(data).suffix)
-    if kind is not None:
-        return load_dataset(kind, data_files=data, split=split, streaming=streaming)
-    name, _, revision = data.partition("@")
-    return load_dataset(name, config, split=split, revision=revision or None, streaming=streaming)
+    if kind is None:
+        name, _, revision = data.partition("@")
+        return load_dataset(name, config, split=split, revision=revision or None, streaming=streaming)
+    if not any(mark in data for mark in ("://", "*")) and not Path(data).is_file():
+        raise DatasetError(f"There is no file {data!r}. Check the path, or name a dataset on the Hub.")
+    return load_dataset(kind, data_files=data, split=split, streaming=streaming)
 
 
 def _writer(out: Path) -> str:

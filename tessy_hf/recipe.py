@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +31,8 @@ from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import SettingsError
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
+
+Read = TypeVar("Read", bound=BaseModel)
 
 ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine, "server": ServerEngine}
 
@@ -66,6 +68,23 @@ class _Recipe(BaseModel):
     student: _Speaker
 
 
+class _Annotation(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    annotator: _Speaker
+
+
+def read_annotation(path: Path) -> tuple[Speaker, dict[str, Any]]:
+    """Read a recipe of an annotation: ``annotator`` as a speaker is described, and settings of the annotation.
+
+    Raises:
+        SettingsError: The file is missing, is not YAML, or lacks or misspells something.
+    """
+    expected = "annotation settings by name, and `annotator` with `engine` and `model`"
+    recipe = _validate(_Annotation, _content(path), path, expected)
+    return _speaker(recipe.annotator, path), dict(recipe.model_extra or {})
+
+
 def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
     """Read a recipe; return teacher, student and the settings.
 
@@ -76,11 +95,7 @@ def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dic
     Raises:
         SettingsError: The file is missing, is not YAML, or lacks or misspells something.
     """
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
-    return build(given, path, changes)
+    return build(_content(path), path, changes)
 
 
 def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
@@ -91,18 +106,29 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
     """
     for change in changes:
         _change(given, change)
+    expected = "settings by name, and `teacher` and `student` with `engine`, `model` and `boundary`"
+    recipe = _validate(_Recipe, given, path, expected)
+    settings = dict(recipe.model_extra or {})
+    Settings.check(**settings)
+    return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
+
+
+def _content(path: Path) -> Any:
     try:
-        recipe = _Recipe.model_validate(given)
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
+
+
+def _validate(kind: type[Read], given: Any, path: Path | str, expected: str) -> Read:
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of alternatives, the one that was meant
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise SettingsError(
-            f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are settings by name, "
-            "and `teacher` and `student` with `engine`, `model` and `boundary`."
+            f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are {expected}."
         ) from error
-    settings = dict(recipe.model_extra or {})
-    Settings.check(**settings)
-    return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
 
 
 def _change(given: Any, change: str) -> None:

@@ -6,6 +6,7 @@ Describes itself by light data until :meth:`Speaker.start`, so that it can be pi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
@@ -21,8 +22,8 @@ class Speaker:
 
     Args:
         engine: What writes.
-        boundary: What says where this author's kind of text ends: a predictor, or a Hub id or folder of one. May be
-            left out for methods that do not alternate.
+        boundary: What says where this author's kind of text ends: a predictor, or a Hub id or folder of one. Where
+            a method that alternates finds none, it takes the small one that comes with this package, with a warning.
         chat_template: A Jinja template to use in place of the tokenizer's own.
         template_options: Passed to the chat template, for instance ``{"reasoning_effort": "high"}`` for gpt-oss.
 
@@ -33,7 +34,7 @@ class Speaker:
     def __init__(
         self,
         engine: Engine,
-        boundary: BoundaryPredictor | str | None = None,
+        boundary: BoundaryPredictor | str | Path | None = None,
         *,
         chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
@@ -44,7 +45,7 @@ class Speaker:
                 'for instance Speaker(TransformersEngine("Qwen/Qwen3-8B"), boundary=...).'
             )
         self.engine = engine
-        self.boundary = BoundaryPredictor(str(boundary)) if isinstance(boundary, str) else boundary
+        self.boundary = BoundaryPredictor(str(boundary)) if isinstance(boundary, str | Path) else boundary
         self.chat_template = chat_template
         self.template_options = dict(template_options or {})
         self._live: tuple[Vocabulary, Dialect, frozenset[int]] | None = None

@@ -7,13 +7,16 @@ background loop (:mod:`tessy_hf.run`); so no batch waits for another and none ha
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import uuid
+import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf import columns, provenance, typed_streams
+from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
 from tessy_hf.errors import SettingsError
 from tessy_hf.run import RUNS, Batch, Run, count
 from tessy_hf.settings import Settings
@@ -46,7 +49,8 @@ class TessyTransform(functools.partial[Any]):
             ``system_prompt``, ``rows_in_flight``, ``journal``, ``request_timeout``, ``max_attempts``.
 
     Raises:
-        SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor.
+        SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor and the small one
+            that comes with this package is not there.
     """
 
     teacher: Speaker
@@ -59,7 +63,10 @@ class TessyTransform(functools.partial[Any]):
 
     def __new__(cls, *, teacher: Speaker, student: Speaker, **settings: Any) -> TessyTransform:
         """Check the settings. Loads nothing."""
-        return cls._make(teacher, student, Settings.check(**settings), uuid.uuid4().hex)
+        checked = Settings.check(**settings)
+        if checked.alternates:
+            teacher, student = _with_predictors(teacher, student)
+        return cls._make(teacher, student, checked, uuid.uuid4().hex)
 
     @classmethod
     def _make(
@@ -71,12 +78,6 @@ class TessyTransform(functools.partial[Any]):
         source: provenance.SourceRecord | None = None,
     ) -> TessyTransform:
         self = super().__new__(cls, print)
-        for name, speaker in (("teacher", teacher), ("student", student)):
-            if settings.alternates and speaker.boundary is None:
-                raise SettingsError(
-                    f"The {name} has no boundary predictor, which method={settings.method!r} needs. "
-                    f"Pass {name}=Speaker(engine, boundary=...) with a Hub id or folder, or another method."
-                )
         self.teacher, self.student, self.settings = teacher, student, settings
         self.source, self._token, self._async = source, token, False
         TRANSFORMS.add(self)
@@ -187,6 +188,34 @@ class TessyTransform(functools.partial[Any]):
         """Show the method and the models."""
         models = f"teacher={self.teacher.engine.model!r}, student={self.student.engine.model!r}"
         return f"TessyTransform({models}, method={self.settings.method!r}, fingerprint={self.run_fingerprint})"
+
+
+def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speaker]:
+    """Give the small predictor that comes with the package to an author that has none, and say so.
+
+    Raises:
+        SettingsError: This installation has no small predictor.
+    """
+    missing = [name for name, speaker in (("teacher", teacher), ("student", student)) if speaker.boundary is None]
+    if not missing:
+        return teacher, student
+    where = ", ".join(f"{name}=Speaker(engine, boundary=...)" for name in missing)
+    lacking = f"The {' and the '.join(missing)} {'has' if len(missing) == 1 else 'have'} no boundary predictor"
+    if not is_shipped():
+        raise SettingsError(
+            f"{lacking}, which methods that alternate need, and the small one that comes with tessy-hf is not "
+            f"installed. Pass {where} with a Hub id or folder, or another method."
+        )
+    warnings.warn(
+        f"{lacking}: the small one that comes with tessy-hf is used. It has a few million parameters and knows only "
+        f"English reasoning text like that of gpt-oss and Qwen3. For better spans pass {where} with a Hub id or "
+        "folder; boundary=BoundaryPredictor() chooses the small one without this warning.",
+        stacklevel=3,
+    )
+    small = BoundaryPredictor()
+    first, second = (copy.copy(s) if s.boundary is None else s for s in (teacher, student))
+    first.boundary, second.boundary = first.boundary or small, second.boundary or small
+    return first, second
 
 
 def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:

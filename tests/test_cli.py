@@ -1,11 +1,16 @@
 """The `tessy` command, as a person types it."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 
 from tessy_hf import cli, demo
+from tessy_hf.boundary.predictor import is_shipped
 from tests.test_transform import prompts, scripted
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "miniature" / "tessy.yaml"
@@ -65,6 +70,83 @@ def test_mistakes_end_in_a_sentence(tessy, tmp_path):
         (("status", tmp_path / "no.journal"), "There is no journal at"),
         (("export", tmp_path / "no.journal", tmp_path / "rows.txt"), "neither .parquet nor .jsonl"),
         (("synthesize", tmp_path / "no.yaml", "x.jsonl", tmp_path / "rows.parquet"), "cannot be read"),
+    ]:
+        code, printed = tessy(*words)
+        assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed
+
+
+# --- boundary predictors
+
+SPANS = RECIPE.parent.parent.parent / "dataset_cards" / "style-spans" / "train.jsonl"
+
+
+def some_spans(folder, n):
+    """A file with the first of the marked segments."""
+    lines = SPANS.read_text("utf-8").split("\n")[:n]
+    (folder / "spans.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder / "spans.jsonl"
+
+
+def test_a_predictor_is_trained_and_measured_by_two_commands(tessy, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "base: {vocabulary: 400, hidden_size: 32, layers: 1, heads: 2, intermediate_size: 64, steps: 2}\n"
+        f"data: {some_spans(tmp_path, 60)}\ntexts: {tmp_path / 'spans.jsonl'}\nepochs: 1\n"
+    )
+    code, printed = tessy("train-boundary", tmp_path / "recipe.yaml", tmp_path / "model")
+    assert code == 0 and "The predictor is in" in printed and "gpt-oss" in printed
+    code, printed = tessy(
+        "evaluate-boundary", tmp_path / "model", "--data", tmp_path / "spans.jsonl", "--plot", tmp_path / "plot.png"
+    )
+    assert code == 0 and "begins as teacher" in printed and (tmp_path / "plot.png").stat().st_size > 9999
+
+
+def test_an_evaluation_as_json_is_one_object_and_nothing_else(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "tessy_hf.cli", "evaluate-boundary", demo.BOUNDARY_STUDENT, "--json", "--data"]
+        + [some_spans(tmp_path, 8)],
+        env={**os.environ, "PYTHONPATH": str(RECIPE.parent.parent.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = json.loads(found.stdout)
+    assert {"char_f1", "char_f1_by_family", "span_f1", "boundary_within_1_word"} < told.keys()
+    assert told["char_f1_by_family"].keys() == {"gpt-oss", "qwen3"} and told["overall"]["segments"] == 8
+
+
+@pytest.mark.skipif(not is_shipped(), reason="the small predictor is not here")
+def test_the_small_predictor_is_measured_where_none_is_named(tessy, tmp_path):
+    code, printed = tessy("evaluate-boundary", "--data", SPANS, "--json")
+    assert code == 0 and json.loads(printed[printed.index("{") :])["char_f1"] > 0.88
+
+
+def test_traces_are_annotated_by_a_recipe(tessy, tmp_path):
+    demo.prompts(3, seed=1).to_json(tmp_path / "none.jsonl")
+    traces = [
+        {"id": f"t{i}", "thinking": f"okay so {i} + 1 = {i + 1} . wait is that right ? yes " * 3} for i in range(3)
+    ]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    (tmp_path / "recipe.yaml").write_text(
+        f"annotator: {{engine: transformers, model: {demo.STUDENT}}}\nwords: 20\nmax_thinking_tokens: 20\n"
+    )
+    code, printed = tessy(
+        "annotate", tmp_path / "recipe.yaml", tmp_path / "traces.jsonl", tmp_path / "out", "--limit", 2
+    )
+    assert code == 0 and "0 segments in" in printed  # the miniature student can count, but not annotate
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_mistakes_about_predictors_end_in_a_sentence(tessy, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("epochs: 1\n")
+    (tmp_path / "list.yaml").write_text("[1]\n")
+    for words, told in [
+        (("train-boundary", tmp_path / "recipe.yaml", tmp_path / "out"), "names no `data`"),
+        (("train-boundary", tmp_path / "none.yaml", tmp_path / "out"), "cannot be read"),
+        (("train-boundary", tmp_path / "list.yaml", tmp_path / "out"), "settings by name"),
+        (("annotate", tmp_path / "recipe.yaml", SPANS, tmp_path / "out"), "fault at annotator"),
+        (("evaluate-boundary", "--data", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("evaluate-boundary", demo.STUDENT, "--data", SPANS), "not a token classifier"),
+        (("push-boundary", tmp_path, "me/model"), "could be loaded"),
     ]:
         code, printed = tessy(*words)
         assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
-from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
+from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform, demo
 from tessy_hf.columns import COLUMNS
 from tessy_hf.errors import BoundaryError, DatasetError, EngineDeadError, RequestError, SettingsError, TemplateError
 from tests.worlds import R1_KEEPS, make_tokenizer
@@ -221,9 +222,28 @@ def test_a_template_that_keeps_thinking_can_be_given():
     assert rows[0]["messages"][-1]["content"].startswith("<think>\nokay so row r0")
 
 
-def test_alternating_without_a_predictor_is_refused():
-    with pytest.raises(SettingsError, match="teacher has no boundary predictor"):
+def test_alternating_without_any_predictor_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tessy_hf.boundary.predictor._SHIPPED_FOLDER", tmp_path)
+    with pytest.raises(SettingsError, match="teacher and the student have no boundary predictor"):
         scripted(method="tessy")
+    with pytest.raises(BoundaryError, match="small one that comes with tessy-hf is not in"):
+        BoundaryPredictor.from_pretrained()
+
+
+def test_an_author_without_a_predictor_gets_the_small_one_with_a_warning(monkeypatch):
+    monkeypatch.setattr("tessy_hf.boundary.predictor._SHIPPED_FOLDER", Path(demo.BOUNDARY_STUDENT))
+    named = Speaker(ScriptedEngine(play), boundary=demo.BOUNDARY_TEACHER)
+    bare = Speaker(ScriptedEngine(play))
+    with pytest.warns(UserWarning, match="student has no boundary predictor: the small one"):
+        transform = TessyTransform(teacher=named, student=bare, id_column="id", journal=None)
+    assert (transform.teacher, bare.boundary) == (named, None)
+    chosen = TessyTransform(
+        teacher=named, student=Speaker(bare.engine, BoundaryPredictor()), id_column="id", journal=None
+    )
+    assert transform.run_fingerprint == chosen.run_fingerprint
+    assert transform.student.boundary.identity["weights"] and "/" not in transform.student.boundary.identity["model"]
+    assert pickle.loads(pickle.dumps(transform)).run_fingerprint == transform.run_fingerprint
+    assert [row["finish_reason"] for row in rows_of(prompts(2), transform)] == ["stop"] * 2
 
 
 def test_a_predictor_without_a_stated_convention_stops_the_run(tmp_path):

@@ -10,8 +10,10 @@ what is predicted depends on the text alone and not on how it was cut into chunk
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -39,6 +41,11 @@ class Convention(NamedTuple):
     style_label: int
 
 
+SHIPPED = "tessy_hf.boundary.small"
+"""The name of the small predictor that comes with this package (folder ``small`` beside this file)."""
+
+_SHIPPED_FOLDER = Path(__file__).with_name("small")
+
 KNOWN_CHECKPOINTS = {
     "CoopReason/Boundary_Predictor_Teacher_Code": Convention(label_shift=1, style_label=1),
     "CoopReason/Boundary_Predictor_Student_Code": Convention(label_shift=1, style_label=1),
@@ -58,7 +65,8 @@ class BoundaryPredictor:
     Describes the checkpoint until :meth:`start` loads it, so that it can be pickled and fingerprinted.
 
     Args:
-        model: Hub id or folder.
+        model: Hub id or folder; by default the small predictor that comes with this package, for English reasoning
+            text (see ``recipes/boundary/README.md`` for how good it is).
         revision: Branch, tag or commit on the Hub.
         label_shift: See :data:`LabelShift`; needed where the checkpoint's config does not state it.
         style_label: The label number that means style; needed where the config's label names do not say it.
@@ -73,7 +81,7 @@ class BoundaryPredictor:
 
     def __init__(
         self,
-        model: str,
+        model: str = SHIPPED,
         *,
         revision: str | None = None,
         label_shift: LabelShift | None = None,
@@ -97,7 +105,7 @@ class BoundaryPredictor:
         self._live: _Live | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> BoundaryPredictor:
+    def from_pretrained(cls, model: str | Path = SHIPPED, **options: Any) -> BoundaryPredictor:
         """Load a predictor at once.
 
         Args:
@@ -114,7 +122,8 @@ class BoundaryPredictor:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the predictions, for the run's fingerprint."""
-        return {"model": self.model, "revision": self.revision, **self._stated}
+        identity = {"model": self.model, "revision": self.revision, **self._stated}
+        return {**identity, "weights": _shipped_digest()} if self.model == SHIPPED else identity
 
     def start(self) -> None:
         """Load the model. Does nothing where it is loaded."""
@@ -133,6 +142,17 @@ class BoundaryPredictor:
         self.start()
         assert self._live is not None
         return self._live
+
+    def probabilities(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return, for each id of each window, how probable its label holds style to be. Not for a predictor in vLLM.
+
+        Raises:
+            BoundaryError: It runs in vLLM.
+        """
+        reader = self.live.reader
+        if not isinstance(reader, TorchReader):
+            raise BoundaryError(f"{self!r} runs in vLLM, which is not asked for probabilities. Leave engine= out.")
+        return reader.probabilities(windows)
 
     @property
     def label_shift(self) -> int:
@@ -172,7 +192,11 @@ class _Live:
 
     def __init__(self, predictor: BoundaryPredictor) -> None:
         model, revision, stated = predictor.model, predictor.revision, predictor._stated
+        if model == SHIPPED:
+            _shipped_digest()  # complains where there is none
+            model = str(_SHIPPED_FOLDER)
         config, tokenizer = _describe(model, revision)
+        network = _load(model, revision) if predictor._engine == "transformers" else None
         self.convention = _convention(model, config, stated)
         configured = getattr(config, "window", None) or DEFAULT_WINDOW
         self.window: int = configured if stated["window"] is None else stated["window"]
@@ -183,12 +207,12 @@ class _Live:
         self.vocabulary = Vocabulary(tokenizer, model)
         style = self.convention.style_label
         self.reader: TorchReader | VLLMReader
-        if predictor._engine == "vllm":
+        if network is not None:
+            self.reader = TorchReader(network, style, predictor._device)
+        else:
             from tessy_hf.boundary.vllm import VLLMReader
 
             self.reader = VLLMReader(model, revision, style, self.window, predictor._options)
-        else:
-            self.reader = TorchReader(_load(model, revision), style, predictor._device)
 
 
 class TorchReader:
@@ -241,7 +265,17 @@ class TorchReader:
                 future.set_result(done.result()[index])
         self._next_batch(loop)
 
-    def read(self, windows: list[Sequence[int]]) -> list[list[bool]]:
+    def read(self, windows: Sequence[Sequence[int]]) -> list[list[bool]]:
+        """Return, for each id of each window, whether its label says style."""
+        style = (self._logits(windows).argmax(-1) == self._style_label).cpu().tolist()
+        return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
+
+    def probabilities(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return, for each id of each window, how probable its label holds style to be."""
+        style = self._logits(windows).float().softmax(-1)[..., self._style_label].cpu().tolist()
+        return [shares[: len(window)] for shares, window in zip(style, windows, strict=True)]
+
+    def _logits(self, windows: Sequence[Sequence[int]]) -> Any:
         """Run the classifier over windows of ids, right-padded into one batch."""
         torch = self._torch
         longest = max(map(len, windows))
@@ -251,13 +285,35 @@ class TorchReader:
             ids[row, : len(window)] = torch.tensor(list(window), dtype=torch.long)
             mask[row, : len(window)] = 1
         with torch.inference_mode():
-            logits = self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
-        style = (logits.argmax(-1) == self._style_label).cpu().tolist()
-        return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
+            return self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
 
     def close(self) -> None:
         """Let go of the model."""
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def is_shipped() -> bool:
+    """Return whether this installation has the small predictor."""
+    return (_SHIPPED_FOLDER / "model.safetensors").is_file()
+
+
+def _shipped_digest() -> str:
+    """Return a hash of the small predictor's weights, so that a run knows them wherever the package is installed.
+
+    Raises:
+        BoundaryError: This installation has none.
+    """
+    if not is_shipped():
+        raise BoundaryError(
+            f"No boundary predictor is named, and the small one that comes with tessy-hf is not in {_SHIPPED_FOLDER}. "
+            "Install the package whole, or pass a Hub id or folder."
+        )
+    return _digest(_SHIPPED_FOLDER / "model.safetensors")
+
+
+@cache
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 _EXPECTED = "A Hub id or folder with a token-classification model in safetensors and its tokenizer is expected."

@@ -1,0 +1,94 @@
+"""Read what an annotator answered: quotes of a text in, the places of its style spans out, or why it is rejected.
+
+Strict on purpose: a span that is guessed at would teach the predictor a boundary that nobody saw. Knows nothing of
+models or files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+Fault = Literal[
+    "unfinished",
+    "empty",
+    "not json",
+    "not an array of strings",
+    "empty span",
+    "not verbatim",
+    "inside a word",
+    "out of order",
+    "nested",
+    "failed",
+]
+"""Why an answer was rejected. ``failed``: there was none, for the engine failed; it is asked again by the next run."""
+
+
+class Rejected(Exception):  # noqa: N818 - not an error of the run: the answer is counted and the run goes on
+    """An answer cannot be used.
+
+    Args:
+        fault: Why.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault)
+        self.fault: Fault = fault
+
+
+_FENCE = re.compile(r"```[A-Za-z]*[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
+
+
+def parse(answer: str) -> list[str]:
+    """Read an answer: a JSON array of strings, alone or in one code fence.
+
+    Raises:
+        Rejected: It is none.
+    """
+    answer = answer.strip()
+    if not answer:
+        raise Rejected("empty")
+    fence = _FENCE.fullmatch(answer)
+    try:
+        quotes = json.loads(fence[1] if fence else answer)
+    except ValueError:
+        raise Rejected("not json") from None
+    if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
+        raise Rejected("not an array of strings")
+    return quotes
+
+
+def locate(text: str, quotes: Sequence[str]) -> list[tuple[int, int]]:
+    """Find quotes in a text: verbatim, as whole words, in order, without overlap. Each is taken where it comes first.
+
+    Raises:
+        Rejected: One is not to be found so.
+    """
+    spans: list[tuple[int, int]] = []
+    for quote in (quote.strip() for quote in quotes):
+        if not quote:
+            raise Rejected("empty span")
+        places = [match.start() for match in re.finditer(f"(?={re.escape(quote)})", text)]
+        whole = [place for place in places if _is_whole(text, place, place + len(quote))]
+        cursor = spans[-1][1] if spans else 0
+        start = next((place for place in whole if place >= cursor), None)
+        if start is None:
+            raise Rejected(_why_not(places, whole, len(quote), spans))
+        spans.append((start, start + len(quote)))
+    return spans
+
+
+def _why_not(places: Sequence[int], whole: Sequence[int], length: int, spans: Sequence[tuple[int, int]]) -> Fault:
+    if not places:
+        return "not verbatim"
+    if not whole:
+        return "inside a word"
+    overlaps = any(place < end and start < place + length for place in whole for start, end in spans[-1:])
+    return "nested" if overlaps else "out of order"
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Return whether no word is cut at either end."""
+    return not any(0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum() for at in (start, end))

@@ -1,0 +1,198 @@
+"""Segments of thinking with their style spans marked: what predictors are trained on and measured with.
+
+Rows of a dataset go in, checked :class:`Segment` objects come out, and from these the kind of each character, word and
+token. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessy_hf.errors import DatasetError
+from tessy_hf.vocabulary import words
+
+UNKNOWN = -1
+"""The kind of a token of whitespace alone: nobody's, so nothing is learnt or measured on it."""
+
+Mask = NDArray[np.bool_]
+Kinds = NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of thinking and where in it style stands.
+
+    Attributes:
+        text: The text.
+        spans: ``(start, end)`` character offsets of the style spans, in order, without overlap.
+        problem: What the thinking was about; segments of one problem are never split between training and validation.
+        family: The family of the model that wrote it, for figures by family.
+        source_model: The model that wrote it, for figures by model.
+        weight: How much it counts in training.
+        key: What to call it in errors.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    problem: str = ""
+    family: str = ""
+    source_model: str = ""
+    weight: float = 1.0
+    key: str = ""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], number: int = 0) -> Segment:
+        """Read a row with ``text`` and ``style_spans`` (a list of ``{"start", "end"}``, with or without ``"text"``).
+
+        ``problem_id``, ``family``, ``source_model``, ``weight`` and ``id`` are read where there are any.
+
+        Raises:
+            DatasetError: A column is missing, or a span does not lie in the text, in order.
+        """
+        key = str(row.get("id") or f"number {number}")
+        if not isinstance(row.get("text"), str) or row.get("style_spans") is None:
+            raise DatasetError(
+                f"Segment {key!r} has the columns {', '.join(map(str, row))}. Expected are `text`, a string, and "
+                "`style_spans`, a list of {start, end}; rename the columns."
+            )
+        text: str = row["text"]
+        spans = tuple((int(span["start"]), int(span["end"])) for span in row["style_spans"])
+        for (start, end), marked, before in zip(spans, row["style_spans"], (0, *(e for _, e in spans)), strict=False):
+            said = marked.get("text")
+            if not before <= start < end <= len(text) or (said is not None and said != text[start:end]):
+                raise DatasetError(
+                    f"Segment {key!r}: the style span {start}-{end} ({said!r}) does not fit its text of {len(text)} "
+                    f"characters, where {text[start:end]!r} stands and the span before ends at {before}. Expected "
+                    "are character offsets, in order, without overlap; mend or drop the row."
+                )
+        weight = row.get("weight")
+        return cls(
+            text,
+            spans,
+            problem=str(row.get("problem_id") or ""),
+            family=str(row.get("family") or ""),
+            source_model=str(row.get("source_model") or ""),
+            weight=1.0 if weight is None else float(weight),
+            key=key,
+        )
+
+    def style(self) -> Mask:
+        """Return, for each character, whether it is style."""
+        mask = np.zeros(len(self.text), dtype=bool)
+        for start, end in self.spans:
+            mask[start:end] = True
+        return mask
+
+    def written(self) -> Mask:
+        """Return, for each character, whether it is not whitespace."""
+        return np.fromiter((not c.isspace() for c in self.text), dtype=bool, count=len(self.text))
+
+    def part(self, start: int, end: int | None = None) -> Segment:
+        """Return the part of the segment between two characters."""
+        end = len(self.text) if end is None else end
+        inside = ((max(a, start) - start, min(b, end) - start) for a, b in self.spans)
+        spans = tuple((a, b) for a, b in inside if a < b)
+        return replace(self, text=self.text[start:end], spans=spans, key=f"{self.key}[{start}:{end}]")
+
+    def marked(self) -> list[dict[str, Any]]:
+        """Return the style spans as a dataset holds them: offsets, and for people the text."""
+        return [{"start": start, "end": end, "text": self.text[start:end]} for start, end in self.spans]
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the segment as a row of a dataset."""
+        return {
+            "id": self.key,
+            "text": self.text,
+            "style_spans": self.marked(),
+            "problem_id": self.problem,
+            "family": self.family,
+            "source_model": self.source_model,
+            "weight": self.weight,
+        }
+
+
+def read_segments(source: str | Path | Iterable[Mapping[str, Any] | Segment]) -> list[Segment]:
+    """Read segments from a JSONL file, or from rows such as those of a ``datasets.Dataset``.
+
+    Raises:
+        DatasetError: There are none, the file cannot be read, or a row is not a segment.
+    """
+    rows = _lines(Path(source)) if isinstance(source, (str, Path)) else source
+    segments = [row if isinstance(row, Segment) else Segment.from_row(row, n) for n, row in enumerate(rows)]
+    if not segments:
+        raise DatasetError("There are no segments. At least one row with `text` and `style_spans` is expected.")
+    return segments
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            f"The segments {str(path)!r} cannot be read: {error}. A file with one JSON object a line is expected."
+        ) from error
+
+
+def split_by_problem(segments: Sequence[Segment], share: float, seed: int = 0) -> tuple[list[Segment], list[Segment]]:
+    """Split into training and validation so that no problem is in both.
+
+    Args:
+        segments: What to split.
+        share: Which share of the problems is for validation.
+        seed: Of the draw; equal seeds and problems give equal splits.
+
+    Raises:
+        DatasetError: A segment names no problem, or there are fewer than two problems.
+    """
+    nameless = next((segment for segment in segments if not segment.problem), None)
+    if nameless is not None:
+        raise DatasetError(
+            f"Segment {nameless.key!r} has no `problem_id`, so the split cannot keep problems apart. Add the column, "
+            "or pass the validation segments yourself."
+        )
+    problems = sorted({segment.problem for segment in segments})
+    if len(problems) < 2:
+        raise DatasetError(
+            f"All segments are on the problem {problems[0]!r}. At least two are needed to split by problem; "
+            "pass the validation segments yourself."
+        )
+    Random(seed).shuffle(problems)
+    chosen = set(problems[: min(len(problems) - 1, max(1, round(share * len(problems))))])
+    return (
+        [segment for segment in segments if segment.problem not in chosen],
+        [segment for segment in segments if segment.problem in chosen],
+    )
+
+
+def token_kinds(segment: Segment, offsets: Sequence[tuple[int, int]]) -> Kinds:
+    """Return the kind of each token: 1 for style, 0 for capability, :data:`UNKNOWN` for whitespace alone.
+
+    A token that overlaps a style span is style (METHOD, "Boundary predictor training").
+    """
+    written = np.concatenate(([0], np.cumsum(segment.written())))
+    style = np.concatenate(([0], np.cumsum(segment.style() & segment.written())))
+    starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    kinds = (style[ends] > style[starts]).astype(np.int8)
+    kinds[written[ends] == written[starts]] = UNKNOWN
+    return kinds
+
+
+def word_kinds(segment: Segment) -> list[bool]:
+    """Return, for each word, whether it overlaps a style span. Words are those on whose ends the method cuts."""
+    style = segment.style() & segment.written()
+    return [bool(style[start:end].any()) for start, end in words(segment.text)]
+
+
+def span_starts(segment: Segment) -> list[int]:
+    """Return at which characters, after the first, a span of either kind starts."""
+    kinds, places = word_kinds(segment), words(segment.text)
+    changes = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+    return [places[i][1] - len(segment.text[slice(*places[i])].lstrip()) for i in changes]
