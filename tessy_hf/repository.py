@@ -216,6 +216,7 @@ class Repository:
     def footer(self, path: str, commit: str) -> tuple[int, Any]:
         """Return the number of rows and the schema of a Parquet file; only its end is downloaded."""
         import pyarrow.parquet as pq
+
         def read() -> tuple[int, Any]:
             with self._system.open(f"datasets/{self.id}@{commit}/{path}", block_size=1 << 16) as file:
                 metadata = pq.read_metadata(file)

@@ -54,6 +54,7 @@ class TessyTransform(functools.partial[Any]):
     """The prompts last asked about with :meth:`features`."""
     _token: str
     _async: bool
+    _begun: str | None
 
     def __new__(cls, *, teacher: Speaker, student: Speaker, **settings: Any) -> TessyTransform:
         """Check the settings. Loads nothing."""
@@ -76,7 +77,7 @@ class TessyTransform(functools.partial[Any]):
                     f"Pass {name}=Speaker(engine, boundary=...) with a Hub id or folder, or another method."
                 )
         self.teacher, self.student, self.settings = teacher, student, settings
-        self.source, self._token, self._async = source, token, False
+        self.source, self._token, self._async, self._begun = source, token, False, None
         TRANSFORMS.add(self)
         return self
 
@@ -113,7 +114,9 @@ class TessyTransform(functools.partial[Any]):
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        return provenance.record(self.teacher, self.student, self.settings, self.run_fingerprint, self.source)
+        return provenance.record(
+            self.teacher, self.student, self.settings, self.run_fingerprint, self.source, self._begun
+        )
 
     # --- being called
 
@@ -147,6 +150,7 @@ class TessyTransform(functools.partial[Any]):
 
     def _run(self) -> Run:
         if self._token not in RUNS:
+            self._begun = provenance.now()
             RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
         return RUNS[self._token]
 
