@@ -143,17 +143,17 @@ class Statistics:
 
     def _add_spans(self, table: pa.Table) -> None:
         row, spans = _spans(table)
-        tokens, thinking = spans["tokens"], spans["part"] == "thinking"
+        tokens, thinking = spans["tokens"], spans["thinking"]
         for author in AUTHORS:
-            written = spans["author"] == author
+            written = spans[author]
             self.spans[author].add(tokens[written & thinking])
             for part in PARTS:
-                self.tokens[part, author] += int(tokens[written & (spans["part"] == part)].sum())
+                self.tokens[part, author] += int(tokens[written & spans[part]].sum())
         per_row = {part: np.zeros(table.num_rows, np.int64) for part in PARTS}
         for part in PARTS:
-            here = spans["part"] == part
+            here = spans[part]
             np.add.at(per_row[part], row[here], tokens[here])
-            self.along[part] += _along(row[here], tokens[here], spans["author"][here] == "teacher", POSITIONS[part])
+            self.along[part] += _along(row[here], tokens[here], spans["teacher"][here], POSITIONS[part])
         wrote = np.bincount(row, minlength=table.num_rows) > 0
         self.lengths["row"].add((per_row["thinking"] + per_row["answer"])[wrote])
         for part in PARTS:
@@ -265,18 +265,19 @@ def _floats(table: pa.Table, name: str) -> Numbers:
 
 
 def _spans(table: pa.Table) -> tuple[Numbers, dict[str, Numbers]]:
-    """Return for each span of all rows the number of its row, and its fields."""
+    """Return for each span of all rows its row, its tokens, and for each author and part whether it is of them."""
     import pyarrow.compute as pc
 
     column = table.column("spans").combine_chunks()
     flat = pc.list_flatten(column)
-    if not len(flat):
-        return np.zeros(0, np.int64), {name: np.zeros(0, kind) for name, kind in _SPAN.items()}
-    fields = {name: np.asarray(pc.struct_field(flat, name)).astype(kind) for name, kind in _SPAN.items()}
-    return np.asarray(pc.list_parent_indices(column)), fields
+    if not len(flat):  # which may be a list of nothing, without fields
+        return np.zeros(0, np.int64), {"tokens": np.zeros(0, np.int64), **dict.fromkeys(_KINDS, np.zeros(0, np.bool_))}
+    tokens = np.asarray(pc.struct_field(flat, "tokens")).astype(np.int64)
+    kinds = {value: np.asarray(pc.equal(pc.struct_field(flat, name), value)) for value, name in _KINDS.items()}
+    return np.asarray(pc.list_parent_indices(column)), {"tokens": tokens, **kinds}
 
 
-_SPAN: dict[str, Any] = {"author": np.str_, "part": np.str_, "tokens": np.int64}
+_KINDS = {**dict.fromkeys(AUTHORS, "author"), **dict.fromkeys(PARTS, "part")}
 
 
 def _along(row: Numbers, tokens: Numbers, teachers: Numbers, pieces: int) -> Numbers:

@@ -191,6 +191,14 @@ def test_failed_rows_are_accounted_for(summary):
     assert [file["split"] for file in apart.data["configs"][0]["data_files"]] == ["train", "failures"]
 
 
+def test_failures_of_an_older_release_are_not_in_the_metadata_of_one_without(summary):
+    given = {"failures_split": "failures", "splits": splits(180, failures=20)}
+    before = str(cards.dataset_card(summary, manifest(failed=20, **given), "me/data"))
+    data = cards.dataset_card(summary, manifest(version="2.0.0"), "me/data", before).data.to_dict()
+    assert [file["split"] for file in data["configs"][0]["data_files"]] == ["train"]
+    assert [split["name"] for split in data["dataset_info"]["splits"]] == ["train"]
+
+
 def test_the_training_snippet_makes_rows_with_a_completion(rows, summary):
     card = str(cards.dataset_card(summary, manifest(), "me/data"))
     snippet = re.search(r"(rows = rows\.filter.*?\n)SFTTrainer", card, re.S)[1]

@@ -80,17 +80,12 @@ def load(source: str, split: str = "train", config_name: str | None = None) -> D
 
     try:
         dataset = _load(source, split, config_name)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ArrowException,
-        DatasetsError,
-    ) as error:  # ImportError and the like are our own mistakes
+    except (OSError, ValueError, LookupError, ArrowException, DatasetsError) as error:
+        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
         raise DatasetError(
-            f"{source!r} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__} "
-            "A .parquet or .jsonl file, a folder that save_to_disk wrote, or a dataset on the Hub such as "
-            f"me/data@v1.0.0 is expected, with a split {split!r}; check the name, the split and HF_TOKEN."
+            f"{source!r} cannot be read: {seen}. A .parquet or .jsonl file, a folder that save_to_disk wrote, or a "
+            f"dataset on the Hub such as me/data@v1.0.0 is expected, with a split {split!r}; check the name, the "
+            "split and HF_TOKEN."
         ) from error
     if "messages" not in dataset.column_names:
         raise DatasetError(
@@ -111,7 +106,7 @@ def _load(source: str, split: str, config_name: str | None) -> Dataset:
         return saved[split] if isinstance(saved, DatasetDict) else saved
     repo = _REPO.fullmatch(source)
     if repo is None or path.exists():
-        raise FileNotFoundError("there is no such file or folder of rows." if not path.exists() else "unknown ending.")
+        raise FileNotFoundError("there is no such file or folder" if not path.exists() else "unknown ending")
     return load_dataset(repo["repo"], config_name, split=split, revision=repo["revision"])
 
 

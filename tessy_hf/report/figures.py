@@ -281,7 +281,7 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def _thousands(value: float, _position: float = 0) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
         if value >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
     return f"{value:,.0f}"

@@ -197,7 +197,7 @@
     const facts = make("div", { className: "facts" });
     facts.append(make("span", { className: "number", textContent: name(row) }), reason(row));
     if (index.share[row] !== null) facts.append(`${percent(index.share[row])}`, bar(index.share[row]));
-    facts.append(`${number(index.tokens[row])} tokens`);
+    facts.append(make("span", { className: "length", textContent: `${number(index.tokens[row])} tokens` }));
     const element = make("div", { className: "item", id: `item-${row}`, role: "option" });
     element.setAttribute("aria-selected", String(row === current));
     element.setAttribute("aria-posinset", place + 1);

@@ -443,6 +443,8 @@ def test_nothing_sticks_out_at_any_width(reader, width):
         "return [document.documentElement.scrollWidth, row.scrollWidth - row.clientWidth]"
     )
     assert reader.js(wide)[0] <= width
+    lines = "return [...document.querySelectorAll('.item')].every((item) => item.scrollWidth <= item.clientWidth)"
+    assert reader.js(lines)
     if width < 820:
         assert reader.one("#list").is_displayed() and not reader.one("#row").is_displayed()
         reader.all(".item")[1].click()
