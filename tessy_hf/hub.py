@@ -496,7 +496,7 @@ class _Push:
             self.repo.say(f"{shard.path} is there already")
             path.unlink()
             return shard
-        self.repo.say(f"sending {shard.path}: {shard.rows} rows, {shard.bytes / 1e6:.1f} MB")
+        self.repo.say(f"sending {shard.path}: {shard.rows} rows, {shard.bytes / 1e6:.2f} MB")
         operation = CommitOperationAdd(shard.path, path)
         self.repo.call(
             f"take {shard.path}", self.repo.api.preupload_lfs_files, additions=[operation], revision=self.branch
@@ -603,7 +603,7 @@ class _Push:
         side = self.repo.refs()[0][self.branch]
         there = self.repo.files(side)
         old = {shard.path for shard in self.base.splits[self.options.split].shards} if self.base else set()
-        self.repo.say(f"reading back {len(_all_shards(manifest)) - len(old)} files")
+        self.repo.say(f"reading back what was sent: {len(_all_shards(manifest)) - len(old)} file(s)")
         for shard in _all_shards(manifest):
             wrong = _difference(shard, there.get(shard.path))
             if wrong is None and shard.path not in old:

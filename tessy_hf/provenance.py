@@ -239,7 +239,12 @@ def now() -> str:
 
 
 def record(
-    teacher: Speaker, student: Speaker, settings: Settings, fingerprint: str, source: SourceRecord | None = None
+    teacher: Speaker,
+    student: Speaker,
+    settings: Settings,
+    fingerprint: str,
+    source: SourceRecord | None = None,
+    begun: str | None = None,
 ) -> RunRecord:
     """Describe a run. Loads no model; revisions are those in the local cache, hence known once the models are loaded.
 
@@ -249,6 +254,7 @@ def record(
         settings: The run's settings.
         fingerprint: The run's fingerprint.
         source: The prompts, where they are known.
+        begun: When it began, where it has.
     """
     return RunRecord(
         fingerprint=fingerprint,
@@ -259,7 +265,7 @@ def record(
         source=source,
         libraries=libraries(),
         hardware=hardware(),
-        begun=now(),
+        begun=begun,
     )
 
 

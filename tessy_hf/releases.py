@@ -86,7 +86,7 @@ def outline(manifest: Manifest) -> list[tuple[str, str]]:
     ends = ", ".join(f"{reason} {number}" for reason, number in counts.finish_reasons.items())
     lines = [
         ("version", manifest.version + (f", adds to {manifest.appends_to}" if manifest.appends_to else "")),
-        ("rows", f"{counts.rows}, and {counts.failed} failed or incomplete ({_failures(manifest)})"),
+        ("rows", f"{counts.rows}, and {counts.failed} failed or incomplete{_failures(manifest)}"),
         ("ended", ends),
         ("licence", manifest.licence.license_name or manifest.licence.license or "not stated"),
         ("pushed", manifest.finished),
@@ -106,7 +106,9 @@ def outline(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _failures(manifest: Manifest) -> str:
-    return f"in split {manifest.failures_split}" if manifest.failures_split else "left out"
+    if not manifest.counts.failed:
+        return ""
+    return f", in split {manifest.failures_split}" if manifest.failures_split else ", left out"
 
 
 def _model(model: ModelRecord) -> str:

@@ -60,6 +60,7 @@ class TessyTransform(functools.partial[Any]):
     """The prompts last asked about with :meth:`features`."""
     _token: str
     _async: bool
+    _begun: str | None
 
     def __new__(cls, *, teacher: Speaker, student: Speaker, **settings: Any) -> TessyTransform:
         """Check the settings. Loads nothing."""
@@ -79,7 +80,7 @@ class TessyTransform(functools.partial[Any]):
     ) -> TessyTransform:
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
-        self.source, self._token, self._async = source, token, False
+        self.source, self._token, self._async, self._begun = source, token, False, None
         TRANSFORMS.add(self)
         return self
 
@@ -116,7 +117,9 @@ class TessyTransform(functools.partial[Any]):
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        return provenance.record(self.teacher, self.student, self.settings, self.run_fingerprint, self.source)
+        return provenance.record(
+            self.teacher, self.student, self.settings, self.run_fingerprint, self.source, self._begun
+        )
 
     def plan(self, dataset: Dataset | IterableDataset) -> Counts:
         """Tell how a dataset's rows stand before any work: done, to continue, to do, failed before.
@@ -161,6 +164,7 @@ class TessyTransform(functools.partial[Any]):
 
     def _run(self) -> Run:
         if self._token not in RUNS:
+            self._begun = provenance.now()
             RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
         return RUNS[self._token]
 
