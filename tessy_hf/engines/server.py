@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import time
@@ -274,6 +275,28 @@ def _checked(url: str) -> str:
     return shown.rstrip("/")
 
 
+class _Censor(logging.Filter):
+    """Takes the key out of what the HTTP library logs: a server may send it back in its headers."""
+
+    _LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy")
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self._key = key
+        for name in self._LOGGERS if key else ():
+            logging.getLogger(name).addFilter(self)
+
+    def end(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if self._key in message:
+            record.msg, record.args = message.replace(self._key, "[key]"), ()
+        return True
+
+
 class _Live:
     """Open connections to the replicas, and what is known of them."""
 
@@ -286,6 +309,7 @@ class _Live:
         self._vocabulary = Vocabulary(engine.tokenizer, engine.model)
         self._last_id = max(engine.tokenizer.get_vocab().values())
         self._key = _key(engine._api_key_env)
+        self._censor = _Censor(self._key)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
@@ -303,6 +327,7 @@ class _Live:
     async def close(self) -> None:
         self.checked.cancel()
         await self._client.aclose()
+        self._censor.end()
 
     # --- before the run
 
