@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,7 @@ def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
     Raises:
         SettingsError: The file is missing, is not YAML, or lacks or misspells something.
     """
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
+    given = _load(path)
     try:
         recipe = _Recipe.model_validate(given)
     except ValidationError as error:
@@ -82,9 +80,24 @@ def read(path: Path) -> tuple[Speaker, Speaker, dict[str, Any]]:
             f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are settings by name, "
             "and `teacher` and `student` with `engine`, `model` and `boundary`."
         ) from error
+    try:
+        json.dumps(given, sort_keys=True, default=str)  # as for the fingerprint
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(
+            f"The recipe {str(path)!r} cannot be written as JSON: {error}. Plain values are expected, no anchors that "
+            "contain themselves and no mappings with keys of several kinds; put quotes around such keys."
+        ) from error
     settings = dict(recipe.model_extra or {})
     Settings.check(**settings)
     return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
+
+
+def _load(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Besides its own errors, PyYAML lets those through in which a value of a stated type cannot be made.
+    except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
 
 
 def _speaker(described: _Speaker, path: Path) -> Speaker:

@@ -146,7 +146,10 @@ def test_a_password_in_an_address_is_refused_and_found_nowhere(everything, capfd
     for address in (f"http://me:{USER}@127.0.0.1:9/v1", f"http://127.0.0.1:9/v1?key={USER}", f"http://{USER}@h:x/v1"):
         described = {**speaker, "options": {"base_url": address}}
         recipe.write_text(json.dumps({"method": "student-only", "teacher": described, "student": described}))
-        for make in (lambda url=address: ServerEngine("student", base_url=url), lambda: TessyTransform.from_yaml(recipe)):
+        for make in (
+            lambda url=address: ServerEngine("student", base_url=url),
+            lambda: TessyTransform.from_yaml(recipe),
+        ):
             with pytest.raises(SettingsError, match="environment variable api_key_env names|api_key_env") as caught:
                 make()
             texts[f"{address[:8]} {len(texts)}"] = "".join(traceback.format_exception(caught.value))

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 import zlib
 from array import array
@@ -50,6 +51,9 @@ _ID_WAYS: tuple[Way, ...] = ("generate", "ids")
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """What a server has to tokenise as the local tokenizer does, with the markers of the chat template."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON can spell but no text can hold."""
 
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 _ABSENT = {502, 503, 504}  # what gateways say for a server that is gone, and servers that are starting or stopping
@@ -578,7 +582,7 @@ class _Live:
 
     def _read_text(self, choice: Mapping[str, Any], request: Request, replica: _Replica) -> Completion:
         text, reason = choice.get("text"), choice.get("finish_reason")
-        if not isinstance(text, str) or reason not in ("stop", "length"):
+        if not isinstance(text, str) or _SURROGATE.search(text) or reason not in ("stop", "length"):
             raise _PassingError(f"the server at {replica.url} answered without text (finish_reason {reason!r}).")
         found = [at for at in map(text.find, self._stop_texts(request)) if at >= 0]  # some send what stopped them
         stopped = bool(found) or reason == "stop"
@@ -597,6 +601,7 @@ class _Live:
     async def _send(self, replica: _Replica, method: str, url: str, body: Any = None) -> Any:
         """Send one request and return the JSON that comes back; tell what may pass from what may not."""
         answer = await self._within(replica, self._client.request(method, url, json=body))
+        answer.encoding = "utf-8"  # as JSON is, whatever the server calls it
         self._check_status(replica, answer)
         return _json(answer.text, replica)
 
@@ -604,6 +609,7 @@ class _Live:
         """Send one request and yield the events that come back, those that came together in one list."""
         request = self._client.build_request("POST", url, json=body)
         answer = await self._within(replica, self._client.send(request, stream=True))
+        answer.encoding = "utf-8"
         try:
             if answer.status_code != 200:
                 await self._within(replica, answer.aread())
