@@ -1,4 +1,4 @@
-"""Nothing finished is lost or done twice: the journal inside the transform, and what fails. Sudden deaths are in `test_kills.py`."""
+"""Nothing finished is lost or done twice: the journal in the transform. Sudden deaths are in `test_kills.py`."""
 
 from collections import Counter
 
