@@ -1,7 +1,8 @@
 """What a journal costs: its share of time at 2,000 kept spans a second, and its bytes per kept character.
 
 Rows in flight keep a span each in turn; a row finishes after 400 spans (8,000 tokens in chunks of 20) and another
-begins; the journal is flushed twice a second. The same work without a journal runs in the same process, and
+begins; the journal is flushed as the transform does it: at once, then not for REST times as long as that
+took, and synced to disk twice a second. The same work without a journal runs in the same process, and
 all figures are ratios of one run::
 
     python benchmarks/journal.py [folder] [seconds]
@@ -14,16 +15,17 @@ import time
 from pathlib import Path
 
 from tessy_hf.journal import Journal
+from tessy_hf.run import LONGEST_REST, REST
 from tessy_hf.trajectory import Span
 
-SPANS_PER_SECOND, SPANS_PER_ROW, ROWS_IN_FLIGHT, FLUSH_SECONDS, TICK = 2_000, 400, 64, 0.5, 0.005
+SPANS_PER_SECOND, SPANS_PER_ROW, ROWS_IN_FLIGHT, SYNC_SECONDS, TICK = 2_000, 400, 64, 0.5, 0.005
 TEXT = "Wait, let me check that again: if n is even then n/2 has to be odd, so we can go on. "
 
 
 class NoJournal:
     """The same calls, without effect."""
 
-    claim = append = finish = flush = staticmethod(lambda *_: None)
+    claim = append = finish = flush = staticmethod(lambda *_, **__: None)
 
 
 def finished_columns():
@@ -40,7 +42,7 @@ def paced(journal, seconds):
     rows = {row: row * SPANS_PER_ROW // ROWS_IN_FLIGHT for row in range(ROWS_IN_FLIGHT)}  # so they end one by one
     for row in rows:
         journal.claim(f"row {row}")
-    begin, cpu, flushed = time.perf_counter(), time.process_time(), time.perf_counter()
+    begin, cpu, synced, rests_until = time.perf_counter(), time.process_time(), time.perf_counter(), 0.0
     busy, longest, kept, begun = 0.0, 0.0, 0, ROWS_IN_FLIGHT
     while (now := time.perf_counter()) < begin + seconds:
         while kept < (now - begin) * SPANS_PER_SECOND:
@@ -56,9 +58,12 @@ def paced(journal, seconds):
                 journal.finish(f"row {row}", columns)
                 journal.claim(f"row {begun}")
                 rows[begun], begun = 0, begun + 1
-        if now >= flushed + FLUSH_SECONDS:
-            journal.flush()
-            flushed = now
+        if (flushed := time.perf_counter()) >= rests_until:
+            sync = now >= synced + SYNC_SECONDS
+            journal.flush(sync=sync)
+            synced = now if sync else synced
+            ended = time.perf_counter()
+            rests_until = ended + min(REST * (ended - flushed), LONGEST_REST)
         pause = time.perf_counter() - now
         busy, longest = busy + pause, max(longest, pause)
         time.sleep(TICK)

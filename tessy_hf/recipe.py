@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -108,6 +109,13 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
         _change(given, change)
     expected = "settings by name, and `teacher` and `student` with `engine`, `model` and `boundary`"
     recipe = _validate(_Recipe, given, path, expected)
+    try:
+        json.dumps(given, sort_keys=True, default=str)  # as for the fingerprint
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(
+            f"The recipe {str(path)!r} cannot be written as JSON: {error}. Plain values are expected, no anchors that "
+            "contain themselves and no mappings with keys of several kinds; put quotes around such keys."
+        ) from error
     settings = dict(recipe.model_extra or {})
     Settings.check(**settings)
     return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
@@ -116,7 +124,8 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
 def _content(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # Besides its own errors, PyYAML lets those through in which a value of a stated type cannot be made.
+    except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
 
 

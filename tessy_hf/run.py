@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,12 @@ from tessy_hf.waits import Waits
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
+
+REST = 40.0
+"""How many times as long as the last commit took none is made: commits take a fortieth of the time at most."""
+
+LONGEST_REST = 0.05
+"""Seconds after which what was kept is committed in any case."""
 
 RUNS: dict[str, Run] = {}
 """What is live in this process, by the token of its transform. A forked child starts with none."""
@@ -76,6 +81,8 @@ class Run:
         self._waits = Waits(settings.request_timeout)
         self._journal = journal_of(self._settings, self._fingerprint)
         self._journal_error: JournalError | None = None
+        self._commit: asyncio.TimerHandle | None = None
+        self._rests_until = 0.0
         self._rows_seen = 0
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -109,6 +116,8 @@ class Run:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         self._progress.close()
+        if self._commit is not None:
+            self._commit.cancel()
         if self._journal is not None:
             self._journal.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
@@ -148,14 +157,29 @@ class Run:
                 patience *= 2
 
     async def _tick(self, journal: Journal) -> None:
-        """Commit what was written: each 50 ms against a kill, twice a second against a power cut."""
-        for number in numbers(1):
-            await asyncio.sleep(0.05)
-            try:
-                journal.flush(sync=number % 10 == 0)
-            except JournalError as error:
-                self._journal_error = error  # the next piece that is kept stops the run with it
-                return
+        """Sync what was written twice a second, against a power cut."""
+        while self._journal_error is None:
+            await asyncio.sleep(0.5)
+            self._flush(journal, sync=True)
+
+    def _flush_soon(self, journal: Journal) -> None:
+        """Commit against a kill, in this turn of the loop unless a commit was made just now.
+
+        So a row's text is safe before the engine has done any work on what follows it.
+        """
+        if self._commit is None:
+            self._commit = self._loop.call_at(self._rests_until, self._flush, journal)
+
+    def _flush(self, journal: Journal, sync: bool = False) -> None:
+        if self._commit is not None:
+            self._commit.cancel()
+        self._commit, begin = None, self._loop.time()
+        try:
+            journal.flush(sync=sync)
+        except JournalError as error:
+            self._journal_error = error  # the next piece that is kept stops the run with it
+        end = self._loop.time()
+        self._rests_until = end + min(REST * (end - begin), LONGEST_REST)
 
     async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
         settings, this = self._settings, asyncio.current_task()
@@ -242,8 +266,10 @@ class Run:
                 raise
             if trajectory.finish_reason != "error":
                 journal.finish(prompt.key, row)
+                self._flush_soon(journal)
                 return row
             journal.fail(prompt.key, row)
+            self._flush_soon(journal)
             if not trajectory.retryable or claim.attempts + 1 >= self._settings.max_attempts:
                 return row
             await asyncio.sleep(_pause(claim.attempts + 1))
@@ -258,6 +284,7 @@ class Run:
         if self._journal_error is not None:
             raise self._journal_error
         journal.append(trajectory.key, [piece] if piece.text else [], trajectory.state())
+        self._flush_soon(journal)
 
 
 def _pause(attempt: int) -> float:

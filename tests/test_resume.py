@@ -1,19 +1,15 @@
-"""Nothing finished is lost or done twice: the journal inside the transform, with deaths of every kind."""
+"""Nothing finished is lost or done twice: the journal in the transform. Sudden deaths are in `test_kills.py`."""
 
 import os
-import random
-import signal
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 
 import pytest
 from datasets import Dataset
 
-from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
-from tessy_hf.errors import DatasetError, EngineDeadError, RequestError
-from tests.test_transform import play, prompts, scripted
+from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform
+from tessy_hf.errors import DatasetError, EngineDeadError, JournalError, RequestError
+from tests.test_journal import empty, foreign, header_gone, newer, pages_gone, text_file, truncated
+from tests.test_transform import prompts, scripted
 
 
 def run(dataset, transform, **options):
@@ -132,80 +128,16 @@ def test_what_was_finished_before_an_engine_died_is_kept(tmp_path):
     assert requests <= 2 * 3 and {row["finish_reason"] for row in rows} == {"stop"}
 
 
-# --- sudden deaths
-
-CHILD = """
-    import sys
-    from tests.test_resume import {maker}
-    dataset, transform = {maker}(sys.argv[1])
-    transform(dataset[:1])  # what takes long to begin has begun
-    print("begun", flush=True)
-    dataset.map(transform, batched=True, batch_size=16, load_from_cache_file=False)
-"""
-
-
-def die_after(maker, journal, seconds):
-    """Run in a child and kill it suddenly, ``seconds`` after it began to work."""
-    code = textwrap.dedent(CHILD.format(maker=maker.__name__))
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, journal],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    ) as child:
-        assert child.stdout.readline() == "begun\n"
-        try:
-            child.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-        return child.wait()
-
-
-def slow(journal):
-    """200 scripted rows that take a while."""
-    return prompts(200), scripted(play, latency=lambda request: 0.05, rows_in_flight=16, journal=journal)
-
-
-def miniature(journal):
-    """60 rows of the miniature models, greedy."""
-    return demo.prompts(60, seed=4), demo.transform(temperature=0, journal=journal, rows_in_flight=16)
-
-
-def test_scripted_rows_survive_any_number_of_deaths(tmp_path):
-    journal = str(tmp_path / "rows.journal")
-    generator = random.Random(7)
-    codes = [die_after(slow, journal, generator.uniform(0.05, 0.6)) for _ in range(4)]
-    assert -signal.SIGKILL in codes
-    dataset, transform = slow(journal)
-    kept = len(list(transform_journal(transform).finished()))
-    assert kept > 0
-    rows, requests = run(dataset, transform)
-    assert [row["answer"] for row in rows] == [f"the answer is r{i} ." for i in range(200)]
-    assert requests <= 2 * (200 - kept)
-
-
-def transform_journal(transform):
-    from tessy_hf.journal import Journal
-
-    return Journal(transform.settings.journal, transform.run_fingerprint)
-
-
-def test_miniature_rows_are_those_of_an_unbroken_run(tmp_path):
-    journal = str(tmp_path / "rows.journal")
-    generator = random.Random(11)
-    codes = [die_after(miniature, journal, generator.uniform(0.1, 1.5)) for _ in range(3)]
-    dataset, transform = miniature(journal)
-    with transform:
-        rows = list(dataset.map(transform, batched=True, load_from_cache_file=False))
-    _, unbroken = miniature(None)
-    with unbroken:
-        expected = list(dataset.map(unbroken, batched=True, load_from_cache_file=False))
-    assert [(r["id"], r["messages"], r["spans"]) for r in rows] == [
-        (r["id"], r["messages"], r["spans"]) for r in expected
-    ]
-    assert -signal.SIGKILL in codes
+@pytest.mark.parametrize("damage", [foreign, truncated, header_gone, pages_gone, text_file, empty, newer])
+def test_a_journal_that_cannot_be_used_stops_the_run_before_anything_is_written(tmp_path, damage):
+    path = tmp_path / "rows.journal"
+    damage(path)
+    before = path.read_bytes()
+    with scripted(journal=str(path)) as transform:
+        with pytest.raises(JournalError, match=r"rows\.journal .*(expected|reads format)"):
+            prompts(3).map(transform, batched=True)
+        assert transform.student.engine.requests == 0
+    assert path.read_bytes() == before
 
 
 def test_an_unfinished_row_goes_on_at_its_last_kept_span(tmp_path):

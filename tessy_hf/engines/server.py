@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
+import re
 import time
 import zlib
 from array import array
@@ -49,6 +51,9 @@ _ID_WAYS: tuple[Way, ...] = ("generate", "ids")
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """What a server has to tokenise as the local tokenizer does, with the markers of the chat template."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON can spell but no text can hold."""
 
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 _ABSENT = {502, 503, 504}  # what gateways say for a server that is gone, and servers that are starting or stopping
@@ -274,6 +279,28 @@ def _checked(url: str) -> str:
     return shown.rstrip("/")
 
 
+class _Censor(logging.Filter):
+    """Takes the key out of what the HTTP library logs: a server may send it back in its headers."""
+
+    _LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy")
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self._key = key
+        for name in self._LOGGERS if key else ():
+            logging.getLogger(name).addFilter(self)
+
+    def end(self) -> None:
+        for name in self._LOGGERS:
+            logging.getLogger(name).removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if self._key in message:
+            record.msg, record.args = message.replace(self._key, "[key]"), ()
+        return True
+
+
 class _Live:
     """Open connections to the replicas, and what is known of them."""
 
@@ -286,6 +313,7 @@ class _Live:
         self._vocabulary = Vocabulary(engine.tokenizer, engine.model)
         self._last_id = max(engine.tokenizer.get_vocab().values())
         self._key = _key(engine._api_key_env)
+        self._censor = _Censor(self._key)
         self._client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
@@ -303,6 +331,7 @@ class _Live:
     async def close(self) -> None:
         self.checked.cancel()
         await self._client.aclose()
+        self._censor.end()
 
     # --- before the run
 
@@ -553,7 +582,7 @@ class _Live:
 
     def _read_text(self, choice: Mapping[str, Any], request: Request, replica: _Replica) -> Completion:
         text, reason = choice.get("text"), choice.get("finish_reason")
-        if not isinstance(text, str) or reason not in ("stop", "length"):
+        if not isinstance(text, str) or _SURROGATE.search(text) or reason not in ("stop", "length"):
             raise _PassingError(f"the server at {replica.url} answered without text (finish_reason {reason!r}).")
         found = [at for at in map(text.find, self._stop_texts(request)) if at >= 0]  # some send what stopped them
         stopped = bool(found) or reason == "stop"
@@ -572,6 +601,7 @@ class _Live:
     async def _send(self, replica: _Replica, method: str, url: str, body: Any = None) -> Any:
         """Send one request and return the JSON that comes back; tell what may pass from what may not."""
         answer = await self._within(replica, self._client.request(method, url, json=body))
+        answer.encoding = "utf-8"  # as JSON is, whatever the server calls it
         self._check_status(replica, answer)
         return _json(answer.text, replica)
 
@@ -579,6 +609,7 @@ class _Live:
         """Send one request and yield the events that come back, those that came together in one list."""
         request = self._client.build_request("POST", url, json=body)
         answer = await self._within(replica, self._client.send(request, stream=True))
+        answer.encoding = "utf-8"
         try:
             if answer.status_code != 200:
                 await self._within(replica, answer.aread())
