@@ -102,4 +102,4 @@ def test_students_spans_are_style_as_people_know_it(predictor):
         assert len(said) > 60
         return sum(first[0].strip(",.:").lower() in usual for first in said if first) / len(said)
 
-    assert share("student") > 0.5 and share("student") > 1.5 * share("teacher")
+    assert share("student") > 0.5 and share("student") > 2.5 * share("teacher")
