@@ -174,19 +174,20 @@ class Handler(BaseHTTPRequestHandler):
             request = Request(len(self.hub.requests), self.command, self.path, len(body))
             self.hub.requests.append(request)
             fault = self.hub.fault(request)
-        if fault == "cut":
-            return self._close()
-        if fault == "503":
-            return self.answer(503, {"error": "The server is overloaded."})
-        try:
-            with self.hub.lock:
-                status, value, headers = self.respond(body)
-        except HubError as error:
-            code = {"X-Error-Code": error.code} if error.code else {}
-            status, value, headers = error.status, {"error": str(error)}, {**code, "X-Error-Message": str(error)}
-        if fault == "lost":
+            if fault == "503":
+                status, value, headers = 503, {"error": "The server is overloaded."}, {}
+            elif fault != "cut":
+                status, value, headers = self.respond_or_refuse(body)
+        if fault in ("cut", "lost"):
             return self._close()
         return self.answer(status, value, headers)
+
+    def respond_or_refuse(self, body):
+        try:
+            return self.respond(body)
+        except HubError as error:
+            code = {"X-Error-Code": error.code} if error.code else {}
+            return error.status, {"error": str(error)}, {**code, "X-Error-Message": str(error)}
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
 

@@ -173,7 +173,8 @@ class _LivePredictor:
         self.vocabulary = Vocabulary(tokenizer, model)
         self._torch = torch
         self._device = pick_device(device)
-        self._network = network.to(self._device).eval()
+        # Half precision is slow on a CPU, and its rounding depends on the batch.
+        self._network = (network.float() if self._device == "cpu" else network.to(self._device)).eval()
         self._waiting: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]] = []
         self._busy = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-boundary", initializer=share_cores)

@@ -73,6 +73,14 @@ def test_a_segment_that_begins_with_capability_is_the_teachers():
     assert found.by_author["student"].boundary_words.distribution == {-1: 1}
 
 
+def test_whitespace_counts_beside_with_what_it_stands_in():
+    assert figures_of({0, 1, 7, 8}).char_f1_with_whitespace == 1
+    assert figures_of({0, 1}).char_f1_with_whitespace == pytest.approx(2 * 8 / (8 + 19))
+    touching = Segment(SAID, ((0, 5), (6, 8)), problem="p")
+    found = evaluate_readings([by_word(touching, {0, 1})], [touching])
+    assert (found.char_f1, found.char_f1_with_whitespace) == (1, pytest.approx(2 * 7 / (7 + 8)))
+
+
 def test_a_span_of_several_marks_is_one_and_is_right_if_its_words_are():
     touching = Segment(SAID, ((0, 4), (6, 8), (21, 26), (27, 32)), problem="p")
     found = evaluate_readings([by_word(touching, {0, 1, 7, 9})], [touching]).overall.span

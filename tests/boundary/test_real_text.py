@@ -89,13 +89,17 @@ def test_traces_replayed_whole_come_out_whole(predictor, teacher_kind):
 def test_students_spans_are_style_as_people_know_it(predictor):
     found = rows(predictor, lambda text, own_kind: turns(predictor, text, own_kind))
     check(found)
-    said = [
-        row["messages"][-1]["content"][span["start"] : span["end"]].removeprefix("<think>\n").split()
-        for row in found
-        for span in row["spans"]
-        if (span["author"], span["part"]) == ("student", "thinking")
-    ]
-    starts = [words[0].strip(",.:").lower() for words in said if words]
     usual = {"okay", "wait", "so", "but", "maybe", "first", "hmm", "let", "let's", "however", "now", "alternatively"}
     usual |= {"i", "the", "then", "perhaps", "also", "for", "next", "therefore", "actually", "since", "another"}
-    assert len(starts) > 60 and sum(start in usual for start in starts) > 0.6 * len(starts)
+
+    def share(author):
+        spans = [(row["messages"][-1]["content"], span) for row in found for span in row["spans"]]
+        said = [
+            text[span["start"] : span["end"]].removeprefix("<think>\n").split()
+            for text, span in spans
+            if (span["author"], span["part"]) == (author, "thinking")
+        ]
+        assert len(said) > 60
+        return sum(first[0].strip(",.:").lower() in usual for first in said if first) / len(said)
+
+    assert share("student") > 0.5 and share("student") > 2.5 * share("teacher")
