@@ -54,7 +54,7 @@ from tessy_hf.vocabulary import Vocabulary, words
 log = logging.getLogger("small")
 
 HERE = Path(__file__).parent
-MARKED, HELD_OUT = HERE.parent / "data" / "style_spans.jsonl", HERE / "held_out.jsonl"
+MARKED, HELD_OUT = HERE.parents[2] / "dataset_cards" / "style-spans" / "train.jsonl", HERE / "held_out.jsonl"
 END = "<|endoftext|>"
 PRE_TOKENS = (
     r"'(?:s|t|re|ve|m|ll|d)(?!\p{L})|’(?:s|t|re|ve|m|ll|d)(?!\p{L})| ?\p{L}+| ?\p{N}|[ ]?[^\s\p{L}\p{N}]+|\s*[\r\n]+"
