@@ -382,8 +382,11 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
+
+
 def _json(value: Mapping[str, Any]) -> bytes:
-    return _utf8(json.dumps(value, ensure_ascii=False))
+    return _utf8(_encode(value))
 
 
 def _spans(pieces: Iterable[tuple[int, int, str]]) -> list[Span]:

@@ -26,6 +26,10 @@ APPLICATION_ID = 0x54455353
 BUSY_SECONDS = 30.0
 """How long to wait for another process to end its transaction. They take milliseconds."""
 
+WAL_PAGES = 10_000
+"""Pages of 4 KiB in the -wal file before they are copied into the file. Rows under way change the same pages again and
+again; with SQLite's 1,000 each would be copied many times."""
+
 SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 BEGIN;
@@ -160,6 +164,7 @@ def _create(path: Path) -> None:
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.as_uri()}?mode={mode}"
     db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    db.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
     db.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
     return db
 

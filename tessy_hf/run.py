@@ -37,7 +37,7 @@ REST = 40.0
 """How many times as long as the last commit took none is made: commits take a fortieth of the time at most."""
 
 LONGEST_REST = 0.05
-"""Seconds after which what was kept is committed in any case."""
+"""Seconds after which what was kept is committed in any case: an engine rarely takes less for a chunk of a row."""
 
 RUNS: dict[str, Run] = {}
 """What is live in this process, by the token of its transform. A forked child starts with none."""
