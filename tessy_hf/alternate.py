@@ -5,14 +5,16 @@ starts. The current author writes at most k tokens, its boundary predictor says 
 beyond is rolled back, and the other author takes over. When the thinking is closed, the student writes the final
 answer.
 
-Words are judged one by one, each once it can no longer change, and cuts fall on word ends; so with greedy decoding
-and a causal predictor the accepted text does not depend on k. Knows nothing of datasets, HTTP, retries or the Hub.
+Words are judged one by one, each as it stands when the author has written the token with its first letter, and cuts
+fall on word ends; so with greedy decoding and a causal predictor the accepted text does not depend on k. Knows nothing
+of datasets, HTTP, retries or the Hub.
 """
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -25,7 +27,7 @@ from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.repetition import LoopDetector
 from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Span, Trajectory
-from tessy_hf.transcript import TokenList, Transcript
+from tessy_hf.transcript import Preview, TokenList, Transcript
 from tessy_hf.vocabulary import words
 from tessy_hf.waits import Waits
 
@@ -120,6 +122,17 @@ async def synthesize(
     return row.trajectory
 
 
+async def _kinds(predictor: BoundaryPredictor, preview: Preview, places: Mapping[int, int]) -> dict[int, bool]:
+    """Return whether words are style, from their tokens. What looks ahead sees nothing before the first token."""
+    style: dict[int, bool] = {}
+    asked = sorted({place for place in places.values() if place >= 0})
+    for start, group in groupby(asked, lambda place: window_start(place, predictor.window)):
+        inside = list(group)
+        labels = await predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
+        style.update((place, labels[place - inside[0]]) for place in inside)
+    return {word: style[place] for word, place in places.items() if place >= 0}
+
+
 async def _think(row: Row) -> None:
     """Algorithm 1, lines 5 to 20. One author alone is the same loop with nobody to hand over to."""
     first: Author = "student" if row.plan.thinking == "alternate" else row.plan.thinking
@@ -177,11 +190,33 @@ class Written(NamedTuple):
     spelled: list[str]
     closed: bool
 
+    def letter(self, word: int) -> int:
+        """Return where a word's first letter is, behind the whitespace."""
+        start, end = self.words[word]
+        return end - len(self.text[start:end].lstrip())
+
+    def begin(self, word: int) -> int:
+        """Return which token has a word's first letter."""
+        return bisect_right(self.ends, self.letter(word))
+
     def beyond(self, word: int) -> int:
-        """Return how many tokens come after the one with which a word begins."""
-        if word >= len(self.words):
-            return 0
-        return max(0, len(self.ends) - bisect_right(self.ends, self.words[word][0]) - 1)
+        """Return how many tokens come after the one with a word's first letter."""
+        return max(0, len(self.ends) - self.begin(word) - 1) if word < len(self.words) else 0
+
+    def part(self, word: int) -> str:
+        """Return a word as it stands with its first letter's token, which may hold more than the word."""
+        return self.text[self.words[word][0] : self.ends[self.begin(word)]]
+
+    @property
+    def complete(self) -> int:
+        """How many words have ended."""
+        return len(self.words) if self.closed else max(0, len(self.words) - 1)
+
+    @property
+    def begun(self) -> int:
+        """How many words have their first letter, in a token that ends in the text."""
+        last = len(self.words) - 1
+        return last + (last < 0 or self.closed or self.ends[self.begin(last)] <= len(self.text))
 
 
 @dataclass
@@ -198,7 +233,8 @@ class Row:
     finish: FinishReason | None = None
     _stream: AsyncGenerator[Completion, None] | None = None
     _chunks: ChunkSizes = field(init=False)
-    _judged: int = 0
+    _judged: int = 0  # words of the tentative text whose kind is known
+    _complete: int = 0  # words of it that were complete before the last chunk
     _loops: LoopDetector = field(default_factory=LoopDetector)
 
     def __post_init__(self) -> None:
@@ -334,38 +370,65 @@ class Row:
     # --- judging
 
     async def boundary(self, author: Author, written: Written) -> Boundary:
-        """Say where the author's kind of text ends.
-
-        A word is judged by the token that begins it, or the one before for predictors that look ahead; and only once
-        later text can no longer change these tokens: when the next word has begun, or the thinking has ended.
-        """
-        complete = len(written.words) if written.closed else max(0, len(written.words) - 1)
+        """Say where the author's kind of text ends."""
+        complete = written.complete
         predictor = self.speakers[author].boundary if self._alternates else None
-        other = None
-        if predictor is not None and self._judged < complete:
-            other = await self._first_of_other_kind(author, predictor, written, complete)
+        other = await self._first_of_other_kind(author, predictor, written) if predictor is not None else None
+        if other is None:
+            return Boundary(complete, cut=False)
         if other == 0 and self.trajectory.turn_is_empty:  # an author that took over keeps at least one word
-            other = 1
-        return Boundary(complete, cut=False) if other is None else Boundary(other, cut=True)
+            other = 1 if complete else None
+        if other is None:
+            self._judged = 0  # to be seen again when it is complete
+            return Boundary(complete, cut=False)
+        return Boundary(other, cut=True)
 
-    async def _first_of_other_kind(
-        self, author: Author, predictor: BoundaryPredictor, written: Written, complete: int
-    ) -> int | None:
-        """Return the index of the first word, of those not judged yet, that is not the author's kind of text."""
-        rest = written.text[written.words[-1][1] :]
-        preview = self.transcript.reader(predictor.vocabulary).preview("".join(written.spelled) + rest)
-        ends = list(accumulate(map(len, written.spelled)))
-        letters = [ends[i] - len(written.spelled[i].lstrip()) for i in range(self._judged, complete)]
-        positions = [preview.token_at(letter) - predictor.label_shift for letter in letters]
+    async def _first_of_other_kind(self, author: Author, predictor: BoundaryPredictor, written: Written) -> int | None:
+        """Return the index of the first word, of those not judged yet, that is not the author's kind of text.
+
+        A word is judged by the token that holds its first letter, in the text up to the author's token with this
+        letter: nothing that is written later can change that. Predictors that look ahead judge by the token before,
+        which half a word may spell in another way, so they wait until the word is complete.
+        """
+        stop = written.complete if predictor.label_shift else written.begun
+        asked = range(self._judged, max(self._judged, stop))
+        self._judged = asked.stop
+        async with self.waits_for(author, "boundary predictor"):
+            readings = self._readings(predictor, written, asked)
+            shared = [await _kinds(predictor, *reading) for reading in readings[:1]]
+            kinds = shared + await asyncio.gather(*(_kinds(predictor, *reading) for reading in readings[1:]))
         own_kind = author == "student"  # style is the student's to write
-        style = dict.fromkeys(positions, own_kind)  # before the first token there is nothing that could look ahead
-        by_window = groupby((p for p in positions if p >= 0), lambda p: window_start(p, predictor.window))
-        for start, group in by_window:
-            inside = list(group)
-            async with self.waits_for(author, "boundary predictor"):
-                labels = await predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
-            style.update((p, labels[p - inside[0]]) for p in inside)
-        return next((self._judged + i for i, p in enumerate(positions) if style[p] != own_kind), None)
+        return min((word for kind in kinds for word, style in kind.items() if style != own_kind), default=None)
+
+    def _readings(
+        self, predictor: BoundaryPredictor, written: Written, asked: range
+    ) -> list[tuple[Preview, dict[int, int]]]:
+        """Lay words before the predictor: texts, each with the tokens to look at by word.
+
+        The words share the text of the last one. What comes after a word makes no difference to it where a token of
+        that text ends just where the word's own text would; else it gets a text of its own.
+        """
+        if not asked:
+            return []
+        reader = self.transcript.reader(predictor.vocabulary)
+        before = list(accumulate(map(len, written.spelled), initial=0))
+        settled = bool(self.trajectory.spans)
+        parts = {i: self.transcript.spell(written.part(i), first=not settled and not i) for i in asked}
+        if predictor.label_shift:
+            parts = {i: written.spelled[i] for i in asked}
+        texts = {i: "".join(written.spelled[:i]) + part for i, part in parts.items()}
+        shared = reader.preview(texts[asked[-1]])
+        token_ends = {end for _, end in shared.encoding.offsets}
+        readings: list[tuple[Preview, dict[int, int]]] = [(shared, {})]
+        for i, text in texts.items():
+            letter = before[i] + len(parts[i]) - len(parts[i].lstrip())
+            if i == asked[-1] or len(text) in token_ends:
+                preview, places = readings[0]
+            else:
+                preview, places = reader.preview(text), {}
+                readings.append((preview, places))
+            places[i] = preview.token_at(letter) - predictor.label_shift
+        return readings
 
     # --- keeping
 
@@ -373,18 +436,19 @@ class Row:
         """Settle what is the author's own, drop what lies beyond and hand over; end the row at a limit."""
         kept, limit = self._limit(written, boundary)
         cut = boundary.cut or limit is not None or written.closed
-        if not cut:  # settle only up to a word end that is also a token end; the words between are judged already
+        self._complete = kept
+        if not cut:  # settle only up to a word end that is also a token end
             token_ends = set(written.ends)
             aligned = next((n for n in range(kept, 0, -1) if written.words[n - 1][1] in token_ends), 0)
-            self._judged, kept = kept - aligned, aligned
+            self._judged, self._complete, kept = max(0, self._judged - aligned), kept - aligned, aligned
         stop = written.words[kept - 1][1] if kept else 0
         spelled = "".join(written.spelled[:kept])
         if cut:
             if boundary.cut:
-                self._chunks.observe(author, self.transcript.views[author].turn_tokens - written.beyond(kept + 1))
+                self._chunks.observe(author, self.transcript.views[author].turn_tokens - written.beyond(kept))
             dropped = self.transcript.cut(author, written.text, written.ends, stop, spelled)
             self.trajectory.discarded[author] += dropped
-            self._judged = 0
+            self._judged = self._complete = 0
         elif kept:
             self.transcript.settle(author, written.text, written.ends, stop, spelled)
         self.trajectory.add(author, "thinking", spelled)
@@ -403,9 +467,9 @@ class Row:
         """Apply the loop detector and the budget: how many words may be kept, and how the row ends if that is all."""
         kept, ends = boundary.kept, list(accumulate(map(len, written.spelled), initial=0))
         text = "".join(written.spelled[:kept])
-        looped = self._loops.feed(text[ends[min(self._judged, kept)] :])
+        looped = self._loops.feed(text[ends[min(self._complete, kept)] :])
         if looped is not None:
-            return bisect_right(ends, ends[self._judged] + looped) - 1, "repetition"
+            return bisect_right(ends, ends[self._complete] + looped) - 1, "repetition"
         if not boundary.cut and len(written.text) - ends[kept] > LONGEST_WORD:
             return kept, "repetition"
         counter = self.transcript.reader(self.speakers["student"].vocabulary)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tessy_hf.alternate import Plan
 from tessy_hf.errors import SettingsError
 
-FORMAT = 2
+FORMAT = 3
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
 
 Method = Literal[

@@ -172,6 +172,7 @@ class _Job:
         streams: Whether it is a stream.
         new: What is written so far.
         told: How much of it a stream has passed on.
+        read: How many ids of the prompt were read for it.
         stop_id: What ended it.
         ended: Whether it is all written.
     """
@@ -181,6 +182,7 @@ class _Job:
     streams: bool = False
     new: array[int] = field(default_factory=lambda: array("i"))
     told: int = 0
+    read: int | None = None
     stop_id: int | None = None
     ended: bool = False
 
@@ -201,7 +203,7 @@ class _Job:
     def piece(self) -> Completion:
         """Return what was not passed on yet."""
         told, self.told = self.told, len(self.new)
-        return Completion(self.new[told:], self.stop_id)
+        return Completion(self.new[told:], self.stop_id, self.read if told == 0 else 0)
 
 
 class _Slot(NamedTuple):
@@ -297,6 +299,7 @@ class _Live:
                 self._fail(job, error)
                 continue
             completion = done.result()[index]
+            job.read = completion.prompt_tokens_read if not job.new else job.read
             job.new.extend(completion.token_ids)
             job.stop_id = completion.stop_id
             job.ended = job.stop_id is not None or not job.left
@@ -401,7 +404,7 @@ class _Live:
             from_rows.append(np.full(count, row))
             from_columns.append(edge - fresh[row] + np.arange(count))
             self._slots[job.request.row] = _Slot(slot.place, ids[: int(kept[row]) + count])
-            completions.append(Completion(new, stop_id))
+            completions.append(Completion(new, stop_id, int(fresh[row])))
         self._pool.scatter(
             cache,
             np.concatenate(into_rows),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -295,8 +296,11 @@ class _Live:
 
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
         async with aclosing(self._generate(request, self._kinds.DELTA)) as outputs:
+            first = True
             while (output := await self.core.guard(anext(outputs, None), request.row)) is not None:
-                yield _completion(output, request)
+                piece = _completion(output, request)
+                yield piece if first else replace(piece, prompt_tokens_read=0)
+                first = False
 
     def _generate(self, request: Request, kind: Any) -> AsyncGenerator[Any, None]:
         sampling = self._sampling(
@@ -317,8 +321,9 @@ class _Live:
 
 def _completion(output: Any, request: Request) -> Completion:
     ids, reason = list(output.outputs[0].token_ids), output.outputs[0].finish_reason
+    read = None if output.num_cached_tokens is None else len(request.prompt_ids) - output.num_cached_tokens
     if ids and ids[-1] in request.stop_ids:
-        return Completion(ids[:-1], ids[-1])
+        return Completion(ids[:-1], ids[-1], read)
     if reason == "stop":  # at an end of sequence that only the model's own configuration names
-        return Completion(ids[:-1], min(request.stop_ids))
-    return Completion(ids, None)
+        return Completion(ids[:-1], min(request.stop_ids), read)
+    return Completion(ids, None, read)

@@ -1,0 +1,116 @@
+"""What the method itself costs as rows grow: scripted engines without latency, and a predictor that is a table.
+
+Prints, for rows of 1k, 10k and 40k tokens, the processor time per accepted token of all but engines and predictors, and
+the memory of a row under way per token. A row's cost per token is not to depend on its length::
+
+    python benchmarks/host.py [--tokens 1000 10000 40000]
+"""
+
+import argparse
+import json
+import time
+import tracemalloc
+from functools import cached_property
+from random import Random
+
+import numpy as np
+from datasets import Dataset, disable_progress_bars
+
+from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
+from tessy_hf.boundary.predictor import BoundaryPredictor
+
+STYLE = "okay so good and then wait is that right yes all".split()
+CAPABILITY = [str(n) for n in range(10)] + list("+-*=")
+SPAN = {"student": (2, 8), "teacher": (5, 40)}
+BEYOND = 12  # words that an author goes on with behind its own
+
+
+class Timed:
+    """Processor time spent inside, on one thread."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self._since = time.thread_time()
+
+    def __exit__(self, *_):
+        self.seconds += time.thread_time() - self._since
+
+
+class TimedEngine(ScriptedEngine):
+    """A scripted engine whose time is told apart."""
+
+    def __init__(self, script, clock, **options):
+        super().__init__(script, **options)
+        self.clock = clock
+
+    async def complete(self, request):
+        with self.clock:
+            return await super().complete(request)
+
+
+class Table(BoundaryPredictor):
+    """Knows style by the word."""
+
+    def __init__(self, clock):
+        super().__init__(str(demo.BOUNDARY_STUDENT))
+        self.clock = clock
+
+    @cached_property
+    def is_style(self):
+        """By id."""
+        words = [self.vocabulary.decode([i]).strip() for i in range(len(self.vocabulary.tokenizer))]
+        return np.array([any(word and style.startswith(word) for style in STYLE) for word in words])
+
+    async def labels(self, window, since=0):
+        with self.clock:
+            return self.is_style[window[since:]].tolist()
+
+
+def script(author, tokens, seed):
+    """Return what an author writes of a row: its own kind of words, and on into the other's."""
+    draw, texts, words = Random(f"{author}-{seed}"), [], 0
+    own, other = (STYLE, CAPABILITY) if author == "student" else (CAPABILITY, STYLE)
+    while words < tokens:
+        length = draw.randint(*SPAN[author])
+        texts.append(" " + " ".join([*draw.choices(own, k=length), *draw.choices(other, k=BEYOND)]))
+        words += length
+    return Script(texts, "done")
+
+
+def measure(tokens, rows, memory):
+    """Return the figures of rows of a length."""
+    clock = Timed()
+    speakers = {
+        author: Speaker(TimedEngine(lambda row, a=author: script(a, tokens, row), clock, name=author), Table(clock))
+        for author in ("teacher", "student")
+    }
+    prompts = Dataset.from_dict({"id": [str(i) for i in range(rows)], "prompt": ["go on"] * rows})
+    settings = {"id_column": "id", "max_thinking_tokens": tokens, "journal": None, "temperature": 0}
+    with TessyTransform(**speakers, **settings) as transform:
+        list(prompts.select([0]).map(transform, batched=True))  # loads what is loaded once
+        clock.seconds = 0.0
+        run_clock = time.pthread_getcpuclockid(transform._run()._thread.ident)
+        if memory:
+            tracemalloc.start()
+        begin = time.clock_gettime(run_clock)
+        finished = list(prompts.map(transform, batched=True, load_from_cache_file=False))
+        seconds = time.clock_gettime(run_clock) - begin - clock.seconds
+        accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in finished)
+    assert all(row["finish_reason"] == "length" for row in finished), "a row ended early"
+    return {"tokens": accepted // rows, "spans": len(finished[0]["spans"]), "host_us_per_token": 1e6 * seconds / accepted}
+
+
+def main():
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 10_000, 40_000])
+    arguments = parser.parse_args()
+    disable_progress_bars()
+    for tokens in arguments.tokens:
+        print(json.dumps(measure(tokens, max(2, 80_000 // tokens), False)))
+
+
+if __name__ == "__main__":
+    main()
