@@ -20,8 +20,8 @@ CANDIDATES = np.array([4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 25
 REQUEST_COST = 2.0
 """What a request costs besides its new tokens, counted in new tokens. See `benchmarks/README.md`."""
 
-PRIOR = (8, 12, 20)
-"""Lengths of spans to begin with, in tokens; real ones push them out."""
+PRIOR: dict[Author, tuple[int, ...]] = {"student": (3, 5, 8), "teacher": (6, 12, 20)}
+"""Lengths of spans to begin with, in tokens; a row's own push them out."""
 
 MEMORY = 24
 
@@ -38,8 +38,7 @@ class ChunkSizes:
     def __init__(self, fixed: int | None) -> None:
         self._fixed = fixed
         self._lengths: dict[Author, deque[int]] = {
-            "teacher": deque(PRIOR, maxlen=MEMORY),
-            "student": deque(PRIOR, maxlen=MEMORY),
+            author: deque(lengths, maxlen=MEMORY) for author, lengths in PRIOR.items()
         }
 
     def observe(self, author: Author, tokens: int) -> None:
