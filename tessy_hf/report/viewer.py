@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tessy_hf.dialects import HARMONY, THINK_TAGS
+from tessy_hf.columns import assistant_text, content_text
 from tessy_hf.report import figures
 from tessy_hf.statistics import AUTHORS, PARTS
 
@@ -137,7 +137,7 @@ def _prompt(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     messages = row["messages"] or []
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    return [(str(message["role"]), _text(message["content"])) for message in messages]
+    return [(str(message["role"]), content_text(message["content"])) for message in messages]
 
 
 def _key(turns: Sequence[tuple[str, str]]) -> str:
@@ -166,7 +166,7 @@ def _pieces(row: Mapping[str, Any]) -> list[Piece]:
 
     Where the spans do not cover the text (rows of other origin, edited rows), nobody is said to have written it.
     """
-    whole, dialect = _assistant_text(row)
+    whole, dialect = assistant_text(row)
     spans = row.get("spans") or []
     if not whole or not spans or spans[0]["start"] != 0 or spans[-1]["end"] != len(whole):
         return [(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else []
@@ -183,24 +183,6 @@ def _pieces(row: Mapping[str, Any]) -> list[Piece]:
         pieces.append((author, part, span["tokens"], text))
         pieces += [(_MARK, part, 0, after)] if after else []
     return pieces
-
-
-def _assistant_text(row: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the text that the spans' offsets point into (see :func:`tessy_hf.columns.row`), and its dialect."""
-    messages = row["messages"] or []
-    if not messages or messages[-1]["role"] != "assistant":
-        return "", THINK_TAGS
-    thinking, content = messages[-1].get("thinking"), _text(messages[-1]["content"])
-    if thinking is None:
-        return content, THINK_TAGS
-    begun = HARMONY.open + thinking
-    spans = row.get("spans") or []
-    closed = not spans or spans[-1]["end"] > len(begun)
-    return begun + (HARMONY.close if closed else "") + content, HARMONY
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "" if content is None else json.dumps(content, default=str)
 
 
 def _details(row: Mapping[str, Any], turns: Sequence[tuple[str, str]]) -> dict[str, str]:
