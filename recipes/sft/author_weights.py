@@ -34,7 +34,7 @@ class Weights:
         given = (self.style, self.capability, self.answer)
         if not all(0 <= weight < float("inf") for weight in given) or not any(given):
             raise SettingsError(
-                f"The weights are {given}. Numbers of at least 0 are expected, not all of them 0; 1.0 is a plain share."
+                f"The weights are {given}. Numbers of at least 0 are expected, not all of them 0; 1.0 is plain."
             )
 
     def of(self, span):

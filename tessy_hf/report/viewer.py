@@ -221,7 +221,7 @@ def _page(*, title: str, index: str, summary: dict[str, Any], **head: Any) -> st
         "base-uri 'none'; form-action 'none'"
     )
     drawn = [
-        {"svg": Markup(_svg(name, summary)), "description": figures.describe(name, summary)}  # noqa: S704 - our own
+        {"svg": Markup(svg(figures.image(name, summary))), "description": figures.describe(name, summary)}  # noqa: S704 - our own
         for name in figures.NAMES
     ]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -231,14 +231,14 @@ def _page(*, title: str, index: str, summary: dict[str, Any], **head: Any) -> st
     return template.render(title=title, index=index, figures=drawn, **ours, **head)
 
 
-def _svg(name: str, summary: dict[str, Any]) -> str:
-    """Draw a figure whose colours and letters are those of the page around it, light or dark."""
-    drawn = figures.image(name, summary, "light", "svg").decode()
+def svg(image: bytes) -> str:
+    """Return a light figure with the colours and letters of the page around it, light or dark."""
+    drawn = image.decode()
     drawn = drawn[drawn.index("<svg") :]
     light = figures.THEMES["light"]
     colours = {
         light.text: "text", light.muted: "muted", light.line: "line", light.teacher: "teacher",
-        light.student: "student-fill",
+        light.student: "student-fill", light.third: "third",
     }  # fmt: skip
     for colour, variable in colours.items():
         drawn = drawn.replace(colour, f"var(--{variable})")
