@@ -56,7 +56,18 @@ class Side:
 
     name: str
     texts: list[Text]
-    tokens: dict[str, list[list[int]]] = field(default_factory=dict)
+    bags: list[tuple[Numbers, Numbers]] = field(default_factory=list)
+    """For each text its different tokens, and how often each occurs."""
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"thinking": [], "answer": []})
+    """For each text the tokens of its parts."""
+
+    def tokenize(self, vocabulary: Vocabulary) -> None:
+        """Count the tokens of all texts; the ids themselves are not kept."""
+        for text in self.texts:
+            parts = {part: vocabulary.encode(text.part(part)).ids for part in self.lengths}
+            for part, ids in parts.items():
+                self.lengths[part].append(len(ids))
+            self.bags.append(np.unique(np.array(sum(parts.values(), []), dtype=np.int32), return_counts=True))
 
 
 def read(row: Mapping[str, Any]) -> Text | None:
@@ -159,9 +170,8 @@ def analyze(
         )
     sides = match(datasets, limit)
     for side in sides:
-        for part in ("thinking", "answer"):
-            side.tokens[part] = [vocabulary.encode(text.part(part)).ids for text in side.texts]
-    vectors = tf_idf([_bags(side) for side in sides])
+        side.tokenize(vocabulary)
+    vectors = tf_idf([side.bags for side in sides])
     told: dict[str, Any] = {
         "names": [side.name for side in sides],
         "prompts": len(sides[0].texts),
@@ -181,26 +191,23 @@ def analyze(
 # --- bags of tokens
 
 
-def _bags(side: Side) -> list[Counter[int]]:
-    pairs = zip(side.tokens["thinking"], side.tokens["answer"], strict=True)
-    return [Counter(thinking) + Counter(answer) for thinking, answer in pairs]
-
-
-def tf_idf(bags: Sequence[Sequence[Mapping[int, int]]]) -> list[Any]:
+def tf_idf(bags: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> list[Any]:
     """Return each dataset's token counts as TF-IDF rows of length one; the document frequencies are of all texts.
 
     Raises:
         TessyError: scikit-learn is not installed.
     """
     try:
-        from sklearn.feature_extraction import DictVectorizer
+        from scipy.sparse import csr_matrix
         from sklearn.feature_extraction.text import TfidfTransformer
     except ImportError as error:
         raise TessyError(
             'Texts are compared with scikit-learn, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
-    named = ({str(token): count for token, count in bag.items()} for side in bags for bag in side)
-    vectors = TfidfTransformer().fit_transform(DictVectorizer().fit_transform(named)).tocsr()
+    tokens, counts = zip(*(bag for side in bags for bag in side), strict=True)
+    begins = np.cumsum([0, *map(len, tokens)])
+    counted = csr_matrix((np.concatenate(counts).astype(float), np.concatenate(tokens), begins))
+    vectors = TfidfTransformer().fit_transform(counted).tocsr()
     rows = len(bags[0])
     return [vectors[at * rows : (at + 1) * rows] for at in range(len(bags))]
 
@@ -247,7 +254,7 @@ def principal_components(vectors: Sequence[Any]) -> dict[str, Any]:
 
 
 def _lengths(side: Side) -> dict[str, Any]:
-    parts = {part: np.array([len(ids) for ids in side.tokens[part]]) for part in ("thinking", "answer")}
+    parts = {part: np.array(lengths) for part, lengths in side.lengths.items()}
     parts["row"] = parts["thinking"] + parts["answer"]
     return {
         part: {"mean": _mean(lengths), **{str(q): float(np.quantile(lengths, q)) for q in QUANTILES}}

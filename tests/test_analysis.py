@@ -217,7 +217,7 @@ def test_without_the_extra_one_is_told_what_to_install(monkeypatch, found):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(TessyError, match=r'pip install "tessy-hf\[report\]"'):
         page.draw("map", found)
-    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction", None)
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     with pytest.raises(TessyError, match=r'pip install "tessy-hf\[report\]"'):
         analysis.analyze({"a": PLAIN, "b": OTHER}, vocabulary("qwen"))
 

@@ -94,8 +94,8 @@ def _map(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
         some = points[:: -(-len(points) // POINTS)]
         x, y = zip(*some, strict=True)
         axes.scatter(x, y, s=7, color=colour, alpha=0.35, linewidths=0, label=name)
-    for (_, colour), _, centre in sides:
-        axes.scatter([centre[0]], [centre[1]], s=130, color=colour, edgecolors=theme.text, linewidths=1.5, zorder=3)
+    for size, ((_, colour), _, centre) in zip((260, 130, 50), sides, strict=False):  # rings, where they meet
+        axes.scatter([centre[0]], [centre[1]], s=size, color=colour, edgecolors=theme.text, linewidths=1.5, zorder=3)
     axes.grid(visible=True, axis="both")
     axes.set(xticks=[], yticks=[])
     put_legend(axes)
@@ -160,8 +160,8 @@ def _words(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
         for x, rate in enumerate(line):
             strength = 0.75 * rate**0.5 / darkest
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=theme.teacher, alpha=strength, linewidth=0))
-            told_rate = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
-            axes.text(x, y, told_rate, ha="center", va="center", size=8.5, color=theme.text)
+            said = "" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+            axes.text(x, y, said, ha="center", va="center", size=8.5, color=theme.text)
     axes.grid(visible=False)
     axes.set(xlim=(-0.5, len(words) - 0.5), ylim=(len(rates) - 0.5, -0.5))
     axes.set_xticks(range(len(words)), words, rotation=45, ha="right", rotation_mode="anchor", color=theme.text)
@@ -175,7 +175,7 @@ def _value(axes: Any, x: float, y: float, said: str, theme: Theme) -> None:
 
 def _rows(axes: Any, labels: list[str], longest: float, theme: Theme) -> None:
     axes.set_yticks(range(len(labels)), labels, color=theme.text)
-    axes.set(ylim=(len(labels) - 0.4, -0.5), xlim=(0, 1.17 * longest))
+    axes.set(ylim=(len(labels) - 0.3, -0.5), xlim=(0, 1.17 * longest))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
