@@ -26,6 +26,7 @@ from tessy_hf.provenance import (
     record,
 )
 from tessy_hf.report import figures, summarise
+from tessy_hf.shards import Rows
 
 HERE = Path(__file__).parent
 MINIATURE, STYLE_SPANS = HERE / "miniature", HERE / "style-spans"
@@ -37,7 +38,7 @@ def make_miniature(rows: int = 256) -> None:
     begun = now()
     prompts = demo.prompts(rows, seed=0)
     with demo.transform(seed=0, journal=None) as transform:
-        dataset = prompts.map(transform, batched=True, features=transform.features(prompts))
+        dataset = Rows(prompts.map(transform, batched=True, features=transform.features(prompts))).dataset()
         source = SourceRecord(id="tessy_hf.demo.prompts", split="train")
         run = record(transform.teacher, transform.student, transform.settings, transform.run_fingerprint, source)
     path = MINIATURE / ROWS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -221,6 +222,65 @@ def report(
     shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
     size = out.stat().st_size / 1e6
     Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def analyze(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C]",
+            help="Two or three datasets of the same prompts, tessy rows or plain traces: .parquet or .jsonl files, "
+            "saved folders, or datasets on the Hub (me/data@v1.0.0).",
+            show_default=False,
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The student's tokenizer, a folder or a Hub id. --student is enough.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The student itself: how unlikely it finds the texts is measured too.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("analysis.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")] = False,
+    split: Annotated[str, typer.Option(help="Which split, where there are several.")] = "train",
+    limit: Annotated[int, typer.Option(help="Most prompts to compare.")] = 10_000,
+    nll_rows: Annotated[int, typer.Option(help="How many rows of each dataset the student reads.")] = 200,
+) -> None:
+    """Compare datasets of the same prompts: similarity, lengths, authors, words, and the student's own view."""
+    from tessy_hf.analysis import analyze as compare
+    from tessy_hf.report import analysis, open_dataset, short_names
+
+    if student is None and tokenizer is None:
+        raise SettingsError("No tokenizer is named. Pass --student or --tokenizer with the model to be trained.")
+    vocabulary, model = _student(tokenizer or str(student), student)
+    datasets = {name: open_dataset(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
+    told = compare(datasets, vocabulary, limit=limit, student=model, nll_rows=nll_rows)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    analysis.write(out, told)
+    for one in told["similarity"]:
+        Console().print(f"{' and '.join(one['of'])}: similarity {one['mean']:.3f}", markup=False, soft_wrap=True)
+    Console().print(f"{told['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
+
+
+def _student(tokenizer: str, student: str | None) -> tuple[Any, Any]:
+    """Load the student's tokenizer, and the student if it is to read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tessy_hf.vocabulary import Vocabulary
+
+    try:
+        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(tokenizer), tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(student, use_safetensors=True) if student else None
+    except (OSError, ValueError) as error:
+        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SettingsError(
+            f"{student or tokenizer!r} cannot be loaded: {seen}. A folder or a Hub id with a tokenizer (for --student "
+            "with weights as safetensors too) is expected; check the name and HF_TOKEN."
+        ) from error
+    return vocabulary, model.eval() if model is not None else None
 
 
 def _finished(rows: str, split: str) -> Any:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from tessy_hf.dialects import HARMONY, THINK_TAGS, Dialect
 from tessy_hf.errors import DatasetError
 from tessy_hf.trajectory import Author, Message, Trajectory
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-    from tessy_hf.dialects import Dialect
     from tessy_hf.vocabulary import Vocabulary
 
 COLUMNS = (
@@ -158,6 +159,28 @@ def row(
         "run_fingerprint": run_fingerprint,
         "seed": trajectory.seed,
     }
+
+
+def content_text(content: Any) -> str:
+    """Return a message's content as text, whatever a dataset keeps there."""
+    return content if isinstance(content, str) else "" if content is None else json.dumps(content, default=str)
+
+
+def assistant_text(row: Mapping[str, Any]) -> tuple[str, Dialect]:
+    """Return the text that a finished row's span offsets point into (see :func:`row`), and its dialect.
+
+    The text is empty where the row ends in no assistant message.
+    """
+    messages = row["messages"] or []
+    if not messages or messages[-1]["role"] != "assistant":
+        return "", THINK_TAGS
+    thinking, content = messages[-1].get("thinking"), content_text(messages[-1]["content"])
+    if thinking is None:
+        return content, THINK_TAGS
+    begun = HARMONY.open + thinking
+    spans = row.get("spans") or []
+    closed = not spans or spans[-1]["end"] > len(begun)
+    return begun + (HARMONY.close if closed else "") + content, HARMONY
 
 
 def _share(tokens: Mapping[Author, int], author: Author) -> float | None:

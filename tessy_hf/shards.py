@@ -28,9 +28,19 @@ BATCH_ROWS = 64
 ROW_GROUP_BYTES = 16 << 20
 """About how many bytes, uncompressed, a row group holds; as much is in memory."""
 
+TRAINERS_OWN = frozenset(
+    "prompt completion chosen rejected conversations input_ids labels completion_mask assistant_masks seq_lengths "
+    "image images".split()
+)
+"""Columns that ``trl.SFTTrainer`` reads in place of ``messages``, or as tokens it has made itself (TRL 1.16,
+``SFTTrainer._prepare_dataset`` and ``data_utils.is_conversational``)."""
+
 
 class Rows:
     """Finished rows of one of three kinds, as tables with one schema.
+
+    Prompts' columns that a trainer would take for its own (:data:`TRAINERS_OWN`) get ``source_`` before their names,
+    so that what is released trains as it is.
 
     Args:
         rows: A ``Dataset``, an ``IterableDataset``, a :class:`Journal`, or a journal's path.
@@ -38,7 +48,7 @@ class Rows:
         max_attempts: How many attempts at a row of the journal may have failed for it to count as done, and failed.
 
     Raises:
-        DatasetError: The rows have no schema, or lack columns that the transform adds.
+        DatasetError: The rows have no schema, lack columns that the transform adds, or a name would be there twice.
         JournalError: The path is no journal, or the journal holds several runs.
     """
 
@@ -52,21 +62,22 @@ class Rows:
 
         self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
-            self.features: Features = _journal_features(self.given)
+            self._features: Features = _journal_features(self.given)
         elif isinstance(self.given, (Dataset, IterableDataset)):
-            self.features = _features(self.given)
+            self._features = _features(self.given)
         else:
             kind = type(rows).__name__
             hint = " Pass one split of it." if kind.endswith("Dict") else ""
             raise DatasetError(
                 f"push_to_hub got a {kind}. A Dataset, an IterableDataset or a journal is expected.{hint}"
             )
-        missing = [name for name in columns.COLUMNS if name not in self.features]
+        missing = [name for name in columns.COLUMNS if name not in self._features]
         if missing:
             raise DatasetError(
-                f"The rows have no {', '.join(missing)}. Columns: {', '.join(self.features)}. Expected are rows that "
+                f"The rows have no {', '.join(missing)}. Columns: {', '.join(self._features)}. Expected are rows that "
                 "a TessyTransform has written, with all columns it adds; for other rows use their own push_to_hub()."
             )
+        self.features = _released(self._features)
 
     @property
     def count(self) -> int | None:
@@ -105,16 +116,20 @@ class Rows:
 
     def tables(self) -> Iterator[pa.Table]:
         """Iterate over the rows, in order, :data:`BATCH_ROWS` at a time."""
+        for part in self._tables():
+            yield _typed(part.rename_columns(list(self.features)), self.features)
+
+    def _tables(self) -> Iterator[pa.Table]:
         from datasets import Dataset
 
         if isinstance(self.given, Dataset):
-            rows = self.given.with_format("arrow")
+            rows = self.given.with_format("arrow").select_columns(list(self._features))
             for start in range(0, len(rows), BATCH_ROWS):
-                yield _typed(rows[start : start + BATCH_ROWS], self.features)
+                yield rows[start : start + BATCH_ROWS]
             return
         rows = iter(self._rows())
         while batch := list(islice(rows, BATCH_ROWS)):
-            yield table(batch, self.features)
+            yield table(batch, self._features)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.given, Journal):
@@ -130,6 +145,17 @@ def _features(rows: Dataset | IterableDataset) -> Features:
             "prompts.map(transform, batched=True, features=transform.features(prompts))."
         )
     return rows.features
+
+
+def _released(features: Features) -> Features:
+    names = {name: f"source_{name}" if name in TRAINERS_OWN else name for name in features}
+    twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
+    if twice:
+        raise DatasetError(
+            f"The rows have a column {twice!r}, and one more would get that name because trainers read "
+            f"{twice.removeprefix('source_')!r} as their own. Rename or remove one of the two."
+        )
+    return type(features)({names[name]: kind for name, kind in features.items()})
 
 
 def _typed(table: pa.Table, features: Features) -> pa.Table:

@@ -39,7 +39,7 @@ def finished(n, run="run-a", first=0):
     """Return finished rows, typed; each tenth failed, with nothing written."""
     from datasets import Features, Value
 
-    features = Features({"id": Value("string"), "prompt": Value("string"), **columns.schema(marks_in_content=True)})
+    features = Features({"id": Value("string"), "question": Value("string"), **columns.schema(marks_in_content=True)})
     assert isinstance(features["spans"], List)
     return Dataset.from_list([finished_row(number, run) for number in range(first, first + n)], features=features)
 
@@ -51,7 +51,7 @@ def finished_row(number, run="run-a"):
     span = {"author": "student", "part": "thinking", "start": 0, "end": len(text), "tokens": 9}
     return {
         "id": f"r{number}",
-        "prompt": f"what is {number}",
+        "question": f"what is {number}",
         "messages": chat if failed else [*chat, {"role": "assistant", "content": text}],
         "thinking": "" if failed else f"okay so {number}",
         "answer": "" if failed else f"it is {number}",

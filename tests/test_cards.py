@@ -153,7 +153,8 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
         "[`openai/gpt-oss-120b`](https://huggingface.co/openai/gpt-oss-120b)",
         "Prompts: [`me/prompts`](https://huggingface.co/datasets/me/prompts), split `train`",
         'load_dataset("me/data", split="train", revision="v1.0.0")',
-        'SFTTrainer("Qwen/Qwen3-8B"',
+        "args = SFTConfig(assistant_only_loss=True, max_length=None)",
+        'SFTTrainer("Qwen/Qwen3-8B", train_dataset=rows, args=args).train()',
         "tessy show me/data@v1.0.0",
         "The other columns are those of the prompts: `id`, `prompt`.",
     ):
@@ -197,18 +198,6 @@ def test_failures_of_an_older_release_are_not_in_the_metadata_of_one_without(sum
     data = cards.dataset_card(summary, manifest(version="2.0.0"), "me/data", before).data.to_dict()
     assert [file["split"] for file in data["configs"][0]["data_files"]] == ["train"]
     assert [split["name"] for split in data["dataset_info"]["splits"]] == ["train"]
-
-
-def test_the_training_snippet_makes_rows_with_a_completion(rows, summary):
-    card = str(cards.dataset_card(summary, manifest(), "me/data"))
-    snippet = re.search(r"(rows = rows\.filter.*?\n)SFTTrainer", card, re.S)[1]
-    names = {"rows": rows}
-    exec(snippet, names)
-    assert names["rows"].column_names == ["prompt", "completion"]
-    assert [message["role"] for message in names["rows"][0]["prompt"] + names["rows"][0]["completion"]] == [
-        "user",
-        "assistant",
-    ]
 
 
 # --- the metadata

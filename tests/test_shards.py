@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import IterableDataset, load_dataset
 
-from tessy_hf import shards
+from tessy_hf import columns, shards
+from tessy_hf.errors import DatasetError
 from tessy_hf.shards import Rows, ShardWriter
 from tests.hub_sweep import as_stream, finished
 from tests.test_transform import prompts, scripted
@@ -39,6 +40,17 @@ def test_files_and_row_groups_are_bounded(tmp_path, monkeypatch):
         metadata = pq.read_metadata(path)
         assert metadata.num_rows == shard.rows and metadata.num_row_groups > 1 or shard.rows <= 16
         assert shard.bytes == path.stat().st_size and shard.sha256 == shards.sha256(path)
+
+
+def test_columns_that_trainers_take_for_their_own_are_renamed(tmp_path):
+    rows = finished(5).rename_columns({"question": "prompt"}).add_column("images", [1] * 5)
+    for kind in (rows, as_stream(rows)):
+        released = Rows(kind).dataset()
+        assert released.column_names[1] == "source_prompt" and released.column_names[-1] == "source_images"
+        assert released["source_prompt"][:] == rows["prompt"][:] and released["messages"][:] == rows["messages"][:]
+    assert not shards.TRAINERS_OWN & {*columns.COLUMNS}
+    with pytest.raises(DatasetError, match="a column 'source_prompt'.*'prompt' as their own"):
+        Rows(rows.add_column("source_prompt", [1] * 5))
 
 
 def test_failed_rows_of_a_stream_are_typed_as_the_others(tmp_path):

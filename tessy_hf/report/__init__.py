@@ -53,7 +53,7 @@ def write_report(
     dataset = load(source, split, config_name)
     summary = summarise(dataset)
     other = load(against, split, config_name) if against is not None else None
-    names = _names(source, against)
+    names = short_names([source] if against is None else [source, against])
     shown = evenly(len(dataset), rows)
     viewer.write(
         out,
@@ -76,10 +76,25 @@ def load(source: str, split: str = "train", config_name: str | None = None) -> D
     Raises:
         DatasetError: There is none, it cannot be read, or it holds no chats.
     """
+    dataset = open_dataset(source, split, config_name)
+    if "messages" not in dataset.column_names:
+        raise DatasetError(
+            f"The rows of {source!r} have no column 'messages', in which the chat is expected. "
+            f"Columns: {', '.join(dataset.column_names)}. Pass rows that a TessyTransform has written."
+        )
+    return dataset
+
+
+def open_dataset(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
+    """Return the rows of a file, a folder or a dataset on the Hub, whatever their columns.
+
+    Raises:
+        DatasetError: There is none, or it cannot be read.
+    """
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = _load(source, split, config_name)
+        return _load(source, split, config_name)
     except (OSError, ValueError, LookupError, ArrowException, DatasetsError) as error:
         seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".!")
         raise DatasetError(
@@ -87,12 +102,6 @@ def load(source: str, split: str = "train", config_name: str | None = None) -> D
             f"dataset on the Hub such as me/data@v1.0.0 is expected, with a split {split!r}; check the name, the "
             "split and HF_TOKEN."
         ) from error
-    if "messages" not in dataset.column_names:
-        raise DatasetError(
-            f"The rows of {source!r} have no column 'messages', in which the chat is expected. "
-            f"Columns: {', '.join(dataset.column_names)}. Pass rows that a TessyTransform has written."
-        )
-    return dataset
 
 
 def _load(source: str, split: str, config_name: str | None) -> Dataset:
@@ -123,9 +132,8 @@ def evenly(rows: int, most: int) -> list[int]:
     return list(range(rows)) if rows <= most else [at * rows // most for at in range(most)]
 
 
-def _names(source: str, against: str | None) -> list[str]:
-    """Name the datasets by the ends of their paths, or by more of them where these are the same."""
-    sources = [source] if against is None else [source, against]
+def short_names(sources: list[str]) -> list[str]:
+    """Name datasets by the ends of their paths, or by more of them where these are the same."""
     short = [Path(given).name if Path(given).exists() else given for given in sources]
     return short if len(set(short)) == len(short) else sources
 

@@ -31,6 +31,7 @@ class Theme:
     teacher: str
     student: str
     background: str
+    third: str
 
     def of(self, author: str) -> str:
         """Return an author's colour."""
@@ -38,8 +39,8 @@ class Theme:
 
 
 THEMES = {
-    "light": Theme("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff"),
-    "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c"),
+    "light": Theme("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", "#0d7d5c"),
+    "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c", "#52c79e"),
 }
 
 ThemeName = Literal["light", "dark"]
@@ -59,7 +60,7 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
     Raises:
         TessyError: matplotlib is not installed.
     """
-    with _style(THEMES[theme]) as new_figure:
+    with style(THEMES[theme]) as new_figure:
         figure: Figure = new_figure()
         _DRAW[name](figure, summary, THEMES[theme])
         return figure
@@ -67,8 +68,13 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
 
 def image(name: str, summary: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
     """Draw one figure as a file. The same summary gives the same bytes with the same version of matplotlib."""
-    figure, buffer = draw(name, summary, theme), io.BytesIO()
-    with _style(THEMES[theme]):
+    return save(draw(name, summary, theme), theme, kind)
+
+
+def save(figure: Figure, theme: ThemeName, kind: Kind) -> bytes:
+    """Return a figure as a file."""
+    buffer = io.BytesIO()
+    with style(THEMES[theme]):
         plain = {"Date": None} if kind == "svg" else {"Software": None}
         transparent = kind == "svg"  # in the report the page shows through; a picture on its own is on paper
         figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=120)
@@ -115,7 +121,7 @@ def describe(name: str, summary: dict[str, Any]) -> str:
 def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     row, thinking = (summary["teacher_share"][part] for part in ("row", "thinking"))
-    _name(axes, "How much of a row the teacher wrote", "teacher's share of a row's tokens (%)", "rows")
+    name_axes(axes, "How much of a row the teacher wrote", "teacher's share of a row's tokens (%)", "rows")
     if not row["count"]:
         return _nothing(axes, theme)
     edges = [100 * edge for edge in row["histogram"]["edges"]]
@@ -126,7 +132,7 @@ def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> Non
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 10))
     _whole_numbers(axes)
-    _legend(axes)
+    put_legend(axes)
 
 
 def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
@@ -146,12 +152,14 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
         axes.stairs([100] * len(shares), edges, baseline=shares, fill=True, color=theme.student, label="student")
         axes.stairs(shares, edges, fill=True, color=theme.teacher, label="teacher")
     for axes in [axes for axes in panels if not axes.texts][:1]:
-        _legend(axes)
+        put_legend(axes)
 
 
 def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
-    _name(axes, "How long a span is", "length of a span of the thinking (tokens)", "share of the author's spans (%)")
+    name_axes(
+        axes, "How long a span is", "length of a span of the thinking (tokens)", "share of the author's spans (%)"
+    )
     spans = summary["spans"]
     if not any(spans[author]["count"] for author in AUTHORS):
         return _nothing(axes, theme)
@@ -166,12 +174,12 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
         axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {middle}")
     axes.set_xticks(places, labels[first:])
     axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
-    _legend(axes)
+    put_legend(axes)
 
 
 def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
-    _name(axes, "What the tokens were spent on", "tokens (the discarded ones in their author's own)", "")
+    name_axes(axes, "What the tokens were spent on", "tokens (the discarded ones in their author's own)", "")
     tokens, discarded = summary["tokens"], summary["discarded"]
     bars = {
         "thinking": tokens["thinking"],
@@ -196,8 +204,8 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
-    axes.xaxis.set_major_formatter(_thousands)
-    _legend(axes)
+    axes.xaxis.set_major_formatter(thousands)
+    put_legend(axes)
 
 
 _DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
@@ -211,7 +219,7 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
 
 
 @contextmanager
-def _style(theme: Theme) -> Iterator[Any]:
+def style(theme: Theme) -> Iterator[Any]:
     """Set how figures look while one is drawn or saved, and give what makes an empty one."""
     try:
         import matplotlib
@@ -243,6 +251,7 @@ def _style(theme: Theme) -> Iterator[Any]:
         "legend.fontsize": 9,
         "legend.frameon": False,
         "font.family": "DejaVu Sans",  # the one that comes with matplotlib: figures are the same everywhere
+        "text.parse_math": False,  # names are anybody's
         "svg.hashsalt": "tessy",
         "svg.fonttype": "none",  # text stays text: the page's own letters, and readable
         "figure.figsize": _SIZE,
@@ -254,13 +263,14 @@ def _style(theme: Theme) -> Iterator[Any]:
         yield Figure
 
 
-def _name(axes: Axes, title: str, x: str, y: str) -> None:
+def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Give a picture its title and its axes their names."""
     axes.set_title(title)
     axes.set_xlabel(x, labelpad=7)
     axes.set_ylabel(y, labelpad=7)
 
 
-def _legend(axes: Axes) -> None:
+def put_legend(axes: Axes) -> None:
     """Put the legend in one line between title and picture, where it covers nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3, borderpad=0, ncols=4, handlelength=1.3,
@@ -277,10 +287,11 @@ def _whole_numbers(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.yaxis.set_major_formatter(_thousands)
+    axes.yaxis.set_major_formatter(thousands)
 
 
-def _thousands(value: float, _position: float = 0) -> str:
+def thousands(value: float, _position: float = 0) -> str:
+    """Write a number short, as ticks are."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
         if value >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tessy_hf.dialects import HARMONY, THINK_TAGS
+from tessy_hf.columns import assistant_text, content_text
 from tessy_hf.report import figures
 from tessy_hf.statistics import AUTHORS, PARTS
 
@@ -137,7 +137,7 @@ def _prompt(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     messages = row["messages"] or []
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    return [(str(message["role"]), _text(message["content"])) for message in messages]
+    return [(str(message["role"]), content_text(message["content"])) for message in messages]
 
 
 def _key(turns: Sequence[tuple[str, str]]) -> str:
@@ -166,7 +166,7 @@ def _pieces(row: Mapping[str, Any]) -> list[Piece]:
 
     Where the spans do not cover the text (rows of other origin, edited rows), nobody is said to have written it.
     """
-    whole, dialect = _assistant_text(row)
+    whole, dialect = assistant_text(row)
     spans = row.get("spans") or []
     if not whole or not spans or spans[0]["start"] != 0 or spans[-1]["end"] != len(whole):
         return [(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else []
@@ -183,24 +183,6 @@ def _pieces(row: Mapping[str, Any]) -> list[Piece]:
         pieces.append((author, part, span["tokens"], text))
         pieces += [(_MARK, part, 0, after)] if after else []
     return pieces
-
-
-def _assistant_text(row: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the text that the spans' offsets point into (see :func:`tessy_hf.columns.row`), and its dialect."""
-    messages = row["messages"] or []
-    if not messages or messages[-1]["role"] != "assistant":
-        return "", THINK_TAGS
-    thinking, content = messages[-1].get("thinking"), _text(messages[-1]["content"])
-    if thinking is None:
-        return content, THINK_TAGS
-    begun = HARMONY.open + thinking
-    spans = row.get("spans") or []
-    closed = not spans or spans[-1]["end"] > len(begun)
-    return begun + (HARMONY.close if closed else "") + content, HARMONY
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "" if content is None else json.dumps(content, default=str)
 
 
 def _details(row: Mapping[str, Any], turns: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -239,7 +221,7 @@ def _page(*, title: str, index: str, summary: dict[str, Any], **head: Any) -> st
         "base-uri 'none'; form-action 'none'"
     )
     drawn = [
-        {"svg": Markup(_svg(name, summary)), "description": figures.describe(name, summary)}  # noqa: S704 - our own
+        {"svg": Markup(svg(figures.image(name, summary))), "description": figures.describe(name, summary)}  # noqa: S704 - our own
         for name in figures.NAMES
     ]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -249,14 +231,14 @@ def _page(*, title: str, index: str, summary: dict[str, Any], **head: Any) -> st
     return template.render(title=title, index=index, figures=drawn, **ours, **head)
 
 
-def _svg(name: str, summary: dict[str, Any]) -> str:
-    """Draw a figure whose colours and letters are those of the page around it, light or dark."""
-    drawn = figures.image(name, summary, "light", "svg").decode()
+def svg(image: bytes) -> str:
+    """Return a light figure with the colours and letters of the page around it, light or dark."""
+    drawn = image.decode()
     drawn = drawn[drawn.index("<svg") :]
     light = figures.THEMES["light"]
     colours = {
         light.text: "text", light.muted: "muted", light.line: "line", light.teacher: "teacher",
-        light.student: "student-fill",
+        light.student: "student-fill", light.third: "third",
     }  # fmt: skip
     for colour, variable in colours.items():
         drawn = drawn.replace(colour, f"var(--{variable})")

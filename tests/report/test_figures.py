@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 
 from tessy_hf.errors import TessyError
 from tessy_hf.report import figures
 from tessy_hf.statistics import Statistics
-from tests.finished import finished
+from tests.finished import FEATURES, finished
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,16 @@ def test_a_dataset_without_tokens_is_drawn_too(name):
     empty = Statistics().summary()
     assert "no tokens" in texts(figures.draw(name, empty))
     assert figures.image(name, empty).startswith(b"<?xml") and figures.describe(name, empty)
+
+
+@pytest.mark.parametrize("discarded", [0, 7])
+def test_a_dataset_of_failed_rows_alone_is_drawn_without_a_warning(tmp_path, discarded):
+    rows = [{**row, "discarded_teacher_tokens": discarded} for row in finished(99) if not row["spans"]]
+    statistics = Statistics()
+    statistics.add(Dataset.from_list(rows, features=FEATURES).data.table)
+    summary = statistics.summary()
+    assert summary["rows"] == len(rows) > 0 and not summary["lengths"]["row"]["max"]
+    assert all(path.stat().st_size > 3000 for path in figures.write(summary, tmp_path))
 
 
 def test_all_figures_are_written(tmp_path, summary):
