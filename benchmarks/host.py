@@ -1,16 +1,18 @@
 """What the method itself costs as rows grow: scripted engines without latency, and a predictor that is a table.
 
-Prints, for rows of 1k, 10k and 40k tokens, the processor time per accepted token of all but engines and predictors, and
-the memory of a row under way per token. A row's cost per token is not to depend on its length::
+Prints, for rows of 1k, 10k and 40k tokens, the processor time per accepted token of all but engines and predictors,
+and the memory of a row under way per token. Neither is to depend on how long the row is::
 
     python benchmarks/host.py [--tokens 1000 10000 40000]
 """
 
 import argparse
+import asyncio
+import gc
 import json
 import time
 import tracemalloc
-from functools import cached_property
+from functools import cached_property, partial
 from random import Random
 
 import numpy as np
@@ -41,11 +43,14 @@ class Timed:
 class TimedEngine(ScriptedEngine):
     """A scripted engine whose time is told apart."""
 
-    def __init__(self, script, clock, **options):
+    def __init__(self, script, clock, seen, **options):
         super().__init__(script, **options)
-        self.clock = clock
+        self.clock, self.seen = clock, seen
 
     async def complete(self, request):
+        if self.seen is not None:
+            self.seen(request)
+        await asyncio.sleep(0)  # as engines do
         with self.clock:
             return await super().complete(request)
 
@@ -79,11 +84,11 @@ def script(author, tokens, seed):
     return Script(texts, "done")
 
 
-def measure(tokens, rows, memory):
-    """Return the figures of rows of a length."""
+def run(tokens, rows, seen=None):
+    """Write rows of a length; ``seen`` is called at each request for text. Returns them and the seconds they took."""
     clock = Timed()
     speakers = {
-        author: Speaker(TimedEngine(lambda row, a=author: script(a, tokens, row), clock, name=author), Table(clock))
+        author: Speaker(TimedEngine(partial(script, author, tokens), clock, seen, name=author), Table(clock))
         for author in ("teacher", "student")
     }
     prompts = Dataset.from_dict({"id": [str(i) for i in range(rows)], "prompt": ["go on"] * rows})
@@ -91,15 +96,46 @@ def measure(tokens, rows, memory):
     with TessyTransform(**speakers, **settings) as transform:
         list(prompts.select([0]).map(transform, batched=True))  # loads what is loaded once
         clock.seconds = 0.0
-        run_clock = time.pthread_getcpuclockid(transform._run()._thread.ident)
-        if memory:
-            tracemalloc.start()
-        begin = time.clock_gettime(run_clock)
+        thread = time.pthread_getcpuclockid(transform._run()._thread.ident)
+        begin = time.clock_gettime(thread)
         finished = list(prompts.map(transform, batched=True, load_from_cache_file=False))
-        seconds = time.clock_gettime(run_clock) - begin - clock.seconds
-        accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in finished)
+        seconds = time.clock_gettime(thread) - begin - clock.seconds
     assert all(row["finish_reason"] == "length" for row in finished), "a row ended early"
-    return {"tokens": accepted // rows, "spans": len(finished[0]["spans"]), "host_us_per_token": 1e6 * seconds / accepted}
+    return finished, seconds
+
+
+def memory(tokens, rows=2):
+    """Return the bytes that a row under way takes at its end, for each of its tokens; scripts left out."""
+    most = 0
+
+    def seen(request):
+        nonlocal most, calls
+        calls += 1
+        if calls % 500 == 0:
+            own = tracemalloc.take_snapshot().filter_traces(
+                [tracemalloc.Filter(False, f"*{name}", all_frames=True) for name in ("scripted.py", "tracemalloc.py")]
+            )
+            most = max(most, sum(trace.size for trace in own.traces) - base)
+
+    calls = base = 0
+    run(100, 1)  # loads what is loaded once
+    gc.collect()
+    tracemalloc.start(6)
+    run(tokens, rows, seen)
+    tracemalloc.stop()
+    return most / (rows * tokens)
+
+
+def measure(tokens, rows):
+    """Return the figures of rows of a length."""
+    finished, seconds = run(tokens, rows)
+    accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in finished)
+    return {
+        "tokens_per_row": accepted // rows,
+        "spans_per_row": len(finished[0]["spans"]),
+        "host_cpu_us_per_accepted": 1e6 * seconds / accepted,
+        "bytes_per_token_in_flight": memory(tokens),
+    }
 
 
 def main():
@@ -109,7 +145,7 @@ def main():
     arguments = parser.parse_args()
     disable_progress_bars()
     for tokens in arguments.tokens:
-        print(json.dumps(measure(tokens, max(2, 80_000 // tokens), False)))
+        print(json.dumps(measure(tokens, max(2, 80_000 // tokens))), flush=True)
 
 
 if __name__ == "__main__":

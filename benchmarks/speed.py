@@ -1,9 +1,9 @@
 """How close TESSY comes to the raw engines: both in one process, in turns, on the miniature models.
 
-For each engine mode: the **bound** is plain generation, by the same engines, of just the tokens that the teacher and the
-student contributed, with the same rows in flight (one request per row and author, no boundaries, no hand-over); **tessy**
-is `ds.map`; **lockstep** is the released protocol (`lockstep.py`) on vLLM servers. Everything is greedy in float32, so the
-rows of all modes must be the same, which is asserted.
+For each engine mode: the **bound** is plain generation, by the same engines, of just the tokens that the teacher and
+the student contributed, with the same rows in flight (one request per row and author, no boundaries, no hand-over);
+**tessy** is `ds.map`; **lockstep** is the released protocol (`lockstep.py`) on vLLM servers. Everything is greedy in
+float32, so the rows of all modes must be the same, which is asserted.
 
     make bench
     make bench ARGS="--json --modes vllm-chunks --repeats 5"
@@ -199,7 +199,11 @@ def bound(transform, prompts, rows, in_flight):
     async def all_rows():
         await asyncio.gather(
             *(
-                one(number, [{"role": "user", "content": prompt["prompt"]}], (row["student_tokens"], row["teacher_tokens"]))
+                one(
+                    number,
+                    [{"role": "user", "content": prompt["prompt"]}],
+                    (row["student_tokens"], row["teacher_tokens"]),
+                )
                 for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
             )
         )
@@ -217,7 +221,10 @@ def lockstep(prompts, urls, in_flight):
     folders = {"teacher": (demo.TEACHER, demo.BOUNDARY_TEACHER), "student": (demo.STUDENT, demo.BOUNDARY_STUDENT)}
     speakers = {name: Speaker(TransformersEngine(model)) for name, (model, _) in folders.items()}
     classifiers = {
-        name: (AutoModelForTokenClassification.from_pretrained(str(folder)).eval(), BoundaryPredictor(str(folder)).vocabulary)
+        name: (
+            AutoModelForTokenClassification.from_pretrained(str(folder)).eval(),
+            BoundaryPredictor(str(folder)).vocabulary,
+        )
         for name, (_, folder) in folders.items()
     }
     writer = LockStep(speakers, urls, classifiers, BUDGET["max_thinking_tokens"])

@@ -45,4 +45,4 @@ def test_what_is_left_of_a_turn_decides_about_its_next_chunk():
 
 
 def test_it_begins_with_a_guess():
-    assert ChunkSizes(None).next("teacher", 0) == min(CANDIDATES, key=lambda size: cost(PRIOR, size))
+    assert ChunkSizes(None).next("teacher", 0) == min(CANDIDATES, key=lambda size: cost(PRIOR["teacher"], size))
