@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.dialects import HARMONY, THINK_TAGS, Dialect
 from tessy_hf.errors import DatasetError
-from tessy_hf.trajectory import Author, Message, Trajectory
+from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -29,8 +29,14 @@ COLUMNS = (
     "thinking_teacher_token_ratio",
     "discarded_teacher_tokens",
     "discarded_student_tokens",
+    "generated_teacher_tokens",
+    "generated_student_tokens",
     "finish_reason",
     "error",
+    "verdict",
+    "teacher_score",
+    "candidates",
+    "teacher_reference",
     "method",
     "run_fingerprint",
     "seed",
@@ -68,6 +74,15 @@ def schema(marks_in_content: bool) -> dict[str, Any]:
     text = Value("string")
     message = {"role": text, "content": text} | ({} if marks_in_content else {"thinking": text})
     span = {"author": text, "part": text, "start": Value("int32"), "end": Value("int32"), "tokens": Value("int32")}
+    candidate = {
+        "seed": Value("int64"),
+        "finish_reason": text,
+        "answer": text,
+        "verdict": Value("float64"),
+        "score": Value("float64"),
+        "judgement": text,
+        "chosen": Value("bool"),
+    }
     return {
         "messages": List(message),
         "thinking": text,
@@ -80,25 +95,37 @@ def schema(marks_in_content: bool) -> dict[str, Any]:
         "thinking_teacher_token_ratio": Value("float64"),
         "discarded_teacher_tokens": Value("int32"),
         "discarded_student_tokens": Value("int32"),
+        "generated_teacher_tokens": Value("int32"),
+        "generated_student_tokens": Value("int32"),
         "finish_reason": text,
         "error": text,
+        "verdict": Value("float64"),
+        "teacher_score": Value("float64"),
+        "candidates": List(candidate),
+        "teacher_reference": text,
         "method": text,
         "run_fingerprint": text,
         "seed": Value("int64"),
     }
 
 
-def check_columns(columns: Sequence[str], prompt_column: str, id_column: str | None = None) -> None:
-    """Check that the prompts are there and that nothing would be lost.
+def check_columns(
+    columns: Sequence[str], prompt_column: str, id_column: str | None = None, verified_column: str | None = None
+) -> None:
+    """Check that what is read is there and that nothing would be lost.
 
     Raises:
         DatasetError: A column is missing, or would be overwritten.
     """
-    for name, setting in ((prompt_column, "prompt_column"), (id_column, "id_column")):
+    for name, setting in (
+        (prompt_column, "prompt_column="),
+        (id_column, "id_column="),
+        (verified_column, 'verifier={"name": ..., "column": ...}'),
+    ):
         if name is not None and name not in columns:
             raise DatasetError(
                 f"The dataset has no column {name!r}. Columns: {', '.join(columns)}. "
-                f"Pass {setting}= with the name of the column to use."
+                f"Pass {setting} with the name of the column to use."
             )
     taken = [name for name in columns if name in COLUMNS and name != prompt_column]
     if taken:
@@ -116,6 +143,7 @@ def row(
     *,
     method: str,
     run_fingerprint: str,
+    draft: Draft | None = None,
 ) -> dict[str, Any]:
     """Return the columns of one row.
 
@@ -126,6 +154,7 @@ def row(
         dialect: The student's dialect, in which the row is written.
         method: The data recipe.
         run_fingerprint: The run's fingerprint.
+        draft: All that was written for the row, where that is more than the trajectory.
 
     Returns:
         One value per name in :data:`COLUMNS`. Span offsets are into the assistant text: the ``content`` of the last
@@ -139,6 +168,8 @@ def row(
     for span in spans:
         tokens[span["author"]] += span["tokens"]
         thought[span["author"]] += span["tokens"] if span["part"] == "thinking" else 0
+    draft = draft or Draft(trajectory.key, candidates=[Candidate(trajectory)])
+    chosen = next((one for one in draft.candidates if one.trajectory is trajectory), Candidate(trajectory))
     chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
     wrote = [dialect.assistant_message(thinking, answer, trajectory.closed)] if spans else []
     return {
@@ -153,8 +184,14 @@ def row(
         "thinking_teacher_token_ratio": _share(thought, "teacher"),
         "discarded_teacher_tokens": trajectory.discarded["teacher"],
         "discarded_student_tokens": trajectory.discarded["student"],
+        "generated_teacher_tokens": draft.generated("teacher"),
+        "generated_student_tokens": draft.generated("student"),
         "finish_reason": trajectory.finish_reason,
         "error": trajectory.error,
+        "verdict": chosen.verdict,
+        "teacher_score": chosen.score,
+        "candidates": [_candidate(one, one is chosen) for one in draft.candidates] if draft.judged else [],
+        "teacher_reference": draft.reference,
         "method": method,
         "run_fingerprint": run_fingerprint,
         "seed": trajectory.seed,
@@ -181,6 +218,18 @@ def assistant_text(row: Mapping[str, Any]) -> tuple[str, Dialect]:
     spans = row.get("spans") or []
     closed = not spans or spans[-1]["end"] > len(begun)
     return begun + (HARMONY.close if closed else "") + content, HARMONY
+
+
+def _candidate(candidate: Candidate, chosen: bool) -> dict[str, Any]:
+    return {
+        "seed": candidate.trajectory.seed,
+        "finish_reason": candidate.trajectory.finish_reason,
+        "answer": candidate.trajectory.text("answer"),
+        "verdict": candidate.verdict,
+        "score": candidate.score,
+        "judgement": candidate.judgement,
+        "chosen": chosen,
+    }
 
 
 def _share(tokens: Mapping[Author, int], author: Author) -> float | None:

@@ -8,6 +8,7 @@
     ├── JournalError       the journal cannot be read or written                     → nothing starts, or the run stops
     ├── HubError           the Hub refuses or does not answer                        → no version, or the complete one
     │   └── VersionError   a version cannot be pushed: it is there, or is no version → nothing starts
+    ├── SandboxError       programs cannot be kept from the network here             → nothing starts
     ├── PromptError        one row's prompt cannot be used                           → that row fails, with this text
     └── EngineError        an engine could not answer
         ├── RequestError   one request failed for good                               → that row fails, with this text
@@ -48,6 +49,10 @@ class HubError(TessyError, RuntimeError):
 
 class VersionError(HubError, ValueError):
     """A version cannot be pushed: it is there with other rows, lies below another, or is no version."""
+
+
+class SandboxError(TessyError, RuntimeError):
+    """This system cannot run programs apart in the way that was asked for."""
 
 
 class PromptError(TessyError, ValueError):

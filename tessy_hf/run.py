@@ -18,8 +18,7 @@ from typing import Any
 
 import datasets
 
-from tessy_hf import columns, prompts
-from tessy_hf.alternate import synthesize
+from tessy_hf import columns, methods, prompts, verifiers
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import DatasetError, JournalError, PromptError
 from tessy_hf.journal import Claim, Counts, Journal
@@ -27,7 +26,7 @@ from tessy_hf.progress import Progress
 from tessy_hf.provenance import RunRecord
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
-from tessy_hf.trajectory import Message, Prompt, Span, Trajectory
+from tessy_hf.trajectory import Draft, Message, Prompt, Span, Trajectory
 from tessy_hf.waits import Waits
 
 Batch = Mapping[str, Sequence[Any]]
@@ -77,6 +76,7 @@ class Run:
         self._describe = record
         self._teacher, self._student, self._settings = teacher, student, settings
         self._fingerprint = fingerprint
+        self._verifier = verifiers.build(settings.verifier)
         self._progress = Progress()
         self._waits = Waits(settings.request_timeout)
         self._journal = journal_of(self._settings, self._fingerprint)
@@ -127,6 +127,7 @@ class Run:
         self._own(asyncio.create_task(self._watch()))
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
+        await asyncio.to_thread(verifiers.check, self._verifier)
         if self._journal is not None:
             self._progress.say(self._journal.fingerprints().get(self._fingerprint), self._journal.path)
             self._own(asyncio.create_task(self._tick(self._journal)))
@@ -185,7 +186,8 @@ class Run:
         settings, this = self._settings, asyncio.current_task()
         if this is not None:
             self._own(this)
-        columns.check_columns(list(batch), settings.prompt_column, settings.id_column)
+        verified = verifiers.column(settings.verifier)
+        columns.check_columns(list(batch), settings.prompt_column, settings.id_column, verified)
         given_prompts = batch[settings.prompt_column]
         if isinstance(given_prompts, str) or given_prompts is None:
             raise DatasetError(
@@ -198,9 +200,10 @@ class Run:
                 if self._started is None:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
-                for given, prompt in zip(ids, given_prompts, strict=True):
+                for number, (given, prompt) in enumerate(zip(ids, given_prompts, strict=True)):
                     await self._window.acquire()
-                    tasks.append(self._own(asyncio.create_task(self._row(given, prompt, seen))))
+                    row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}
+                    tasks.append(self._own(asyncio.create_task(self._row(given, prompt, row, seen))))
                     tasks[-1].add_done_callback(lambda _: self._window.release())
             rows = await asyncio.gather(*tasks)
             if self._journal is not None:
@@ -210,21 +213,26 @@ class Run:
                 task.cancel()
         return {name: [row[name] for row in rows] for name in columns.COLUMNS}
 
-    async def _row(self, given: Any, prompt: Any, seen: set[str]) -> dict[str, Any]:
-        """Write one row, whatever its prompt is like."""
+    async def _row(self, given: Any, prompt: Any, row: Mapping[str, Any], seen: set[str]) -> dict[str, Any]:
+        """Write one row, whatever its prompt is like; ``row`` is what its verifier may read."""
         self._rows_seen += 1
         try:
             key, messages = prompts.read(given, prompt, self._settings, seen)
         except PromptError as error:
-            row = self._columns(Trajectory(str(given), finish_reason="error", error=str(error)), [])
+            done = self._columns(Trajectory(str(given), finish_reason="error", error=str(error)), [])
         else:
             work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
             with self._progress.row():
-                row = await (self._write(work) if self._journal is None else self._write_durably(work, self._journal))
-        self._progress.done(row)
-        return row
+                if self._journal is None:
+                    done = await self._write(work, row)
+                else:
+                    done = await self._write_durably(work, row, self._journal)
+        self._progress.done(done)
+        return done
 
-    def _columns(self, trajectory: Trajectory, messages: Sequence[Message]) -> dict[str, Any]:
+    def _columns(
+        self, trajectory: Trajectory, messages: Sequence[Message], draft: Draft | None = None
+    ) -> dict[str, Any]:
         return columns.row(
             trajectory,
             messages,
@@ -232,35 +240,46 @@ class Run:
             self._student.dialect,
             method=self._settings.method,
             run_fingerprint=self._fingerprint,
+            draft=draft,
         )
 
-    async def _write(self, prompt: Prompt) -> dict[str, Any]:
+    async def _attempt(
+        self, prompt: Prompt, given: Mapping[str, Any], draft: Draft, record: methods.Record | None = None
+    ) -> Trajectory:
+        return await methods.write(
+            prompt,
+            self._teacher,
+            self._student,
+            self._settings,
+            draft,
+            given=given,
+            verifier=self._verifier,
+            record=record,
+            waits=self._waits,
+        )
+
+    async def _write(self, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
         """Write a row, trying again after what was kept where that may help."""
-        plan, trajectory = self._settings.plan(prompt.key), None
-        for attempt in range(1, self._settings.max_attempts + 1):
-            trajectory = await synthesize(
-                prompt, self._teacher, self._student, plan, begun=trajectory, waits=self._waits
-            )
-            if not trajectory.retryable or attempt == self._settings.max_attempts:
+        draft = Draft(prompt.key, prompt.seed, self._settings.judged)
+        attempt = 1
+        while (trajectory := await self._attempt(prompt, given, draft)).retryable:
+            if attempt == self._settings.max_attempts:
                 break
             await asyncio.sleep(_pause(attempt))
-        assert trajectory is not None
-        return self._columns(trajectory, prompt.messages)
+            attempt += 1
+        return self._columns(trajectory, prompt.messages, draft)
 
-    async def _write_durably(self, prompt: Prompt, journal: Journal) -> dict[str, Any]:
+    async def _write_durably(self, prompt: Prompt, given: Mapping[str, Any], journal: Journal) -> dict[str, Any]:
         """Look a row up in the journal, or write it there as it is written."""
-        plan = self._settings.plan(prompt.key)
         while True:
             claim = await self._claim(prompt.key, journal)
             if claim.status == "finished":
                 return claim.columns
-            begun = Trajectory.resume(prompt.key, prompt.seed, claim.spans, claim.state)
+            draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
             try:
                 record = functools.partial(self._record, journal)
-                trajectory = await synthesize(
-                    prompt, self._teacher, self._student, plan, begun=begun, record=record, waits=self._waits
-                )
-                row = self._columns(trajectory, prompt.messages)
+                trajectory = await self._attempt(prompt, given, draft, record)
+                row = self._columns(trajectory, prompt.messages, draft)
             except BaseException:
                 journal.release(prompt.key)
                 raise
@@ -280,10 +299,10 @@ class Run:
             await asyncio.sleep(0.2)
         return claim
 
-    def _record(self, journal: Journal, trajectory: Trajectory, piece: Span) -> None:
+    def _record(self, journal: Journal, draft: Draft, piece: Span | None) -> None:
         if self._journal_error is not None:
             raise self._journal_error
-        journal.append(trajectory.key, [piece] if piece.text else [], trajectory.state())
+        journal.append(draft.key, [piece] if piece is not None and piece.text else [], draft.state())
         self._flush_soon(journal)
 
 

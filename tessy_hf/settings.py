@@ -1,6 +1,6 @@
 """What a run is told: keyword arguments or YAML in, checked settings and their fingerprint out.
 
-Knows nothing of how rows are written.
+The table of methods is here. Knows nothing of how rows are written.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from tessy_hf import verifiers
 from tessy_hf.alternate import Plan
 from tessy_hf.errors import SettingsError
 
@@ -20,7 +21,15 @@ FORMAT = 3
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
 
 Method = Literal[
-    "tessy", "tessy-teacher-answer", "student-only", "teacher-only", "teacher-think", "teacher-answer", "teacher-mix"
+    "tessy",
+    "tessy-teacher-answer",
+    "student-only",
+    "teacher-only",
+    "teacher-think",
+    "teacher-answer",
+    "teacher-mix",
+    "teacher-reference",
+    "teacher-score",
 ]
 
 _AUTHORS: dict[str, tuple[Any, Any]] = {
@@ -30,7 +39,12 @@ _AUTHORS: dict[str, tuple[Any, Any]] = {
     "teacher-only": ("teacher", "teacher"),
     "teacher-think": ("teacher", "student"),
     "teacher-answer": ("student", "teacher"),
+    "teacher-reference": ("student", "student"),  # who is shown the teacher's answer
+    "teacher-score": ("student", "student"),  # several times, and the teacher scores each
 }
+
+SCORED_CANDIDATES = 5
+"""How many candidates the paper lets the teacher choose from."""
 
 
 class Settings(BaseModel):
@@ -60,6 +74,12 @@ class Settings(BaseModel):
     """The column with the prompt: a string, or a list of chat messages ending in the user's turn."""
     id_column: str | None = None
     """The column that tells rows apart. Without one, equal prompts are one and the same row."""
+    best_of: int | None = Field(default=None, ge=1)
+    """The most candidates to write for a row: by default 5 for ``teacher-score``, else 1. The teacher scores all of
+    its 5; a verifier's are written one after the other, until it finds one right."""
+    verifier: Any = None
+    """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers`, a mapping with
+    its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
     system_prompt: str | None = None
     """A system message for both models, put before each prompt."""
 
@@ -89,7 +109,7 @@ class Settings(BaseModel):
                 hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
                 raise SettingsError(f"Unknown setting {name!r}. Known: {', '.join(cls.model_fields)}. {hint}")
         try:
-            return cls(**given)
+            checked = cls(**given)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
@@ -97,6 +117,46 @@ class Settings(BaseModel):
                 f"Setting {name}={first['input']!r} cannot be used: {first['msg'].lower()}. "
                 f"Pass for instance {name}={cls.model_fields[name].default!r}."
             ) from error
+
+        verifiers.build(checked.verifier)
+        checked._check_candidates()
+        return checked
+
+    def _check_candidates(self) -> None:
+        if self.tries > 1 and not self.judged:
+            raise SettingsError(
+                f"Setting best_of={self.best_of} leaves nothing to choose by. Pass a verifier, for instance "
+                'verifier="number", or method="teacher-score".'
+            )
+        if self.tries > 1 and self.temperature == 0:
+            raise SettingsError(
+                f"At temperature=0 all {self.tries} candidates of a row would be the same. Pass a higher temperature, "
+                "for instance temperature=0.6, or best_of=1."
+            )
+
+    @field_serializer("verifier")
+    def _describe(self, verifier: Any) -> dict[str, Any] | None:
+        return verifiers.describe(verifier)
+
+    @property
+    def tries(self) -> int:
+        """The most candidates to write for a row."""
+        return self.best_of or (SCORED_CANDIDATES if self.scored else 1)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the teacher scores the candidates."""
+        return self.method == "teacher-score"
+
+    @property
+    def shows_reference(self) -> bool:
+        """Whether the student is shown an answer of the teacher's."""
+        return self.method == "teacher-reference"
+
+    @property
+    def judged(self) -> bool:
+        """Whether candidates are judged, by the teacher or by a verifier."""
+        return self.scored or self.verifier is not None
 
     @property
     def alternates(self) -> bool:

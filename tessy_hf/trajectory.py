@@ -6,7 +6,7 @@ Knows nothing of models, tokenizers, datasets or files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Author = Literal["teacher", "student"]
@@ -114,3 +114,103 @@ class Trajectory:
     def resume(cls, key: str, seed: int, spans: Sequence[Span], state: Mapping[str, Any]) -> Trajectory:
         """Return an unfinished trajectory that goes on after ``spans``, from what :meth:`state` said of it."""
         return cls(key, spans=list(spans), seed=seed, **state)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One of the texts written for a row, and what was said of it.
+
+    Attributes:
+        trajectory: The text.
+        done: Whether it is written to its end, whatever that is.
+        score: What the teacher gave it, from 0 to 10; ``None`` where it was not asked or cannot be read.
+        judgement: The teacher's own words; ``None`` where it was not asked.
+        verdict: What the verifier said, 1 for right; ``None`` where it was not asked.
+    """
+
+    trajectory: Trajectory
+    done: bool = False
+    score: float | None = None
+    judgement: str | None = None
+    verdict: float | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """All that was written for one row so far, of which one candidate will be the row.
+
+    Attributes:
+        key: The row's identity.
+        seed: The row's seed.
+        judged: Whether its candidates are judged, by the teacher or by a verifier.
+        candidates: The candidates in order; the last one may be under way.
+        reference: The teacher's answer, where the student is shown one.
+        aside: Generated tokens that are in no candidate (reference, judgements), per author, in that author's own.
+    """
+
+    key: str
+    seed: int = 0
+    judged: bool = False
+    candidates: list[Candidate] = field(default_factory=list)
+    reference: str | None = None
+    aside: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
+
+    def generated(self, author: Author) -> int:
+        """Return how many tokens an author generated for this row, in its own tokens, whatever became of them."""
+        return self.aside[author] + sum(candidate.trajectory.generated[author] for candidate in self.candidates)
+
+    def state(self) -> dict[str, Any]:
+        """Return, as JSON values, what besides the spans of all candidates is needed to go on after them."""
+        under_way = [candidate.trajectory for candidate in self.candidates if not candidate.done]
+        state: dict[str, Any] = under_way[0].state() if under_way else {}
+        if not self.judged and self.reference is None:
+            return state
+        done = [_described(candidate) for candidate in self.candidates if candidate.done]
+        draft = {"reference": self.reference, "aside": dict(self.aside), "done": done}
+        return {**state, "draft": {**draft, "seed": under_way[0].seed if under_way else None}}
+
+    @classmethod
+    def resume(cls, key: str, seed: int, judged: bool, spans: Sequence[Span], state: Mapping[str, Any]) -> Draft:
+        """Return a draft that goes on after ``spans``, those of all its candidates, from what :meth:`state` said."""
+        own = dict(state)
+        told = own.pop("draft", None)
+        draft = cls(key, seed, judged)
+        if told is None:
+            draft.candidates = [Candidate(Trajectory.resume(key, seed, spans, own))] if own else []
+            return draft
+        draft.reference, draft.aside, left = told["reference"], told["aside"], list(spans)
+        for one in told["done"]:
+            kept, left = _split(left, one["characters"])
+            trajectory = Trajectory.resume(key, one["seed"], kept, one["state"])
+            trajectory.finish_reason = one["finish_reason"]
+            draft.candidates.append(Candidate(trajectory, True, one["score"], one["judgement"], one["verdict"]))
+        if told["seed"] is not None:
+            draft.candidates.append(Candidate(Trajectory.resume(key, told["seed"], left, own)))
+        return draft
+
+
+def _described(candidate: Candidate) -> dict[str, Any]:
+    """Describe a candidate that is done by all but its spans, which are told apart by their length."""
+    trajectory = candidate.trajectory
+    return {
+        "seed": trajectory.seed,
+        "finish_reason": trajectory.finish_reason,
+        "characters": sum(len(span.text) for span in trajectory.spans),
+        "state": trajectory.state(),
+        "score": candidate.score,
+        "judgement": candidate.judgement,
+        "verdict": candidate.verdict,
+    }
+
+
+def _split(spans: Sequence[Span], characters: int) -> tuple[list[Span], list[Span]]:
+    """Split spans after so many characters; the candidates' neighbours may have been joined into one."""
+    before: list[Span] = []
+    for index, span in enumerate(spans):
+        if not characters:
+            return before, list(spans[index:])
+        before.append(replace(span, text=span.text[:characters]))
+        if len(span.text) > characters:
+            return before, [replace(span, text=span.text[characters:]), *spans[index + 1 :]]
+        characters -= len(span.text)
+    return before, []

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from tessy_hf.errors import SettingsError, TessyError
 from tessy_hf.settings import Settings
+from tessy_hf.verifiers import Number
 
 SPEAKERS = {"teacher": {"engine": {"model": "t"}}, "student": {"engine": {"model": "s"}}}
 
@@ -107,6 +108,8 @@ CHANGES = {
     "max_answer_tokens": 99,
     "prompt_column": "question",
     "id_column": "id",
+    "best_of": 1,
+    "verifier": "number",
     "system_prompt": "Be brief.",
 }
 
@@ -127,6 +130,51 @@ def test_the_speakers_are_in_the_fingerprint_whatever_their_order():
     assert len({settings.fingerprint(speakers) for speakers in (SPEAKERS, other, roles)}) == 3
 
 
+def always(row):
+    return True
+
+
+def never(row):
+    return False
+
+
+def test_a_verifier_is_in_the_fingerprint_by_what_it_does_however_it_is_given():
+    def fingerprint(verifier):
+        return Settings.check(verifier=verifier).fingerprint(SPEAKERS)
+
+    ways = "number", {"name": "number"}, {"name": "number", "column": "reference_answer"}, Number()
+    assert len({fingerprint(way) for way in ways}) == 1
+    others = Number("expected"), {"name": "exact"}, always, never, None
+    assert len({fingerprint(way) for way in (*others, "number")}) == len(others) + 1
+    assert fingerprint(always) == fingerprint(always)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"best_of": 0}, "best_of=0"),
+        ({"best_of": 3}, "nothing to choose by"),
+        ({"best_of": 3, "verifier": "number", "temperature": 0}, "all 3 candidates"),
+        ({"method": "teacher-score", "temperature": 0}, "all 5 candidates"),
+        ({"verifier": "numbr"}, "exact, number, math-verify, python-tests"),
+        ({"verifier": {"name": "number", "colum": "x"}}, "Arguments: column"),
+        ({"verifier": {"function": "me.right", "hash": "0"}}, "'me.right'"),
+        ({"verifier": 3}, "not known"),
+    ],
+    ids=str,
+)
+def test_candidates_that_could_not_be_chosen_from_are_told(given, told):
+    with pytest.raises(SettingsError) as caught:
+        Settings.check(**given)
+    assert told in str(caught.value)
+
+
+def test_how_many_candidates_a_row_has():
+    assert [Settings.check(method=method).tries for method in ("tessy", "teacher-score")] == [1, 5]
+    assert Settings.check(method="teacher-score", best_of=2).tries == 2
+    assert Settings.check(verifier="exact", best_of=4).tries == 4
+
+
 # --- the plan of a row
 
 
@@ -139,15 +187,17 @@ def test_the_speakers_are_in_the_fingerprint_whatever_their_order():
         ("teacher-only", "teacher", "teacher"),
         ("teacher-think", "teacher", "student"),
         ("teacher-answer", "student", "teacher"),
+        ("teacher-reference", "student", "student"),
+        ("teacher-score", "student", "student"),
     ],
 )
 def test_a_method_says_who_thinks_and_who_answers(method, thinking, answer):
     settings = Settings.check(
-        method=method, chunk_tokens=5, temperature=0, top_p=0.5, max_thinking_tokens=6, max_answer_tokens=7
+        method=method, chunk_tokens=5, temperature=0.3, top_p=0.5, max_thinking_tokens=6, max_answer_tokens=7
     )
     plan = settings.plan("row-1")
     assert (plan.thinking, plan.answer) == (thinking, answer)
-    assert (plan.chunk_tokens, plan.temperature, plan.top_p) == (5, 0, 0.5)
+    assert (plan.chunk_tokens, plan.temperature, plan.top_p) == (5, 0.3, 0.5)
     assert (plan.max_thinking_tokens, plan.max_answer_tokens) == (6, 7)
     assert settings.alternates == (thinking == "alternate")
 

@@ -190,9 +190,9 @@ def _details(row: Mapping[str, Any], turns: Sequence[tuple[str, str]]) -> dict[s
     prompts = {text for _, text in turns}
     details = {}
     for name, value in row.items():
-        if name in _HIDDEN or value is None or value in prompts:
-            continue
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        if name in _HIDDEN or value is None or value == [] or text in prompts:
+            continue
         details[name] = text if len(text) <= DETAIL else text[:DETAIL] + " …"
     return details
 

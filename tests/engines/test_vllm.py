@@ -20,6 +20,9 @@ from tessy_hf import BoundaryPredictor, Speaker, TessyTransform, TransformersEng
 from tessy_hf.engines import vllm as module
 from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import EngineDeadError
+from tessy_hf.methods import write
+from tessy_hf.settings import Settings
+from tessy_hf.trajectory import Draft, Prompt
 from tests.engines.contract import ModelContract, request
 from tests.worlds import R1_KEEPS, save_models
 
@@ -154,6 +157,59 @@ def test_greedy_rows_are_those_of_transformers():
     for speaker in (streaming.teacher, streaming.student):
         speaker.boundary = BoundaryPredictor(speaker.boundary.model, engine="vllm", dtype="float32")
     assert rows(streaming, prompts) == expected
+
+
+AUTHORS = {
+    "tessy": ({"teacher", "student"}, {"student"}),
+    "tessy-teacher-answer": ({"teacher", "student"}, {"teacher"}),
+    "student-only": ({"student"}, {"student"}),
+    "teacher-only": ({"teacher"}, {"teacher"}),
+    "teacher-think": ({"teacher"}, {"student"}),
+    "teacher-answer": ({"student"}, {"teacher"}),
+    "teacher-mix": ({"teacher", "student"}, {"teacher", "student"}),
+    "teacher-reference": ({"student"}, {"student"}),
+    "teacher-score": ({"student"}, {"student"}),
+}
+
+
+def write_by_all_methods(kind):
+    """Write a few rows by each method, greedily, with one pair of engines."""
+    speakers = demo.transform(kind, journal=None)
+    teacher, student = speakers.teacher, speakers.student
+    asked = [Prompt(row["id"], [{"role": "user", "content": row["prompt"]}]) for row in demo.prompts(8, seed=2)]
+
+    async def rows(method):
+        best_of = {"best_of": 1} if method == "teacher-score" else {}
+        given = Settings.check(method=method, temperature=0, max_thinking_tokens=160, max_answer_tokens=32, **best_of)
+        drafts = [Draft(prompt.key, judged=given.judged) for prompt in asked]
+        work = (write(prompt, teacher, student, given, draft) for prompt, draft in zip(asked, drafts, strict=True))
+        return drafts, await asyncio.gather(*work)
+
+    async def run():
+        await teacher.start()
+        await student.start()
+        written = {method: await rows(method) for method in AUTHORS}
+        await teacher.close()
+        await student.close()
+        return written
+
+    return asyncio.run(run())
+
+
+def test_every_method_is_what_it_says_in_vllm():
+    written = write_by_all_methods("vllm")
+    here = write_by_all_methods("transformers")
+    for method, (thinking, answer) in AUTHORS.items():
+        drafts, rows = written[method]
+        assert {row.finish_reason for row in rows} <= {"stop", "length", "repetition"}, method
+        wrote = {part: {s.author for r in rows for s in r.spans if s.part == part} for part in ("thinking", "answer")}
+        if method == "teacher-reference":  # to a prompt unlike all it knows, the tiny student answers at once
+            wrote["thinking"] |= thinking
+        assert wrote == {"thinking": thinking, "answer": answer}, method
+        assert all((draft.reference is not None) == (method == "teacher-reference") for draft in drafts)
+        ended = [draft.candidates[0] for draft in drafts if draft.candidates[0].trajectory.finish_reason == "stop"]
+        assert all((one.judgement is not None) == (method == "teacher-score") for one in ended)
+        assert [row.spans for row in rows] == [row.spans for row in here[method][1]], method
 
 
 def test_harmony_and_r1_write_the_rows_that_they_write_with_transformers(tmp_path):

@@ -46,6 +46,12 @@ def test_files_and_folders_are_read(tmp_path, rows):
     assert len(load(str(tmp_path / "splits"), "test")) == 3
 
 
+def test_columns_of_lists_stand_among_a_row_s_details(rows):
+    tests = [["assert True"], []] * 20
+    details = [viewer._details(row, [("user", row["prompt"])]) for row in rows.add_column("tests", tests)]
+    assert details[0]["tests"] == '["assert True"]' and "tests" not in details[1] and "prompt" not in details[0]
+
+
 def test_the_command_writes_one_file_that_needs_no_other(tessy, tmp_path, rows):
     rows.to_parquet(tmp_path / "a.parquet")
     code, printed = tessy(tmp_path / "a.parquet", "--out", tmp_path / "r.html", "--rows", 10)

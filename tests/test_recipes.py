@@ -1,0 +1,212 @@
+"""The recipes that come along can be read, say what they need, and those that can run here run here."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
+from tessy_hf.recipe import read
+from tests.worlds import R1, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+RUNS = sorted([*RECIPES.glob("*.yaml"), RECIPES / "miniature" / "tessy.yaml"])
+PROMPTS = sorted((RECIPES / "prompts").glob("*.yaml"))
+
+
+def name_of(path):
+    return str(path.relative_to(RECIPES))
+
+
+@pytest.fixture
+def collect():
+    """The script that collects prompts."""
+    spec = importlib.util.spec_from_file_location("collect_prompts", RECIPES / "prompts" / "collect.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:The teacher and the student have no boundary predictor")
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_each_recipe_can_be_read_and_is_the_method(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    transform = TessyTransform.from_yaml(path)
+    assert transform.settings.method == "tessy" and len(transform.run_fingerprint) == 16
+    for speaker in (transform.teacher, transform.student):
+        assert speaker.boundary is not None
+
+
+@pytest.mark.parametrize("path", [*RUNS, *PROMPTS], ids=name_of)
+def test_each_recipe_names_its_hardware_first_and_claims_no_hours(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# Hardware: ")
+    assert "hours: run tessy plan" in first or "seconds" in first
+    assert f"({name_of(path)})" in (RECIPES / "README.md").read_text(), "the table of recipes/README.md lacks it"
+
+
+def test_each_served_model_has_its_command():
+    text = (RECIPES / "README.md").read_text()
+    served = {
+        (speaker["model"], re.search(r":(\d+)/", speaker["options"]["base_url"])[1])
+        for recipe in map(yaml.safe_load, map(Path.read_text, RUNS))
+        for speaker in (recipe["teacher"], recipe["student"])
+        if speaker["engine"] == "server"
+    }
+    assert len(served) == 3
+    for model, port in served:
+        assert re.search(rf"vllm serve {re.escape(model)} --port {port} --enable-scale-out", text), model
+
+
+def test_the_code_recipe_has_the_paper_s_figures():
+    settings = read(RECIPES / "qwen3-8b--gpt-oss-120b--code.yaml")[2]
+    assert (settings["chunk_tokens"], settings["temperature"]) == (20, 0.6)
+    assert settings["max_thinking_tokens"] + settings["max_answer_tokens"] == 40 * 1024
+
+
+def test_the_template_of_the_distilled_student_keeps_the_thinking():
+    student = read(RECIPES / "deepseek-r1-distill-llama-8b--gpt-oss-120b--math.yaml")[1]
+    tokenizer = make_tokenizer("r1")
+    engine = ScriptedEngine({}, tokenizer=tokenizer)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+    opened = tokenizer.apply_chat_template(chat, chat_template=R1, tokenize=False, add_generation_prompt=True)
+    given = tokenizer.chat_template
+    try:
+        speaker = Speaker(engine, chat_template=student.chat_template)
+        speaker.check_templates(student=True)
+        assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == opened
+    finally:
+        tokenizer.chat_template = given
+
+
+# --- collecting prompts
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": "json", "data_files": str(path), "split": "train"}
+
+
+@pytest.fixture
+def sources(tmp_path):
+    plain = write(
+        tmp_path / "plain.jsonl",
+        [
+            {"question": "Sort n numbers.", "domain": "code"},
+            {"question": "  sort N  numbers", "domain": "code"},  # a copy
+            {"question": "What is Git?", "domain": "code"},
+            {"question": "A cat.", "domain": "science"},
+            {"question": "", "domain": "code"},
+        ],
+    )
+    chats = write(
+        tmp_path / "chats.jsonl",
+        [
+            {"conversations": [{"from": "human", "value": "Find a path."}, {"from": "gpt", "value": "Dijkstra."}]},
+            {"conversations": [{"from": "human", "value": "Sort n numbers!"}, {"from": "gpt", "value": "sorted"}]},
+            {"conversations": [{"from": "human", "value": "Beyond the limit."}]},
+        ],
+    )
+    return [
+        {"load": plain, "prompt": "question", "where": {"domain": "code"}},
+        {"load": chats, "prompt": "conversations", "limit": 2},
+    ]
+
+
+@pytest.fixture
+def judged(collect, sources):
+    """Collect with a scripted judge who says what `said` has for a question."""
+
+    def run(said, instruction="{{ question }}: yes or no?", rows=10, **settings):
+        questions = {row["id"]: row["question"] for row in collect.unique(sources, collect.Counter())}
+        asked = []
+
+        def script(key):
+            return Script("let me see", said[questions[key]])
+
+        def fault(request):
+            asked.append(judge.vocabulary.decode(request.prompt_ids))
+
+        judge = Speaker(ScriptedEngine(script, fault=fault))
+        prompts, counts = collect.collect(sources, judge, instruction, rows, {"journal": None, **settings})
+        return prompts, counts, asked
+
+    return run
+
+
+SAID = {"Sort n numbers.": "yes", "What is Git?": "No.", "Find a path.": "Yes."}
+
+
+def test_each_question_is_asked_once_and_kept_where_the_judge_says_yes(judged):
+    prompts, counts, asked = judged(SAID)
+    assert {row["question"]: row["copies"] for row in prompts} == {"Sort n numbers.": 3, "Find a path.": 1}
+    assert prompts.column_names == ["id", "question", "source", "copies"]
+    assert counts == {"rows": 7, "questions": 5, "unique questions": 3, "yes": 2, "no": 1}
+    assert len(asked) == 2 * 3  # thinking and answer
+    assert not any("Dijkstra" in text or "cat" in text for text in asked)
+
+
+def test_what_is_neither_yes_nor_no_is_counted_and_left_out(judged):
+    prompts, counts, _ = judged({**SAID, "Find a path.": "yes, I think"})
+    assert prompts["question"] == ["Sort n numbers."] and counts["unclear"] == 1
+    prompts, counts, _ = judged({**SAID, "Find a path.": "yes " * 30}, max_answer_tokens=8)
+    assert prompts["question"] == ["Sort n numbers."] and counts["length"] == 1
+
+
+def test_rows_are_drawn_at_random_and_the_same_each_time(judged):
+    everything = dict.fromkeys(SAID, "yes")
+    drawn = [judged(everything, rows=2, seed=seed)[0]["question"] for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2
+    assert len({tuple(sorted(questions)) for questions in drawn}) > 1
+
+
+def test_a_rerun_asks_nothing_again(judged, tmp_path):
+    settings = {"journal": str(tmp_path / "prompts.journal")}
+    first, _, asked = judged(SAID, **settings)
+    again, counts, asked_again = judged(SAID, **settings)
+    assert asked and not asked_again
+    assert again["question"] == first["question"] and counts["yes"] == 2
+
+
+def test_the_instruction_of_the_recipe_shows_the_question(judged):
+    [recipe] = PROMPTS
+    instruction = recipe.with_name(yaml.safe_load(recipe.read_text())["instruction"]).read_text()
+    asked = judged(SAID, instruction=instruction)[2]
+    assert any("Find a path." in text and "programming contest" in text for text in asked)
+
+
+def test_the_recipe_for_prompts_can_be_read(collect):
+    [path] = PROMPTS
+    recipe = yaml.safe_load(path.read_text())
+    judge, settings = collect.read_judge(recipe, path)
+    assert judge.engine.model == "openai/gpt-oss-120b" and settings["temperature"] == 0
+    assert {"load", "prompt"} <= set.intersection(*map(set, recipe["sources"]))
+
+
+def test_it_runs_as_a_command_with_a_real_model(sources, tmp_path):
+    """The miniature teacher never says yes; what it says is counted."""
+    recipe = {
+        "sources": sources,
+        "instruction": "ask.jinja",
+        "rows": 5,
+        "judge": {"engine": "transformers", "model": str(demo.TEACHER)},
+        "ask": {"temperature": 0, "max_thinking_tokens": 60, "max_answer_tokens": 8, "journal": None},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "ask.jinja").write_text("calc 1 + 1 {# {{ question }} #}")
+    script = RECIPES / "prompts" / "collect.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "recipe.yaml", tmp_path / "out" / "prompts.parquet"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0 prompts in" in done.stdout and "unique questions: 3" in done.stdout and "unclear: 3" in done.stdout
+    assert (tmp_path / "out" / "prompts.parquet").exists()
