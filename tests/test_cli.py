@@ -2,16 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import load_dataset
 
 from tessy_hf import cli, demo
 from tessy_hf.boundary.predictor import is_shipped
+from tests.engines.servers import FakeServer
 from tests.test_transform import prompts, scripted
+from tests.worlds import make_tokenizer
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "miniature" / "tessy.yaml"
 
@@ -121,12 +125,14 @@ def test_the_small_predictor_is_measured_where_none_is_named(tessy, tmp_path):
     assert code == 0 and told["char_f1"] > 0.88
 
 
+def write_traces(path, n):
+    """Write a file of reasoning traces."""
+    says = (f"okay so {i} + 1 = {i + 1} . wait is that right ? yes " * 3 for i in range(n))
+    path.write_text("".join(json.dumps({"id": f"t{i}", "thinking": text}) + "\n" for i, text in enumerate(says)))
+
+
 def test_traces_are_annotated_by_a_recipe(tessy, tmp_path):
-    demo.prompts(3, seed=1).to_json(tmp_path / "none.jsonl")
-    traces = [
-        {"id": f"t{i}", "thinking": f"okay so {i} + 1 = {i + 1} . wait is that right ? yes " * 3} for i in range(3)
-    ]
-    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    write_traces(tmp_path / "traces.jsonl", 3)
     (tmp_path / "recipe.yaml").write_text(
         f"annotator: {{engine: transformers, model: {demo.STUDENT}}}\nwords: 20\nmax_thinking_tokens: 20\n"
     )
@@ -135,6 +141,40 @@ def test_traces_are_annotated_by_a_recipe(tessy, tmp_path):
     )
     assert code == 0 and "0 segments in" in printed  # the miniature student can count, but not annotate
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def mark_style(tokenizer):
+    """Answer at /v1/completions as a harmony model does that thinks a little, then marks what it knows as style."""
+
+    def answer(handler, body):
+        prompt = tokenizer.decode(body["prompt"])
+        segment = prompt.split("<input_text>")[-1].split("</input_text>")[0]
+        quotes = json.dumps(re.findall("okay so|wait", segment))
+        answers = "<|channel|>final<|message|>" in prompt.split("</input_text>")[-1]
+        ids = tokenizer.encode(f"{quotes}<|return|>" if answers else "I see .<|end|>")
+        reason = "stop" if len(ids) <= body["max_tokens"] else "length"
+        handler.reply({"choices": [{"token_ids": ids[: body["max_tokens"]], "finish_reason": reason}]})
+
+    return answer
+
+
+def test_the_annotation_recipe_works_with_any_openai_compatible_server(tessy, tmp_path):
+    tokenizer = make_tokenizer("harmony")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe = yaml.safe_load((RECIPE.parent.parent / "boundary" / "annotate.yaml").read_text())
+    served = {"id": recipe["annotator"]["model"], "max_model_len": 8192}
+    write_traces(tmp_path / "traces.jsonl", 3)
+    paths = {"/v1/completions": mark_style(tokenizer)}
+    with FakeServer(ways=("ids",), models=[served], paths=paths, tokenize=tokenizer.encode) as server:
+        options = {"base_url": server.url, "tokenizer": str(tmp_path / "tokenizer")}
+        recipe["annotator"]["options"] = options  # no Hub here
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        code, printed = tessy("annotate", tmp_path / "recipe.yaml", tmp_path / "traces.jsonl", tmp_path / "out")
+        asked = [tokenizer.decode(body["prompt"]) for path, body, _ in server.requests if path == "/v1/completions"]
+    assert code == 0 and "3 segments in" in printed and "accepted" in printed
+    assert all("Reasoning: low" in prompt for prompt in asked if "<input_text>" in prompt)
+    rows = load_dataset(str(tmp_path / "out"), split="train")
+    assert {span["text"] for row in rows for span in row["style_spans"]} == {"okay so", "wait"}
 
 
 def test_mistakes_about_predictors_end_in_a_sentence(tessy, tmp_path):

@@ -325,7 +325,7 @@ class _Answers:
     def add(self, segment: Drawn, order: int, answer: dict[str, Any]) -> None:
         """Keep an answer; it is on disk when this returns."""
         row = {**asdict(segment), "order": order, **answer}
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.rows[segment.id] = row

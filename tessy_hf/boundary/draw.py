@@ -1,6 +1,7 @@
 """Draw segments from reasoning traces: rows in, pieces of their thinking out, to be marked by an annotator.
 
-What is drawn from a trace depends on the trace and the seed alone, so a rerun draws the same. Knows nothing of models.
+What is drawn from a trace depends on the trace and the seed alone, so a rerun draws the same. Lone surrogates, which
+no tokenizer and no dataset can hold, become question marks. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -68,16 +69,16 @@ def draw(
     """Draw segments; ``source_model`` and ``family`` are those of the traces, where the rows do not say."""
     count = 0
     for row in traces:
-        text = thinking(row)
-        places = words(text) if text else []
-        if text is None or len(places) < FEWEST_WORDS:
+        text = _unicode(thinking(row) or "")
+        places = words(text)
+        if len(places) < FEWEST_WORDS:
             continue
-        trace = str(row.get("id") or digest(text))
+        trace = _unicode(row.get("id") or digest(text))
         about = {
             "trace_id": trace,
-            "problem_id": _problem(row) or trace,
-            "source_model": str(row.get("source_model") or source_model),
-            "family": str(row.get("family") or family),
+            "problem_id": _unicode(_problem(row) or trace),
+            "source_model": _unicode(row.get("source_model") or source_model),
+            "family": _unicode(row.get("family") or family),
         }
         random = Random(f"{settings.seed} {trace}")
         for first, last, aligned in _places(len(places), settings, random):
@@ -113,4 +114,8 @@ def _problem(row: Mapping[str, Any]) -> str:
 
 def digest(text: str) -> str:
     """Return a short hash."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _unicode(value: Any) -> str:
+    return str(value).encode("utf-8", "replace").decode()

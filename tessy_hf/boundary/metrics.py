@@ -6,9 +6,10 @@ ends. Accuracy alone would say little, for about 85% of the characters are capab
 
 Definitions, all free of the predictor's vocabulary where they do not name tokens:
 
-* Whitespace is nobody's: characters and tokens of whitespace alone are not counted. Beside the character F1 stands the
-  one with whitespace, where a run takes in the whitespace within it; what lies between two marked spans that touch is
-  not marked, so it counts as an error that no predictor of tokens can avoid.
+* Whitespace is nobody's, so no token of whitespace alone is judged. Characters are all that stand in the segment,
+  exactly as marked; a predicted span reaches from the first to the last letter of a run of style, with the whitespace
+  within it. What lies between two marked spans that touch is not marked, so it counts as an error that no predictor of
+  tokens can avoid; beside the character F1 stands the one without whitespace, which is free of it.
 * A word is style if it overlaps a marked span; it is *predicted* to be style if the token that holds its first letter
   is, for that is how the method judges it (:meth:`tessy_hf.alternate.Row.boundary`).
 * A span is a longest run of words of one kind; a predicted style span is right if it begins and ends at the same words
@@ -107,11 +108,11 @@ class Figures(BaseModel):
     segments: int
     tokens: int
     style_share: float
-    """Share of the written characters that is marked as style."""
+    """Share of the characters that is marked as style."""
     token_accuracy: float
     token_style: Score
     char: Score
-    char_f1_with_whitespace: float
+    char_f1_without_whitespace: float
     char_f1_interval: tuple[float, float]
     """95% interval of the character F1, drawing problems again (bootstrap)."""
     span: Score
@@ -129,7 +130,7 @@ class Evaluation(BaseModel):
 
     char_f1: float
     char_f1_by_family: dict[str, float]
-    char_f1_with_whitespace: float
+    char_f1_without_whitespace: float
     span_f1: float
     boundary_within_1_word: float
     model: str
@@ -151,9 +152,9 @@ class _Counts:
     """One segment's counts, from which all figures are summed up."""
 
     segment: Segment
+    length: int
     chars: tuple[int, int, int]
-    all_chars: tuple[int, int, int]
-    written: int
+    letters: tuple[int, int, int]
     spans: tuple[int, int, int]
     word_error: int
     token_error: int
@@ -194,7 +195,7 @@ def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment]) 
     return Evaluation(
         char_f1=overall.char.f1,
         char_f1_by_family={family: figures.char.f1 for family, figures in by_family.items()},
-        char_f1_with_whitespace=overall.char_f1_with_whitespace,
+        char_f1_without_whitespace=overall.char_f1_without_whitespace,
         span_f1=overall.span.f1,
         boundary_within_1_word=overall.boundary_words.within_1,
         model="",
@@ -252,13 +253,13 @@ def _count(reading: Reading, segment: Segment) -> _Counts:
     kinds = token_kinds(segment, reading.offsets)
     judged = (kinds != UNKNOWN) & ~np.isnan(reading.style)
     said = judged & (np.nan_to_num(reading.style) > 0.5)
-    predicted, covered = np.zeros(len(segment.text), dtype=bool), np.zeros(len(segment.text), dtype=bool)
-    for (start, end), style, known in zip(reading.offsets, said, judged, strict=True):
+    predicted = np.zeros(len(segment.text), dtype=bool)
+    for (start, end), style in zip(reading.offsets, said, strict=True):
         predicted[start:end] |= style
-        covered[start:end] |= known
-    joined, predicted = _joined(predicted, segment.written()), predicted & segment.written()
-    covered &= segment.written()
-    marked = segment.style() & covered
+    heard = [start for (start, _), share in zip(reading.offsets, reading.style, strict=True) if not np.isnan(share)]
+    begin = min(heard, default=len(segment.text))  # nothing is said of what stands before
+    written = segment.written()
+    predicted, marked, written = _joined(predicted, written)[begin:], segment.style()[begin:], written[begin:]
     marked_words = word_kinds(segment)
     own_kind = bool(marked_words) and marked_words[0]
     read_words = reading.words(segment.text, own_kind)
@@ -266,9 +267,9 @@ def _count(reading: Reading, segment: Segment) -> _Counts:
     read_tokens = [own_kind if np.isnan(reading.style[t]) else bool(said[t]) for t in tokens]
     return _Counts(
         segment=segment,
-        chars=(int((marked & predicted).sum()), int(predicted.sum()), int(marked.sum())),
-        all_chars=(int((segment.style() & joined).sum()), int(joined.sum()), int(segment.style().sum())),
-        written=int(covered.sum()),
+        length=len(marked),
+        chars=_char_counts(predicted, marked),
+        letters=_char_counts(predicted & written, marked & written),
         spans=_span_counts(read_words, marked_words),
         word_error=_first(read_words, own_kind) - _first(marked_words, own_kind),
         token_error=_first(read_tokens, own_kind) - _first([bool(k) for k in kinds[tokens]], own_kind),
@@ -286,6 +287,10 @@ def _joined(predicted: Mask, written: Mask) -> Mask:
         if joined[one] and joined[following]:
             joined[one:following] = True
     return joined
+
+
+def _char_counts(predicted: Mask, marked: Mask) -> tuple[int, int, int]:
+    return int((predicted & marked).sum()), int(predicted.sum()), int(marked.sum())
 
 
 def _first(kinds: Sequence[bool], own_kind: bool) -> int:
@@ -320,11 +325,11 @@ def _figures(counts: Sequence[_Counts]) -> Figures:
     return Figures(
         segments=len(counts),
         tokens=len(kinds),
-        style_share=_share(chars[:, 2].sum(), sum(count.written for count in counts)),
+        style_share=_share(chars[:, 2].sum(), sum(count.length for count in counts)),
         token_accuracy=_share((said == kinds).sum(), len(kinds)),
         token_style=Score.of((said & (kinds == 1)).sum(), said.sum(), (kinds == 1).sum()),
         char=Score.of(*chars.sum(axis=0)),
-        char_f1_with_whitespace=Score.of(*np.array([count.all_chars for count in counts]).sum(axis=0)).f1,
+        char_f1_without_whitespace=Score.of(*np.array([count.letters for count in counts]).sum(axis=0)).f1,
         char_f1_interval=_interval(chars, [count.segment.problem or count.segment.key for count in counts]),
         span=Score.of(*np.array([count.spans for count in counts]).sum(axis=0)),
         boundary_words=_boundary([count.word_error for count in counts]),

@@ -53,7 +53,7 @@ def parse(answer: str) -> list[str]:
     fence = _FENCE.fullmatch(answer)
     try:
         quotes = json.loads(fence[1] if fence else answer)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested beyond what the parser follows
         raise Rejected("not json") from None
     if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
         raise Rejected("not an array of strings")

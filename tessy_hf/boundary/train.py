@@ -67,7 +67,7 @@ class TrainingSettings(BaseModel):
     """Peak learning rate; it rises over the first tenth of the steps and falls along a cosine."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay."""
-    style_weight: float | Literal["balanced"] = "balanced"
+    style_weight: float | Literal["balanced"] = 1.0
     """How much more a style token counts than a capability token; ``balanced`` makes both kinds count the same."""
     tune_bias: bool = True
     """Whether the classifier's bias is moved, after training, to where the character F1 of the validation segments is
@@ -459,7 +459,7 @@ def _tune_bias(
 
 
 def best_bias(readings: Sequence[Reading], segments: Sequence[Segment]) -> float:
-    """Return what to add to the log-odds of style for the highest character F1.
+    """Return what to add to the log-odds of style for the highest character F1, whitespace left out.
 
     F1 is smoothed over neighbouring values first, so that the choice hangs less on single tokens.
     """

@@ -159,6 +159,14 @@ def test_aligned_segments_begin_at_a_span_start(tmp_path):
         assert row["text"] in starts and len(row["text"].split()) == 20
 
 
+def test_half_a_character_becomes_a_question_mark(tmp_path):
+    broken = {"id": "t\udc00", "problem_id": "p\ud800", "thinking": "\ud83d " + trace(1)}
+    found, _ = run(tmp_path, [broken, {"thinking": "\udfff " + trace(2)}], words=20, aligned_share=0.0, seed=2)
+    rows = load_dataset(str(tmp_path), split="train")
+    assert found.counts == {"accepted": 2} and (rows[0]["trace_id"], rows[0]["problem_id"]) == ("t?", "p?")
+    assert {segment.text for segment in draw([broken], Drawing(words=200))} == {"? " + trace(1)}
+
+
 def test_an_annotator_is_let_think_unless_its_template_closes_thinking(tmp_path):
     _, thinks = run(tmp_path / "a", traces(2))
     assert thinks.requests == 4

@@ -39,15 +39,17 @@ def test_a_perfect_reading_is_perfect():
     assert (figures.char.f1, figures.span.f1, figures.token_accuracy, figures.token_style.f1) == (1, 1, 1, 1)
     assert (figures.boundary_words.exact, figures.boundary_words.distribution) == (1, {0: 1})
     assert figures.char_f1_interval == (1, 1)
-    assert figures.style_share == pytest.approx(len("Okay,soWait,maybe") / len(SAID.replace(" ", "")))
+    assert figures.style_share == pytest.approx(len("Okay, soWait, maybe") / len(SAID))
 
 
-def test_characters_are_counted_without_whitespace():
-    figures = figures_of({0, 1, 2, 7})  # "Okay, so 3" and "Wait,"
-    right, predicted, marked = len("Okay,soWait,"), len("Okay,so3Wait,"), len("Okay,soWait,maybe")
+def test_characters_are_counted_as_they_are_marked():
+    found = evaluate_readings([by_word(segment(), {0, 1, 2, 7})], [segment()])  # "Okay, so 3" and "Wait,"
+    right, predicted, marked = len("Okay, soWait,"), len("Okay, so 3Wait,"), len("Okay, soWait, maybe")
+    figures = found.overall
     assert figures.char.precision == pytest.approx(right / predicted)
     assert figures.char.recall == pytest.approx(right / marked)
-    assert figures.char.f1 == pytest.approx(2 * right / (predicted + marked))
+    assert found.char_f1 == figures.char.f1 == pytest.approx(2 * right / (predicted + marked))
+    assert found.char_f1_without_whitespace == pytest.approx(2 * (right - 1) / (predicted - 2 + marked - 2))
     assert figures.span.f1 == 0
 
 
@@ -73,12 +75,36 @@ def test_a_segment_that_begins_with_capability_is_the_teachers():
     assert found.by_author["student"].boundary_words.distribution == {-1: 1}
 
 
-def test_whitespace_counts_beside_with_what_it_stands_in():
-    assert figures_of({0, 1, 7, 8}).char_f1_with_whitespace == 1
-    assert figures_of({0, 1}).char_f1_with_whitespace == pytest.approx(2 * 8 / (8 + 19))
+def test_a_gap_between_two_marks_that_touch_is_an_error_unless_whitespace_is_left_out():
     touching = Segment(SAID, ((0, 5), (6, 8)), problem="p")
     found = evaluate_readings([by_word(touching, {0, 1})], [touching])
-    assert (found.char_f1, found.char_f1_with_whitespace) == (1, pytest.approx(2 * 7 / (7 + 8)))
+    assert (found.char_f1, found.char_f1_without_whitespace) == (pytest.approx(2 * 7 / (7 + 8)), 1)
+
+
+def test_whitespace_of_its_own_token_belongs_to_the_run_around_it():
+    text = "so\n\nwait 3"
+    marked = Segment(text, ((0, 8),), problem="p")
+    offsets = [(0, 2), (2, 4), (4, 8), (8, 10)]
+    assert evaluate_readings([Reading(offsets, np.array([0.9, 0.1, 0.9, 0.1]))], [marked]).char_f1 == 1
+
+
+@given(st.data())
+def test_the_character_figures_are_those_of_plain_counting(data):
+    words_of = SAID.split(" ")
+    style = data.draw(st.sets(st.integers(0, len(words_of) - 1)))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(SAID)), max_size=8)))
+    marked = Segment(SAID, tuple(zip(cuts[::2], cuts[1::2], strict=False)), problem="p")
+    said = "".join(
+        ("x" * len(word) if i in style else "-" * len(word)) + ("x" if {i, i + 1} <= style else "-")
+        for i, word in enumerate(words_of)
+    )
+    truth = ["-"] * len(SAID)
+    for start, end in marked.spans:
+        truth[start:end] = "x" * (end - start)
+    right = sum(one == other == "x" for one, other in zip(said, truth, strict=False))
+    counted = said.count("x") + truth.count("x")
+    found = evaluate_readings([by_word(marked, style)], [marked])
+    assert found.char_f1 == pytest.approx(2 * right / counted if counted else 0)
 
 
 def test_a_span_of_several_marks_is_one_and_is_right_if_its_words_are():

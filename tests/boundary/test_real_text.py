@@ -9,12 +9,12 @@ import pytest
 import torch
 from datasets import load_dataset
 
+from benchmarks.replay import check, turns
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform
 from tessy_hf.boundary.metrics import read
 from tessy_hf.boundary.predictor import SHIPPED, is_shipped
 from tessy_hf.boundary.segments import read_segments
 from tessy_hf.boundary.train import train_boundary
-from tessy_hf.vocabulary import words
 from tests.worlds import make_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,13 +41,6 @@ def predictor(tmp_path_factory):
     predictor.close()
 
 
-def turns(predictor, text, own_kind):
-    """Cut a trace where a run of the author's own kind begins: what a model says that takes over in its own way."""
-    kinds, places = read(predictor, [text])[0].words(text, own_kind), words(text)
-    cuts = [places[i][0] for i in range(1, len(places)) if kinds[i] == own_kind != kinds[i - 1]]
-    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-
-
 def rows(predictor, replay, teacher_kind="harmony"):
     def speaker(author, kind):
         def play(key):
@@ -66,29 +59,24 @@ def rows(predictor, replay, teacher_kind="harmony"):
         return list(prompts.map(transform, batched=True, features=transform.features(prompts)))
 
 
-def check(found):
+def check_all(found):
     assert [row["problem_id"] for row in found] == list(TRACES)
     for row in found:
-        text, spans = row["messages"][-1]["content"], row["spans"]
-        assert row["finish_reason"] == "stop" and row["error"] is None and row["thinking"]
-        assert text == f"<think>\n{row['thinking']}\n</think>\n\n{row['answer']}"
-        assert "".join(text[span["start"] : span["end"]] for span in spans) == text
-        authors = [(span["author"], span["part"]) for span in spans]
-        assert all(one != next_one for one, next_one in zip(authors, authors[1:], strict=False))
-        assert row["answer"] == TRACES[row["problem_id"]]["student_answer"].strip()
+        check(row, TRACES[row["problem_id"]]["student_answer"])
+        assert row["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("teacher_kind", ["harmony", "qwen"])
 def test_traces_replayed_whole_come_out_whole(predictor, teacher_kind):
     found = rows(predictor, lambda text, _: text, teacher_kind)
-    check(found)
+    check_all(found)
     whole = "\n".join(row["thinking"] for row in found)
     assert not whole.isascii() and "\n\n" in whole and re.search(r"\n\s*(?:\d+\.|[-*]) ", whole)
 
 
 def test_students_spans_are_style_as_people_know_it(predictor):
-    found = rows(predictor, lambda text, own_kind: turns(predictor, text, own_kind))
-    check(found)
+    found = rows(predictor, lambda text, own_kind: turns(read(predictor, [text])[0], text, own_kind))
+    check_all(found)
     usual = {"okay", "wait", "so", "but", "maybe", "first", "hmm", "let", "let's", "however", "now", "alternatively"}
     usual |= {"i", "the", "then", "perhaps", "also", "for", "next", "therefore", "actually", "since", "another"}
 

@@ -53,3 +53,14 @@ def test_it_loads_as_a_stock_token_classifier():
     style = [group["word"].strip() for group in found if group["entity_group"] == "style"]
     assert "Okay" in style[0] and not any("Paris" in text for text in style)
     assert any(text.startswith("Wait") for text in style)
+
+
+def test_plain_counting_of_a_stock_pipelines_spans_gives_the_figure_of_the_card(found):
+    tag = pipeline("token-classification", model=str(FOLDER), aggregation_strategy="simple", device="cpu")
+    right = counted = 0
+    for segment in read_segments(HELD_OUT):
+        marked = {i for start, end in segment.spans for i in range(start, end)}
+        spans = [(g["start"], g["end"]) for g in tag(segment.text) if g["entity_group"] == "style"]
+        said = {i for start, end in spans for i in range(start, end)}
+        right, counted = right + len(said & marked), counted + len(said) + len(marked)
+    assert 2 * right / counted == pytest.approx(found.char_f1, abs=0.004)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lexical import LexicalTeacher
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -95,6 +95,8 @@ def train_tokenizer(traces: Sequence[Trace]) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    # So that the spans of a stock pipeline begin at a letter.
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     times = {"gpt-oss-120b": 3, "gpt-oss-20b": 2}  # their traces are shorter
     texts = (trace.text for trace in traces for _ in range(times.get(trace.source_model, 1)))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
