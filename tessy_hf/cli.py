@@ -69,6 +69,46 @@ def synthesize(
     _write(finished, out)
 
 
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe, or a release.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Prompts, as for synthesize.")],
+    rows: Annotated[int, typer.Option(help="How many rows the pilot writes; best a few times rows_in_flight.")] = 64,
+    prompts: Annotated[
+        int | None, typer.Option(help="How many prompts the whole run has; by default those of the file.")
+    ] = None,
+    teacher_gpus: Annotated[int, typer.Option(help="GPUs that the teacher has in the pilot.")] = 1,
+    student_gpus: Annotated[int, typer.Option(help="GPUs that the student has in the pilot.")] = 1,
+    split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Estimate what a run costs, from a short pilot whose rows are thrown away."""
+    from tessy_hf.estimate import estimate
+
+    given = _load(data, split, config, streaming=prompts is not None)
+    gpus = {"teacher": teacher_gpus, "student": student_gpus}
+    with _transform(recipe, change or [], None) as transform:
+        found = estimate(transform, given, prompts, rows, gpus)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    table = Table("", "kept tokens", "generated", "requests", "hours of work", "GPU-hours", box=None)
+    for name, cost in (("teacher", found.teacher), ("student", found.student)):
+        counts = (cost.kept_tokens, cost.generated_tokens, cost.requests)
+        table.add_row(name, *(f"{count:,}" for count in counts), f"{cost.hours:.3g}", f"{cost.gpu_hours:.3g}")
+    console, replicas = Console(), found.replicas
+    console.print(f"{found.prompts:,} prompts, from a pilot of {found.pilot_rows} ({found.pilot_failed} failed)")
+    console.print(table)
+    waiting = ", ".join(f"{share:.0%} for {name}" for name, share in found.waiting.items())
+    console.print(f"{found.hours:.3g} hours as the pilot was run; rows waited {waiting}: {found.bottleneck}-bound")
+    console.print(
+        f"as much work for both: {replicas['teacher']} teacher to {replicas['student']} student replicas",
+        highlight=False,
+    )
+
+
 def _transform(recipe: str, changes: list[str], run: str | None) -> TessyTransform:
     """Read a transform from a file, or from the record of a release."""
     from tessy_hf.transform import TessyTransform

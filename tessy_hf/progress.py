@@ -12,21 +12,28 @@ from typing import Any
 import multiprocess
 
 from tessy_hf.journal import Counts
+from tessy_hf.waits import Waits
 
 
 class Progress:
-    """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers."""
+    """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
 
-    def __init__(self) -> None:
+    Args:
+        waits: What the rows wait for.
+    """
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
         self.in_flight = 0
         self.failed = 0
         self.tokens = {"teacher": 0, "student": 0}
-        self._begin = time.monotonic()
+        self._begin: float | None = None  # of the first row: models load before it
         self._bar: Any = None
 
     @contextlib.contextmanager
     def row(self) -> Iterator[None]:
         """Count a row as in flight."""
+        self._begin = self._begin or time.monotonic()
         self.in_flight += 1
         try:
             yield
@@ -60,13 +67,21 @@ class Progress:
 
     def line(self) -> str:
         """Return what stands behind the count of rows."""
-        seconds = max(time.monotonic() - self._begin, 1e-9)
+        seconds = max(time.monotonic() - (self._begin or 0.0), 1e-9)
         teacher, student = self.tokens["teacher"], self.tokens["student"]
         share = teacher / (teacher + student) if teacher + student else 0.0
         return (
             f"{self.in_flight} in flight, {self.failed} failed, teacher {teacher / seconds:.0f} tok/s, "
-            f"student {student / seconds:.0f} tok/s, teacher share {share:.0%}"
+            f"student {student / seconds:.0f} tok/s, teacher share {share:.0%}{self._bottleneck(seconds)}"
         )
+
+    def _bottleneck(self, seconds: float) -> str:
+        """Say how much of the time each model had work, and for what the rows waited longest."""
+        loads = self._waits.loads()
+        if not loads:
+            return ""
+        busy = ", ".join(f"{name} {loads[name].busy / seconds:.0%} busy" for name in self.tokens if name in loads)
+        return f"; {busy}: {max(loads, key=lambda name: loads[name].waited).removesuffix('s')}-bound"
 
     def _open(self) -> None:
         from datasets.utils import tqdm

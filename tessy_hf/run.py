@@ -27,7 +27,7 @@ from tessy_hf.provenance import RunRecord
 from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Draft, Message, Prompt, Span, Trajectory
-from tessy_hf.waits import Waits
+from tessy_hf.waits import Load, Waits
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
@@ -77,8 +77,8 @@ class Run:
         self._teacher, self._student, self._settings = teacher, student, settings
         self._fingerprint = fingerprint
         self._verifier = verifiers.build(settings.verifier)
-        self._progress = Progress()
         self._waits = Waits(settings.request_timeout)
+        self._progress = Progress(self._waits)
         self._journal = journal_of(self._settings, self._fingerprint)
         self._journal_error: JournalError | None = None
         self._commit: asyncio.TimerHandle | None = None
@@ -100,6 +100,10 @@ class Run:
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def loads(self) -> dict[str, Load]:
+        """Return for what the rows waited so far."""
+        return self._waits.loads()
 
     def close(self) -> None:
         """Cancel what is under way, close the engines, end the loop."""

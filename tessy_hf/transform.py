@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
     from tessy_hf.journal import Counts
+    from tessy_hf.waits import Load
 
 TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
 """Those in this process, so that rows that carry only a fingerprint find what wrote them."""
@@ -131,6 +132,15 @@ class TessyTransform(functools.partial[Any]):
             JournalError: The journal cannot be read.
         """
         return count(dataset, self.settings, self.run_fingerprint)
+
+    def without_journal(self) -> TessyTransform:
+        """Return the same transform without a journal, for rows that are not to be kept."""
+        settings = self.settings.model_copy(update={"journal": None})
+        return self._make(self.teacher, self.student, settings, uuid.uuid4().hex, self.source)
+
+    def loads(self) -> dict[str, Load]:
+        """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
+        return RUNS[self._token].loads() if self._token in RUNS else {}
 
     # --- being called
 

@@ -1,4 +1,4 @@
-"""What a run waits for, so that what hangs is named, and ended when its time is over."""
+"""What a run waits for: what hangs is named, and ended when its time is over; what slows the run down is known."""
 
 from __future__ import annotations
 
@@ -6,8 +6,45 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from tessy_hf.errors import RequestError
+
+
+class Load(NamedTuple):
+    """How much something was waited for.
+
+    Attributes:
+        busy: Seconds in which any row waited for it.
+        waited: Seconds that all rows together did.
+        times: How often one began to.
+    """
+
+    busy: float = 0.0
+    waited: float = 0.0
+    times: int = 0
+
+    def __sub__(self, earlier: Load) -> Load:
+        """Return what came since then."""
+        return Load(self.busy - earlier.busy, self.waited - earlier.waited, self.times - earlier.times)
+
+
+@dataclass(slots=True)
+class _Meter:
+    """How many rows wait for something, and how long they did."""
+
+    rows: int = 0
+    at: float = 0.0
+    busy: float = 0.0
+    waited: float = 0.0
+    times: int = 0
+
+    def change(self, now: float, by: int) -> None:
+        self.times += by > 0
+        self.busy += (now - self.at) * (self.rows > 0)
+        self.waited += (now - self.at) * self.rows
+        self.rows, self.at = self.rows + by, now
 
 
 class Waits:
@@ -20,15 +57,19 @@ class Waits:
     def __init__(self, deadline: float | None = None) -> None:
         self._deadline = deadline
         self._since: dict[str, tuple[float, str]] = {}
+        self._loads: dict[str, _Meter] = {}
 
     @asynccontextmanager
-    async def on(self, row: str, what: str) -> AsyncIterator[None]:
-        """Wait for ``what`` on behalf of a row.
+    async def on(self, row: str, what: str, of: str = "") -> AsyncIterator[None]:
+        """Wait for ``what`` on behalf of a row, which is a part of ``of`` in :meth:`loads`.
 
         Raises:
             RequestError: The deadline passed. The row may be tried again.
         """
-        self._since[row] = asyncio.get_running_loop().time(), what
+        begin = asyncio.get_running_loop().time()
+        self._since[row] = begin, what
+        load = self._loads.setdefault(of or what, _Meter())
+        load.change(begin, 1)
         try:
             async with asyncio.timeout(self._deadline) as limit:
                 yield
@@ -42,6 +83,11 @@ class Waits:
             ) from error
         finally:
             self._since.pop(row, None)
+            load.change(asyncio.get_running_loop().time(), -1)
+
+    def loads(self) -> dict[str, Load]:
+        """Return how much each thing was waited for."""
+        return {name: Load(load.busy, load.waited, load.times) for name, load in self._loads.items()}
 
     def stalled(self, seconds: float) -> str | None:
         """Return what is waited for, where nothing came for so many seconds; else ``None``."""

@@ -1,6 +1,7 @@
 """What hangs is named, and ended when its time is over."""
 
 import asyncio
+import re
 
 import pytest
 from datasets import Dataset
@@ -8,6 +9,7 @@ from datasets import Dataset
 from tessy_hf import run
 from tessy_hf.engines.scripted import Script, ScriptedEngine
 from tessy_hf.errors import RequestError
+from tessy_hf.progress import Progress
 from tessy_hf.speaker import Speaker
 from tessy_hf.transform import TessyTransform
 from tessy_hf.waits import Waits
@@ -33,6 +35,47 @@ def test_a_timeout_of_somebody_elses_is_left_alone():
 
     with pytest.raises(TimeoutError, match="of a socket"):
         asyncio.run(fails())
+
+
+def test_it_is_known_how_long_rows_waited_for_what():
+    async def session():
+        waits, loop = Waits(), asyncio.get_running_loop()
+        begin = loop.time()
+        async with waits.on("a", "the teacher 'm'", of="teacher"), waits.on("b", "the teacher 'm'", of="teacher"):
+            await asyncio.sleep(0.05)
+        between = loop.time()
+        await asyncio.sleep(0.05)
+        async with waits.on("a", "the teacher 'm'", of="teacher"):
+            await asyncio.sleep(0.02)
+        async with waits.on("a", "the student 's'", of="student"):
+            pass
+        return waits.loads(), between - begin, loop.time() - between
+
+    loads, together, later = asyncio.run(session())
+    busy, waited, times = loads["teacher"]
+    assert times == 3
+    assert 0.07 <= busy <= together + later - 0.05
+    assert 0.12 <= waited <= busy + together
+    assert waited - busy == pytest.approx(together, abs=0.005)
+    assert 0 <= loads["student"].waited < 0.05
+
+
+def test_the_progress_line_names_what_slows_the_run_down():
+    async def session():
+        waits = Waits()
+        progress = Progress(waits)
+        with progress.row():
+            assert "bound" not in progress.line()
+            async with waits.on("a", "the student 's'", of="student"):
+                await asyncio.sleep(0.01)
+            async with waits.on("a", "the teacher 'm'", of="teacher"):
+                await asyncio.sleep(0.09)
+            return progress.line()
+
+    line = asyncio.run(session())
+    shares = re.search(r"teacher (\d+)% busy, student (\d+)% busy: teacher-bound$", line)
+    assert shares, line
+    assert 50 < int(shares[1]) <= 95 and 0 < int(shares[2]) < 40
 
 
 def test_nothing_is_stalled_while_something_comes():
