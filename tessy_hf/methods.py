@@ -230,7 +230,7 @@ class _Row:
         """
         own = {"thinking": text.text("thinking"), "answer": text.text("answer"), "finish_reason": text.finish_reason}
         try:
-            async with self.waits.on(self.prompt.key, "the verifier"):
+            async with self.waits.on(self.prompt.key, "the verifier", of="verifier"):
                 verdict = await asyncio.to_thread(verifier, {**self.given, **own})
         except RequestError:
             raise

@@ -80,7 +80,7 @@ def test_runs_that_are_killed_end_as_unbroken_ones(tmp_path, world, count, setti
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_run_that_is_told_to_end_goes_on_later(tmp_path, number):
-    work = Work("scripts", tmp_path / "killed", tuple(range(60)), {"chunk_tokens": 8, "rows_in_flight": 16})
+    work = Work("scripts", tmp_path / "killed", tuple(range(150)), {"chunk_tokens": 8, "rows_in_flight": 16})
     expected, _ = crashes.unbroken(work, tmp_path / "unbroken")
     code = crashes.kill_when(crashes.begin(work), work, 10_000, 0.0, number)
     assert code == (-number if number == signal.SIGTERM else 1)
