@@ -13,8 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from os.path import commonprefix
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request
@@ -199,8 +198,11 @@ class _Play:
             stop = self.turn_prompt + len(self.turn_ids) + 1
             now = self.vocabulary.decode(request.prompt_ids[self.turn_prompt : stop])
             before = self.vocabulary.decode(self.turn_ids)
-            same = len(commonprefix([now, before]))
-            self.cursor += max((end for _, end in words(before) if end <= same), default=0)
+            pairs = zip(
+                words(before), words(now), strict=False
+            )  # whole words: half of one may begin another's as well
+            kept = takewhile(lambda pair: before[slice(*pair[0])] == now[slice(*pair[1])], pairs)
+            self.cursor += max((own[1] for own, _ in kept), default=0)
         self.turns += 1
         self.turn_prompt, self.turn_ids = len(request.prompt_ids), []
         self._seek(self.cursor)
