@@ -316,7 +316,7 @@ class _Push:
                 )
             self._must_be_the_same(there, f"{self.repo.id}@{tag}")
             self.repo.say(f"{self.repo.id}@{tag} is there already, with {there.counts.rows} rows of this run")
-            return self._release(tags[tag], there, created=False)
+            return self._release(self.repo.resolve(tag), there, created=False)
         newer = [name for name in tags if _numbers(name) > _numbers(version)]
         if newer:
             raise VersionError(
