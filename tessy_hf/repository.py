@@ -7,6 +7,7 @@ to :meth:`Repository.call` may be taken twice, where an answer was lost: it must
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
+_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(?P<reset>\d+)")  # nothing remains, until so many seconds from now
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +313,9 @@ class Repository:
 
 
 def _pause(state: tenacity.RetryCallState, backoff: float) -> float:
-    """Return the seconds to wait: what the server asks for, else twice as long as the last time."""
+    """Return the seconds to wait: what the server asks for, in either of its ways, else twice as long as before."""
     error = (state.outcome and state.outcome.exception()) or HubError()
-    asked = getattr(getattr(_root(error), "response", None), "headers", {}).get("Retry-After", "")
-    return min(_LONGEST_PAUSE, float(asked) if asked.isdigit() else backoff * 2.0 ** (state.attempt_number - 1))
+    headers = getattr(getattr(_root(error), "response", None), "headers", {})
+    asked, limit = headers.get("Retry-After", ""), _LIMIT.search(headers.get("RateLimit", ""))
+    pause = float(asked) if asked.isdigit() else backoff * 2.0 ** (state.attempt_number - 1)
+    return min(_LONGEST_PAUSE, max(pause, float(limit["reset"])) if limit else pause)
