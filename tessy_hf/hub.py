@@ -316,7 +316,7 @@ class _Push:
                 )
             self._must_be_the_same(there, f"{self.repo.id}@{tag}")
             self.repo.say(f"{self.repo.id}@{tag} is there already, with {there.counts.rows} rows of this run")
-            return self._release(tags[tag], there, created=False)
+            return self._release(self.repo.resolve(tag), there, created=False)
         newer = [name for name in tags if _numbers(name) > _numbers(version)]
         if newer:
             raise VersionError(
@@ -366,7 +366,7 @@ class _Push:
         if on_main is None or main is None:
             return
         if f"v{on_main.version}" not in tags:
-            self._make_tag(f"v{on_main.version}", main)
+            self.repo.make_tag(f"v{on_main.version}", main)
         append = self.options.is_minor_step(on_main.version) if self.options.append is None else self.options.append
         if append:
             self.base, self.base_commit = on_main, main
@@ -425,7 +425,7 @@ class _Push:
             self.repo.call("make the first commit", lambda: self.repo.commit("main", [operation], "Begin"))
         if self.branch not in branches:
             self.repo.say(f"making the side branch {self.branch}")
-            self.repo.call("make a branch", self.repo.api.create_branch, branch=self.branch, exist_ok=True)
+            self.repo.make_branch(self.branch)
         else:
             self.repo.say(f"going on with the side branch {self.branch}")
 
@@ -665,7 +665,7 @@ class _Push:
         ]
 
     def _tag(self, commit: str, manifest: Manifest) -> Release:
-        self._make_tag(self.options.tag, commit)
+        self.repo.make_tag(self.options.tag, commit)
         there = self._manifest(self.repo.refs()[1].get(self.options.tag))
         if there != manifest:
             raise VersionError(
@@ -675,23 +675,13 @@ class _Push:
         self.repo.say(f"{self.repo.id}@{self.options.tag} is released")
         return self._release(commit, manifest, created=True)
 
-    def _make_tag(self, tag: str, commit: str) -> None:
-        self.repo.call(
-            "tag", self.repo.api.create_tag, tag=tag, revision=commit, tag_message=f"Release {tag}", exist_ok=True
-        )
-
     def _close_branch(self) -> None:
         """Take the side branch away. It is no harm if that fails: nobody reads it."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             if self.branch in self.repo.refs()[0]:
-                self.repo.call(
-                    "take the side branch away",
-                    self.repo.api.delete_branch,
-                    branch=self.branch,
-                    expected=HfHubHTTPError,
-                )
+                self.repo.delete_branch(self.branch)
         except (HubError, HfHubHTTPError) as error:
             logger.warning("The side branch %s of %s could not be taken away: %s", self.branch, self.repo.id, error)
 

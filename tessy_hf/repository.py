@@ -7,6 +7,7 @@ to :meth:`Repository.call` may be taken twice, where an answer was lost: it must
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
+_LIMIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(?P<reset>\d+)")  # nothing remains, until so many seconds from now
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,14 @@ def record_folder(config_name: str, split: str) -> str:
     return f"tessy/{config_name}/{split}"
 
 
+class _Lagging(HubError):
+    """The Hub answered from a copy that does not know yet what this process has done."""
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may succeed when made again: by the status, or for lack of an answer."""
+    if isinstance(error, _Lagging):
+        return True
     root = _root(error)
     status = _status(root)
     if status is not None:
@@ -89,6 +97,9 @@ class Repository:
         self.api = HfApi(token=token, library_name="tessy-hf", library_version=__version__)
         self._system = HfFileSystem(token=token, endpoint=self.api.endpoint, skip_instance_cache=True)
         self._where: dict[str, Any] = {"repo_id": repo_id, "repo_type": "dataset"}
+        self._last: dict[str, str] = {}  # where each branch was when last listed
+        self._left: dict[str, set[str | None]] = {}  # where branches no longer are, by this process's own doing
+        self._tags: set[str] = set()
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(may_pass),
             wait=lambda state: _pause(state, backoff),
@@ -140,9 +151,24 @@ class Repository:
     # --- reading
 
     def refs(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the branches and the tags, with their commits."""
-        found = self.call("list branches and tags", self.api.list_repo_refs)
-        branches, tags = ({ref.name: ref.target_commit for ref in refs} for refs in (found.branches, found.tags))
+        """Return the branches with their commits, and the tags; never as they were before this process's own steps.
+
+        A tag may be told by the id of its own object: to be read at, but :meth:`resolve` tells the commit.
+        """
+
+        def listing() -> tuple[dict[str, str], dict[str, str]]:
+            found = self.api.list_repo_refs(**self._where)
+            branches, tags = ({ref.name: ref.target_commit for ref in refs} for refs in (found.branches, found.tags))
+            late = [name for name, left in self._left.items() if branches.get(name) in left]
+            if late := [*late, *self._tags.difference(tags)]:
+                raise _Lagging(
+                    f"The Hub keeps telling {', '.join(late)} of {self.id} as before the last step. Nothing is lost; "
+                    "run it again in a minute."
+                )
+            return branches, tags
+
+        branches, tags = self.call("list branches and tags", listing)
+        self._last = branches
         return branches, tags
 
     def resolve(self, revision: str) -> str:
@@ -263,11 +289,33 @@ class Repository:
         done = self.api.create_commit(
             operations=operations, commit_message=message, revision=branch, parent_commit=parent, **self._where
         )
+        if done.oid != self._last.get(branch):  # it is the same where nothing was to be changed
+            self._left.setdefault(branch, set()).add(self._last.get(branch))
+            self._last[branch] = str(done.oid)
         return str(done.oid)
+
+    def make_branch(self, branch: str) -> None:
+        """Make a branch at ``main``, or keep the one that is there."""
+        self.call("make a branch", self.api.create_branch, branch=branch, exist_ok=True)
+        self._left.setdefault(branch, set()).add(None)
+
+    def delete_branch(self, branch: str) -> None:
+        """Take a branch away."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        self._left.pop(branch, None)
+        self.call("take the side branch away", self.api.delete_branch, branch=branch, expected=HfHubHTTPError)
+
+    def make_tag(self, tag: str, commit: str) -> None:
+        """Tag a commit, unless there is such a tag, wherever that is."""
+        self.call("tag", self.api.create_tag, tag=tag, revision=commit, tag_message=f"Release {tag}", exist_ok=True)
+        self._tags.add(tag)
 
 
 def _pause(state: tenacity.RetryCallState, backoff: float) -> float:
-    """Return the seconds to wait: what the server asks for, else twice as long as the last time."""
+    """Return the seconds to wait: what the server asks for, in either of its ways, else twice as long as before."""
     error = (state.outcome and state.outcome.exception()) or HubError()
-    asked = getattr(getattr(_root(error), "response", None), "headers", {}).get("Retry-After", "")
-    return min(_LONGEST_PAUSE, float(asked) if asked.isdigit() else backoff * 2.0 ** (state.attempt_number - 1))
+    headers = getattr(getattr(_root(error), "response", None), "headers", {})
+    asked, limit = headers.get("Retry-After", ""), _LIMIT.search(headers.get("RateLimit", ""))
+    pause = float(asked) if asked.isdigit() else backoff * 2.0 ** (state.attempt_number - 1)
+    return min(_LONGEST_PAUSE, max(pause, float(limit["reset"])) if limit else pause)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.errors import BoundaryError
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 CARD = Path(__file__).with_name("predictor_card.jinja")
 
@@ -130,7 +131,7 @@ def push_boundary(
         folder: What :func:`tessy_hf.boundary.train.train_boundary` wrote.
         repo_id: Where to, as ``name/model``; made if it is not there.
         private: Whether to make it private where it is made.
-        tag: A tag to set on the commit.
+        tag: A tag to set on the commit. One that is there stays, and is enough if it is of this very predictor.
         token: A token that may write; by default that of the environment.
         **card: See :func:`render_card`.
 
@@ -138,8 +139,8 @@ def push_boundary(
         The id of the commit, for ``revision=``.
 
     Raises:
-        BoundaryError: The folder holds no predictor that states its label convention, or the Hub refused. As there is
-            one commit, nothing is ever half there; run it again.
+        BoundaryError: The folder holds no predictor that states its label convention, the tag is of another, or the
+            Hub refused. As there is one commit, nothing is ever half there; run it again.
     """
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -154,6 +155,8 @@ def push_boundary(
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         api.auth_check(repo_id, write=True)
+        if tag is not None and tag in {there.name for there in api.list_repo_refs(repo_id).tags}:
+            return _tagged(api, repo_id, tag, operations)
         commit = api.create_commit(repo_id, operations, commit_message="Add the boundary predictor")
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
@@ -163,3 +166,33 @@ def push_boundary(
             "from `hf auth login`, a token that may write there; run it again."
         ) from error
     return str(commit.oid)
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str, operations: list[CommitOperationAdd]) -> str:
+    """Return the commit of a tag at which these very files are, as an earlier push may have left them.
+
+    Raises:
+        BoundaryError: Others are.
+    """
+    from huggingface_hub import RepoFile
+
+    found = api.get_paths_info(repo_id, [operation.path_in_repo for operation in operations], revision=tag)
+    there = {file.path: file for file in found if isinstance(file, RepoFile)}
+    for operation in operations:
+        file = there.get(operation.path_in_repo)
+        kept = file and (file.lfs.sha256 if file.lfs else file.blob_id)
+        if file is None or kept != _digest(operation, large=file.lfs is not None):
+            raise BoundaryError(
+                f"{repo_id} has a tag {tag!r} already, with another {operation.path_in_repo}. A tag does not move; "
+                "pass another one. Nothing was pushed."
+            )
+    return str(api.repo_info(repo_id, revision=tag).sha)
+
+
+def _digest(operation: CommitOperationAdd, *, large: bool) -> str:
+    """Return what the Hub knows a file's content by: its SHA-256 if it is large, else git's name for it."""
+    if large:
+        return operation.upload_info.sha256.hex()
+    with operation.as_file() as file:
+        data = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
