@@ -13,7 +13,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request
@@ -198,14 +199,16 @@ class _Play:
             stop = self.turn_prompt + len(self.turn_ids) + 1
             now = self.vocabulary.decode(request.prompt_ids[self.turn_prompt : stop])
             before = self.vocabulary.decode(self.turn_ids)
-            pairs = zip(
-                words(before), words(now), strict=False
-            )  # whole words: half of one may begin another's as well
-            kept = takewhile(lambda pair: before[slice(*pair[0])] == now[slice(*pair[1])], pairs)
-            self.cursor += max((own[1] for own, _ in kept), default=0)
+            same = len(commonprefix([now, before]))
+            whole = (end for _, end in words(before) if end <= same and self._is_word_end(self.cursor + end))
+            self.cursor += max(whole, default=0)
         self.turns += 1
         self.turn_prompt, self.turn_ids = len(request.prompt_ids), []
         self._seek(self.cursor)
+
+    def _is_word_end(self, character: int) -> bool:
+        """Return whether a word of the script ends there: half of one may begin another author's word as well."""
+        return not self.text[character : character + 1].strip()
 
     def _seek(self, character: int) -> None:
         """Find where a turn that begins at a character of the script begins in its ids, or inside one of them."""
