@@ -63,6 +63,9 @@ class Plan:
 
 _MOST_TOKENS_PER_CHARACTER = 4
 
+CACHE_GRAIN = 256
+"""Tokens that an engine may read of a prompt besides what is new: rolled back ones, and a block that is not full."""
+
 
 class Boundary(NamedTuple):
     """Where the current author's text ends.
@@ -232,6 +235,8 @@ class Row:
     transcript: Transcript = field(init=False)
     finish: FinishReason | None = None
     _stream: AsyncGenerator[Completion, None] | None = None
+    _asked: dict[Author, int] = field(default_factory=dict)  # how many ids an author's engine was last shown
+    _fresh: int = 0  # how many of those it is shown now are new
     _chunks: ChunkSizes = field(init=False)
     _judged: int = 0  # words of the tentative text whose kind is known
     _complete: int = 0  # words of it that were complete before the last chunk
@@ -286,6 +291,8 @@ class Row:
         if room <= 0:
             self.end("length")
             return None
+        self._fresh = len(ids) - self._asked.get(author, 0)
+        self._asked[author] = len(ids)
         return Request(
             row=self.prompt.key,
             order=self.prompt.order,
@@ -310,6 +317,7 @@ class Row:
                 "no reason. At least one token was expected; look at the engine's log."
             )
         self.trajectory.generated[author] += len(completion.token_ids)
+        self.waits.read_again += max(0, (completion.prompt_tokens_read or 0) - max(0, self._fresh) - CACHE_GRAIN)
         return completion
 
     async def _more(self, author: Author) -> Completion | None:

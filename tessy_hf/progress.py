@@ -13,6 +13,7 @@ import multiprocess
 
 from tessy_hf.journal import Counts
 from tessy_hf.waits import Waits
+from tessy_hf.window import Window
 
 
 class Progress:
@@ -20,10 +21,11 @@ class Progress:
 
     Args:
         waits: What the rows wait for.
+        window: Which rows may be in flight.
     """
 
-    def __init__(self, waits: Waits) -> None:
-        self._waits = waits
+    def __init__(self, waits: Waits, window: Window) -> None:
+        self._waits, self._window = waits, window
         self.in_flight = 0
         self.failed = 0
         self.tokens = {"teacher": 0, "student": 0}
@@ -71,8 +73,9 @@ class Progress:
         teacher, student = self.tokens["teacher"], self.tokens["student"]
         share = teacher / (teacher + student) if teacher + student else 0.0
         return (
-            f"{self.in_flight} in flight, {self.failed} failed, teacher {teacher / seconds:.0f} tok/s, "
-            f"student {student / seconds:.0f} tok/s, teacher share {share:.0%}{self._bottleneck(seconds)}"
+            f"{self.in_flight} in flight{self._window.reason}, {self.failed} failed, "
+            f"teacher {teacher / seconds:.0f} tok/s, student {student / seconds:.0f} tok/s, "
+            f"teacher share {share:.0%}{self._bottleneck(seconds)}"
         )
 
     def _bottleneck(self, seconds: float) -> str:

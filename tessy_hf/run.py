@@ -28,6 +28,7 @@ from tessy_hf.settings import Settings
 from tessy_hf.speaker import Speaker
 from tessy_hf.trajectory import Draft, Message, Prompt, Span, Trajectory
 from tessy_hf.waits import Load, Waits
+from tessy_hf.window import Window
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
@@ -37,6 +38,9 @@ REST = 40.0
 
 LONGEST_REST = 0.05
 """Seconds after which what was kept is committed in any case: an engine rarely takes less for a chunk of a row."""
+
+CHARACTERS_PER_TOKEN = 3
+"""Roughly, and rather too few than too many: only to plan by."""
 
 RUNS: dict[str, Run] = {}
 """What is live in this process, by the token of its transform. A forked child starts with none."""
@@ -78,7 +82,10 @@ class Run:
         self._fingerprint = fingerprint
         self._verifier = verifiers.build(settings.verifier)
         self._waits = Waits(settings.request_timeout)
-        self._progress = Progress(self._waits)
+        self._window = Window(
+            settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4
+        )
+        self._progress = Progress(self._waits, self._window)
         self._journal = journal_of(self._settings, self._fingerprint)
         self._journal_error: JournalError | None = None
         self._commit: asyncio.TimerHandle | None = None
@@ -89,7 +96,6 @@ class Run:
         self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
         self._loop = asyncio.new_event_loop()
         self._admission = asyncio.Lock()
-        self._window = asyncio.Semaphore(self._settings.rows_in_flight)
         self._thread = threading.Thread(target=self._loop.run_forever, name="tessy", daemon=True)
         self._thread.start()
 
@@ -140,6 +146,7 @@ class Run:
             await self._student.start()
         else:
             await asyncio.gather(self._teacher.start(), self._student.start())
+        self._window.open(self._teacher.engine.cache_tokens, self._student.engine.cache_tokens)
         if self._journal is not None:  # now that the models are there, their revisions are known
             described = await asyncio.to_thread(self._describe)  # reads files
             self._journal.describe(described.model_dump_json())
@@ -205,10 +212,10 @@ class Run:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
                 for number, (given, prompt) in enumerate(zip(ids, given_prompts, strict=True)):
-                    await self._window.acquire()
+                    await self._window.enter()
                     row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}
                     tasks.append(self._own(asyncio.create_task(self._row(given, prompt, row, seen))))
-                    tasks[-1].add_done_callback(lambda _: self._window.release())
+                    tasks[-1].add_done_callback(lambda _: self._window.leave())
             rows = await asyncio.gather(*tasks)
             if self._journal is not None:
                 self._journal.flush()  # now they are durable
@@ -231,8 +238,13 @@ class Run:
                     done = await self._write(work, row)
                 else:
                     done = await self._write_durably(work, row, self._journal)
+            self._learn_length(messages, done)
         self._progress.done(done)
         return done
+
+    def _learn_length(self, messages: Sequence[Message], row: Mapping[str, Any]) -> None:
+        prompt = sum(len(str(message["content"])) for message in messages) // CHARACTERS_PER_TOKEN
+        self._window.learn(prompt + row["teacher_tokens"] + row["student_tokens"], self._waits.read_again)
 
     def _columns(
         self, trajectory: Trajectory, messages: Sequence[Message], draft: Draft | None = None

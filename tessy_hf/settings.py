@@ -84,8 +84,9 @@ class Settings(BaseModel):
     """A system message for both models, put before each prompt."""
 
     # What follows changes how fast and how safely a run goes, never what it writes: it is not in the fingerprint.
-    rows_in_flight: int = Field(default=64, ge=1)
-    """Rows written at the same time, across all batches of the run."""
+    rows_in_flight: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
+    """Rows written at the same time, across all batches of the run: a number, or "auto" for as many as the engines'
+    caches hold rows of the lengths that are seen."""
     journal: str | None = "auto"
     """Where rows are kept as they are written, so that a rerun looks them up and goes on: a file, "auto" for one next
     to the datasets cache, or None for no journal."""

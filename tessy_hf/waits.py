@@ -52,12 +52,16 @@ class Waits:
 
     Args:
         deadline: Seconds that an engine or a predictor may take for one request; ``None`` for any time.
+
+    Attributes:
+        read_again: Tokens of rows that engines had to read once more, as their caches had thrown them out.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
         self._deadline = deadline
         self._since: dict[str, tuple[float, str]] = {}
         self._loads: dict[str, _Meter] = {}
+        self.read_again = 0
 
     @asynccontextmanager
     async def on(self, row: str, what: str, of: str = "") -> AsyncIterator[None]:

@@ -13,6 +13,7 @@ from tessy_hf.progress import Progress
 from tessy_hf.speaker import Speaker
 from tessy_hf.transform import TessyTransform
 from tessy_hf.waits import Waits
+from tessy_hf.window import Window
 from tests.rules import both, by_first_letter
 
 
@@ -63,7 +64,7 @@ def test_it_is_known_how_long_rows_waited_for_what():
 def test_the_progress_line_names_what_slows_the_run_down():
     async def session():
         waits = Waits()
-        progress = Progress(waits)
+        progress = Progress(waits, Window(64, 1000))
         with progress.row():
             assert "bound" not in progress.line()
             async with waits.on("a", "the student 's'", of="student"):

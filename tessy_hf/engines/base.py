@@ -84,6 +84,11 @@ class Engine(Protocol):
         """The most tokens a prompt and its completion may have together. Valid after :meth:`start`."""
         ...
 
+    @property
+    def cache_tokens(self) -> int | None:
+        """How many tokens of rows its cache holds; ``None`` where it does not tell. Valid after :meth:`start`."""
+        ...
+
     async def start(self) -> None:
         """Make the engine ready. May be called again; called from the loop that will call :meth:`complete`."""
         ...

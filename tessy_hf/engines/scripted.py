@@ -99,6 +99,11 @@ class ScriptedEngine:
             self._tokenizer = AutoTokenizer.from_pretrained(STUDENT)
         return self._tokenizer
 
+    @property
+    def cache_tokens(self) -> int | None:
+        """Return ``None``: it keeps nothing that could overflow."""
+        return None
+
     async def start(self) -> None:
         """Read the vocabulary."""
         if self._vocabulary is None:

@@ -82,6 +82,7 @@ class _Replica:
     most: int
     way: Way = "text"
     down: bool = False
+    cache_tokens: int | None = None
     _resting_until: float = 0.0
     _rest: float = 1.0
     _limit: float = field(init=False)
@@ -203,6 +204,12 @@ class ServerEngine:
         """Most tokens of prompt and completion."""
         assert self._live is not None, "start() comes first"
         return self._live.context_length
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """How many tokens the caches of all replicas hold together, where they tell."""
+        assert self._live is not None, "start() comes first"
+        return self._live.cache_tokens
 
     async def start(self) -> None:
         """Reach the servers and check that they serve this model with this tokenizer.
@@ -350,7 +357,24 @@ class _Live:
         length = self._served(replica, await self._send(replica, "GET", replica.url + "/models"))
         await self._check_tokenizer(replica)
         replica.way = await self._find_way(replica)
+        replica.cache_tokens = await self._cache_of(replica)
         return length
+
+    async def _cache_of(self, replica: _Replica) -> int | None:
+        """Return how many tokens a replica's cache holds, where it tells it among its metrics, as vLLM does."""
+        try:
+            answer = await self._client.get(replica.root + "/metrics")
+        except self._httpx.HTTPError:
+            return None
+        found = re.search(r"^vllm:cache_config_info\{(.*)\}", answer.text, re.MULTILINE)
+        said = dict(re.findall(r'(\w+)="(\d+)"', found[1])) if found else {}
+        return int(said.get("num_gpu_blocks", 0)) * int(said.get("block_size", 0)) or None
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """How many tokens the caches of all replicas hold together."""
+        held = [replica.cache_tokens for replica in self._replicas]
+        return sum(one or 0 for one in held) if all(held) else None
 
     def _served(self, replica: _Replica, offered: Any) -> int:
         """Return the context length under which a replica offers the model."""

@@ -34,6 +34,9 @@ ROUND_TOKENS = 32
 PIECE_TOKENS = 6
 """Tokens of a stream that come at once. What is written while a piece is judged may be in vain."""
 
+CACHE_SHARE = 0.2
+"""The part of the memory that is planned for one engine's keys and values."""
+
 _forked = False
 
 
@@ -127,6 +130,12 @@ class TransformersEngine:
             return self._context_length
         assert self._live is not None, "start() comes first"
         return int(getattr(self._live.network.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """How many tokens of keys and values fit into the memory it may take, a part of what there is."""
+        assert self._live is not None, "start() comes first"
+        return self._live.cache_tokens()
 
     async def start(self) -> None:
         """Load the model."""
@@ -243,6 +252,18 @@ class _Live:
         self._pool = _Pool(torch, self._device)
         self._released: list[str] = []
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-transformers", initializer=share_cores)
+
+    def cache_tokens(self) -> int:
+        """Return how many tokens fit. A row takes as much as the longest does, and the pool grows by being copied."""
+        config = self.network.config.get_text_config()
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * head * self.network.dtype.itemsize
+        if self._device.startswith("cuda"):
+            free = self._torch.cuda.mem_get_info(self._device)[0]
+        else:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(CACHE_SHARE * free / token)
 
     # --- on the event loop
 

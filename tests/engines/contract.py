@@ -41,6 +41,7 @@ class EngineContract:
     """For every engine. ``streams`` says whether it can be asked for streams."""
 
     streams = True
+    knows_its_cache = False
 
     @staticmethod
     def make():
@@ -153,6 +154,8 @@ class EngineContract:
 
     def test_says_how_long_its_context_is(self, live):
         assert live.context_length > 100
+        assert (live.cache_tokens is not None) == self.knows_its_cache
+        assert live.cache_tokens is None or live.cache_tokens > live.context_length
 
     def test_is_pickled_by_its_description_while_live(self, live):
         assert pickle.loads(pickle.dumps(live)).identity == live.identity

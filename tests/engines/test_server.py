@@ -688,6 +688,7 @@ class TextOnly(ServerEngine):
 
 
 class VLLMContract(ModelContract):
+    knows_its_cache = True
     engine = ServerEngine
 
     @pytest.fixture(scope="class", autouse=True)

@@ -12,6 +12,8 @@ from tests.engines.contract import ModelContract, request
 
 
 class TestTransformersEngine(ModelContract):
+    knows_its_cache = True
+
     @staticmethod
     def make():
         return TransformersEngine(demo.STUDENT)

@@ -50,6 +50,8 @@ def children():
 
 
 class TestVLLMEngine(ModelContract):
+    knows_its_cache = True
+
     @staticmethod
     def make():
         return engine()

@@ -1,0 +1,105 @@
+"""How many rows are written at the same time: a fixed number, or as many as the engines' caches hold.
+
+More rows keep the engines busier, until their keys and values no longer fit: then engines throw out the caches of
+rows that wait and read those rows again at each turn, which costs more than it gains. Knows nothing of text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+ROWS = 64
+"""Rows in flight where no engine tells the size of its cache."""
+
+MOST_ROWS = 512
+"""The most there is a use for: two engines with vLLM's usual batch of 256."""
+
+FILLED = 0.9
+"""The part of a cache that is planned for."""
+
+GUESSES = 8
+"""For how many finished rows the guess of their length counts, before any is finished."""
+
+TOLERATED = 0.1
+"""Tokens that may be read again, as a part of the tokens of the rows that end meanwhile, before the window closes."""
+
+
+class Window:
+    """The rows in flight. Used by one event loop; rows enter one after another.
+
+    Args:
+        rows: How many, or ``"auto"``.
+        guess: Tokens that a row is thought to have in the end, before any has ended.
+
+    Attributes:
+        rows: Rows in flight.
+    """
+
+    def __init__(self, rows: int | Literal["auto"], guess: int) -> None:
+        self.rows = 0
+        self._fixed = None if rows == "auto" else rows
+        self._cache: int | None = None
+        self._finished, self._sum, self._squares = float(GUESSES), float(GUESSES * guess), float(GUESSES * guess**2)
+        self._share = 1.0
+        self._read_again = 0
+        self._changed = asyncio.Event()
+
+    def open(self, *caches: int | None) -> None:
+        """Learn how many tokens each engine's cache holds, now that they are started."""
+        self._cache = min((cache for cache in caches if cache is not None), default=None)
+
+    @property
+    def limit(self) -> int:
+        """How many rows may be in flight now."""
+        if self._fixed is not None:
+            return self._fixed
+        fit = ROWS if self._cache is None else FILLED * self._cache / self.row_tokens
+        return max(1, min(MOST_ROWS, int(fit * self._share)))
+
+    @property
+    def row_tokens(self) -> float:
+        """Tokens to plan for a row: of one that ends or, where few rows are much longer than the others, of one met.
+
+        A row is in flight the longer the longer it is, and has half of its tokens on average while it is:
+        ``E[n²] / 2 E[n]``.
+        """
+        return max(self._sum / self._finished, self._squares / (2 * self._sum))
+
+    async def enter(self) -> None:
+        """Wait until another row may be written."""
+        while self.rows >= self.limit:
+            self._changed.clear()
+            await self._changed.wait()
+        self.rows += 1
+
+    def leave(self) -> None:
+        """Make room for another row."""
+        self.rows -= 1
+        self._changed.set()
+
+    def learn(self, tokens: int, read_again: int) -> None:
+        """Learn from a row that ended.
+
+        Args:
+            tokens: Its length with its prompt.
+            read_again: Tokens that engines had to read again so far, for all rows.
+        """
+        self._finished += 1
+        self._sum += tokens
+        self._squares += tokens**2
+        if read_again - self._read_again > TOLERATED * tokens:
+            self._share = max(0.8 * self._share, 1 / MOST_ROWS)
+        else:
+            self._share = min(1.0, 1.02 * self._share)
+        self._read_again = read_again
+        self._changed.set()
+
+    @property
+    def reason(self) -> str:
+        """Say where the limit comes from, for people; nothing where it is fixed."""
+        if self._fixed is not None:
+            return ""
+        held = "size unknown" if self._cache is None else f"{self._cache:,} tokens"
+        kept = "" if self._share == 1 else f", {self._share:.0%} used as it overflowed"
+        return f" of {self.limit} (cache: {held}{kept}; a row: {self.row_tokens:,.0f})"
