@@ -8,6 +8,7 @@ cut off and the other author is next. When the thinking is closed, the student i
 import asyncio
 
 import httpx
+import tenacity
 import torch
 
 from tessy_hf import columns
@@ -65,10 +66,14 @@ class LockStep:
             "temperature": 0,
             "stop_token_ids": sorted(end),
         }
-        answer = await self._client.post(f"{self._urls[author]}/completions", json=body)
-        answer.raise_for_status()
-        choice = answer.json()["choices"][0]
+        choice = await self._post(f"{self._urls[author]}/completions", body)
         return choice["text"], choice["finish_reason"] == "stop"
+
+    @tenacity.retry(retry=tenacity.retry_if_exception_type(httpx.TransportError), stop=tenacity.stop_after_attempt(5))
+    async def _post(self, url, body):
+        answer = await self._client.post(url, json=body)
+        answer.raise_for_status()
+        return answer.json()["choices"][0]
 
     def _judge(self, author, rows):
         for row, (text, _) in rows:

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -263,6 +264,7 @@ def measure(mode, prompts, reference, urls, arguments):
                 figure["lockstep_tokens_per_second"], _ = lockstep(prompts, urls, arguments.in_flight)
                 figure["times_lockstep"] = figure["accepted_tokens_per_second"] / figure["lockstep_tokens_per_second"]
             figures.append(figure)
+            print(mode, {name: round(value, 3) for name, value in figure.items()}, file=sys.stderr, flush=True)
     gc.collect()
     return texts(rows), {name: round(statistics.median(figure[name] for figure in figures), 4) for name in figures[0]}
 
