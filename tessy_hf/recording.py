@@ -43,15 +43,17 @@ class Recorder:
 
     Attributes:
         visits: In the order in which they ended.
-        processor: Seconds of processor time that the event loop's thread took from the first note to the last.
+        replicas: Among how many replicas each author's requests were spread.
     """
 
     def __init__(self) -> None:
         self.visits: list[Visit] = []
+        self.replicas: dict[Author, int] = {"teacher": 1, "student": 1}
         self._clock: tuple[float, float] | None = None
 
     @property
     def processor(self) -> float:
+        """Seconds of processor time that the event loop's thread took from the first note to the last."""
         return self._clock[1] - self._clock[0] if self._clock else 0.0
 
     def clear(self) -> None:
@@ -75,9 +77,12 @@ class Recorder:
                 f"Teacher and student are one engine, {teacher.engine.model!r}: its replicas cannot be shared out "
                 "between them. Describe two engines to have them simulated."
             )
-        watched = copy.copy(teacher), copy.copy(student)
-        watched[0].engine = Watched(teacher.engine, "teacher", self)
-        watched[1].engine = Watched(student.engine, "student", self)
+        return self._watched("teacher", teacher), self._watched("student", student)
+
+    def _watched(self, author: Author, speaker: Speaker) -> Speaker:
+        self.replicas[author] = getattr(speaker.engine, "replicas", 1)
+        watched = copy.copy(speaker)
+        watched.engine = Watched(speaker.engine, author, self)
         return watched
 
 

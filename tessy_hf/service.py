@@ -1,4 +1,4 @@
-"""How long a replica takes for one request, by its size and by how many it serves at once; fitted to a pilot's requests.
+"""How long a replica takes for one request, by its size and by how many it serves at once, from a pilot.
 
 A replica works on all of its requests together, the more of them the slower on each. A request of ``tokens`` new
 tokens and ``read`` prompt tokens is ``work(tokens, read)`` units of work, 1 on average, and a unit takes
@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-_KNOTS = (0.0, 0.25, 0.5, 0.75)
-"""Where the line may bend, as quantiles of the rows at once in the pilot."""
+_KNOTS = np.array([0, 1 / 8, 1 / 4, 1 / 2, 3 / 4])
+"""Where the line may bend, as shares of the most rows at once in the pilot."""
 
 _PASSES = 6
 
@@ -44,12 +44,14 @@ class Service:
         """Return the seconds that a unit of work takes while so many rows are served."""
         given = np.asarray(rows, dtype=float)
         line = self.base + sum(slope * np.maximum(0.0, given - knot) for knot, slope in self.bends)
-        return np.maximum(np.maximum(line, self.floor * given), 1e-9)
+        seconds: Floats = np.maximum(np.maximum(line, self.floor * given), 1e-9)
+        return seconds
 
     def work(self, tokens: ArrayLike, read: ArrayLike) -> Floats:
         """Return the units of work of requests."""
         once, each, prompt = self.weights
-        return once + each * np.asarray(tokens, dtype=float) + prompt * np.asarray(read, dtype=float)
+        work: Floats = once + each * np.asarray(tokens, dtype=float) + prompt * np.asarray(read, dtype=float)
+        return work
 
 
 def at_once(begin: Floats, end: Floats) -> Floats:
@@ -59,11 +61,19 @@ def at_once(begin: Floats, end: Floats) -> Floats:
     times, counts = times[order], np.cumsum(steps[order])
     area = np.concatenate([[0.0], np.cumsum(counts[:-1] * np.diff(times))])
     among = np.interp(end, times, area) - np.interp(begin, times, area)
-    return np.maximum(1.0, among / np.maximum(end - begin, 1e-9))
+    mean: Floats = np.maximum(1.0, among / np.maximum(end - begin, 1e-9))
+    return mean
 
 
 def fit(
-    begin: Floats, end: Floats, tokens: Floats, read: Floats, *, replicas: int = 1, since: float = 0.0, floor: float = 0.0
+    begin: Floats,
+    end: Floats,
+    tokens: Floats,
+    read: Floats,
+    *,
+    replicas: int = 1,
+    since: float = 0.0,
+    floor: float = 0.0,
 ) -> Service:
     """Fit a replica's speed to requests.
 
@@ -80,7 +90,8 @@ def fit(
     late = begin >= since if (begin >= since).sum() >= 20 else np.ones(len(begin), dtype=bool)
     rows, took = rows[late], took[late]
     sizes = np.stack([np.ones(len(took)), tokens[late], read[late]], axis=1)
-    knots = np.unique(np.concatenate([[0.0], np.quantile(rows, _KNOTS)]))
+    most = float(np.quantile(rows, 0.99))
+    knots = most * _KNOTS
     basis = np.stack([np.ones(len(took)), *(np.maximum(0.0, rows - knot) for knot in knots)], axis=1)
     speed = np.full(len(took), took.mean())
     for _ in range(_PASSES):  # the two factors of a request's time, in turns
@@ -90,7 +101,7 @@ def fit(
         speed = basis @ heights
     bends = tuple((float(knot), float(rise)) for knot, rise in zip(knots, heights[1:], strict=True) if rise)
     once, each, prompt = map(float, weights)
-    return Service((once, each, prompt), float(heights[0]), bends, float(np.quantile(rows, 0.99)), floor)
+    return Service((once, each, prompt), float(heights[0]), bends, most, floor)
 
 
 def _least_squares(columns: Floats, wanted: Floats) -> Floats:
@@ -99,16 +110,16 @@ def _least_squares(columns: Floats, wanted: Floats) -> Floats:
     All sets of columns are tried, as there are few, and judged by Schwarz's criterion.
     """
     count, width = columns.shape
+    products, aims, total = columns.T @ columns, columns.T @ wanted, float(wanted @ wanted)
     best, found = np.inf, np.zeros(width)
     for size in range(1, width + 1):
-        for chosen in combinations(range(width), size):
-            part = columns[:, chosen]
-            weights = np.linalg.lstsq(part, wanted, rcond=None)[0]
+        for chosen in map(list, combinations(range(width), size)):
+            weights = np.linalg.lstsq(products[np.ix_(chosen, chosen)], aims[chosen], rcond=None)[0]
             if (weights < 0).any() or not weights.any():
                 continue
-            error = ((wanted - part @ weights) ** 2).sum() / count
-            score = count * np.log(max(error, 1e-18)) + size * np.log(count)
+            error = (total - float(aims[chosen] @ weights)) / total  # what is left of the squares
+            score = count * np.log(max(error, 1e-12)) + size * np.log(count)
             if score < best:
                 best, found = score, np.zeros(width)
-                found[list(chosen)] = weights
+                found[chosen] = weights
     return found

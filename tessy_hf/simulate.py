@@ -10,19 +10,26 @@ event loop are a third station, with a speed of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from heapq import heappop, heappush
+from itertools import pairwise
 from math import ceil
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessy_hf.errors import DatasetError, SettingsError
+from tessy_hf.errors import SettingsError
+from tessy_hf.estimate import Estimate, run_pilot, scale_up
 from tessy_hf.recording import Recorder, Visit
 from tessy_hf.service import Floats, Service, fit
 from tessy_hf.trajectory import Author
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from tessy_hf.transform import TessyTransform
 
 STATIONS = ("teacher", "student", "host")
 """What serves rows: replicas of the two models, and processes with the event loop and the predictors."""
@@ -33,8 +40,9 @@ GENERATIONS = 3
 FEWEST_ROWS = 2_000
 """Rows that are simulated of any longer run, so that none of the pilot's rows counts for too much."""
 
-MOST_VISITS = 6_000_000
-"""Most visits to stations that are simulated for a whole table. Where rows have more, visits that follow are joined."""
+MOST_VISITS = 600_000
+"""Most visits to stations that are simulated of one run, and four times that of a table: some seconds, a minute. Where
+rows make more, some are joined to one."""
 
 
 class Step(NamedTuple):
@@ -61,7 +69,8 @@ class Measured:
         services: The speed of one replica of each station.
         replicas: How many replicas of teacher and student it had.
         rows_in_flight: How many rows it had in flight.
-        seconds: How long its rows took.
+        rows: How many rows it wrote.
+        seconds: How long they took.
         host_busy: The share of that time for which the event loop kept its core busy.
     """
 
@@ -69,8 +78,25 @@ class Measured:
     services: dict[str, Service]
     replicas: dict[str, int]
     rows_in_flight: int
+    rows: int
     seconds: float
     host_busy: float
+
+    def again(self, seed: int = 0) -> Simulated:
+        """Simulate the pilot itself, whose hours are known."""
+        return simulate(
+            self,
+            teachers=self.replicas["teacher"],
+            students=self.replicas["student"],
+            rows_in_flight=self.rows_in_flight,
+            prompts=self.rows,
+            seed=seed,
+        )
+
+    @property
+    def error(self) -> float:
+        """By how much the throughput of the simulated pilot is off, as a share of what was seen."""
+        return self.seconds / (3600 * self.again().hours) - 1
 
 
 @dataclass(frozen=True)
@@ -125,9 +151,31 @@ class Simulated:
 # --- what the pilot tells
 
 
-def measure(
-    recorder: Recorder, kept: dict[int, int], seconds: float, rows_in_flight: int, replicas: dict[str, int]
-) -> Measured:
+def pilot(
+    transform: TessyTransform,
+    prompts: Dataset | IterableDataset,
+    total: int | None = None,
+    rows: int = 64,
+    gpus: Mapping[str, int] | None = None,
+) -> tuple[Estimate, Measured]:
+    """Run a pilot, as :func:`tessy_hf.estimate.estimate` does, and keep what can be simulated of it.
+
+    Raises:
+        DatasetError: As there.
+        SettingsError: As there, or teacher and student are one engine.
+    """
+    recorder = Recorder()
+    run = run_pilot(transform, prompts, total, rows, gpus, recorder)
+    second = 2  # the place in the run of the pilot's first row: the row that loads the models comes before it
+    kept = {
+        place: row["teacher_tokens"] + row["student_tokens"]
+        for place, row in enumerate(run.rows, start=second)
+        if row["finish_reason"] != "error"
+    }
+    return scale_up(run), measure(recorder, kept, run.seconds, transform.settings.rows_in_flight)
+
+
+def measure(recorder: Recorder, kept: Mapping[int, int], seconds: float, rows_in_flight: int) -> Measured:
     """Read a pilot's notes.
 
     Args:
@@ -135,35 +183,36 @@ def measure(
         kept: How many tokens each of the rows to be simulated has, by its place in the run.
         seconds: How long the pilot's rows took.
         rows_in_flight: How many were in flight.
-        replicas: How many replicas of ``teacher`` and ``student`` it had.
-
-    Raises:
-        DatasetError: The rows asked for nothing.
     """
     rows: dict[int, list[Visit]] = {}
     for visit in sorted(recorder.visits, key=lambda visit: visit.begin):
         rows.setdefault(visit.order, []).append(visit)
-    ends = [visits[-1].end for order, visits in rows.items() if order in kept]
-    if not ends:
-        raise DatasetError("The pilot's rows asked nothing of any engine. Pass prompts that are not done otherwise.")
-    gaps = [(a.end, b.begin, a.tokens, 0) for visits in rows.values() for a, b in zip(visits, visits[1:], strict=False)]
-    seen = {
-        **{who: [(v.begin, v.end, v.tokens, v.read) for v in recorder.visits if v.author == who] for who in replicas},
-        "host": gaps,
-    }
     floor = recorder.processor / len(recorder.visits)  # one thread has no more than a second for each second
     services = {
         name: fit(
-            *np.array(visits, dtype=float).T,
-            replicas=replicas.get(name, 1),
-            since=min(ends),  # all rows begin at once, which is not how they go on
+            *np.array(times, dtype=float).T,
+            replicas=count,
+            since=min(visits[-1].end for visits in rows.values()),  # all rows begin at once: not how they go on
             floor=floor if name == "host" else 0.0,
         )
-        for name, visits in seen.items()
-        if len(visits)
+        for name, (times, count) in _seen(recorder, rows.values()).items()
+        if times
     }
-    traces = tuple(Trace(_steps(visits, services), kept[order]) for order, visits in rows.items() if order in kept)
-    return Measured(traces, services, replicas, rows_in_flight, seconds, recorder.processor / seconds)
+    traces = tuple(Trace(_steps(visits, services), kept[place]) for place, visits in rows.items() if place in kept)
+    replicas = {str(name): count for name, count in recorder.replicas.items()}
+    return Measured(traces, services, replicas, rows_in_flight, len(rows), seconds, recorder.processor / seconds)
+
+
+_Times = list[tuple[float, float, int, int]]
+
+
+def _seen(recorder: Recorder, rows: Iterable[list[Visit]]) -> dict[str, tuple[_Times, int]]:
+    """Return begin, end, tokens and prompt tokens of all visits by station, and how many replicas shared them."""
+    seen: dict[str, tuple[_Times, int]] = {}
+    for author, count in recorder.replicas.items():
+        seen[author] = [(v.begin, v.end, v.tokens, v.read) for v in recorder.visits if v.author == author], count
+    seen["host"] = [(one.end, other.begin, one.tokens, 0) for row in rows for one, other in pairwise(row)], 1
+    return seen
 
 
 def _steps(visits: Sequence[Visit], services: dict[str, Service]) -> tuple[Step, ...]:
@@ -264,6 +313,63 @@ def _homes(hashes: NDArray[np.int64], replicas: dict[str, int]) -> list[_Home]:
         homes[name] = (first + by % count).tolist()
         first += count
     return [dict(zip(homes, row, strict=True)) for row in zip(*homes.values(), strict=True)]
+
+
+def survey(
+    measured: Measured,
+    prompts: int,
+    *,
+    teachers: Sequence[int],
+    students: Sequence[int],
+    rows_in_flight: Sequence[int] = (),
+    hosts: int = 1,
+    gpus: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> list[Simulated]:
+    """Simulate a run on each of several numbers of replicas, and mark the best.
+
+    Args:
+        measured: What the pilot told.
+        prompts: How many prompts the run has.
+        teachers: Numbers of replicas of the teacher.
+        students: Numbers of replicas of the student.
+        rows_in_flight: Numbers of rows in flight; by default as many for each teacher as the pilot had.
+        hosts: Processes that run the transform.
+        gpus: GPUs of ``teacher`` and ``student`` in the pilot, 1 each by default.
+        seed: See :func:`simulate`.
+
+    Returns:
+        A run for each. The best is the fastest of those that need about the fewest GPU-hours: at most 5% more.
+
+    Raises:
+        SettingsError: A number is below 1.
+    """
+    if not (teachers and students) or min(prompts, hosts, *teachers, *students, *rows_in_flight) < 1:
+        raise SettingsError(
+            f"Runs of {prompts} prompts with teachers={list(teachers)}, students={list(students)}, "
+            f"rows_in_flight={list(rows_in_flight)} and hosts={hosts} cannot be simulated. Pass numbers from 1 on."
+        )
+    of = {"teacher": 1, "student": 1, **(gpus or {})}
+    own = (of["teacher"] / measured.replicas["teacher"], of["student"] / measured.replicas["student"])
+    each = measured.rows_in_flight / measured.replicas["teacher"]
+    plans = [(t, s, rows) for t in teachers for s in students for rows in rows_in_flight or [ceil(each * t)]]
+    runs = [
+        simulate(
+            measured,
+            teachers=t,
+            students=s,
+            rows_in_flight=rows,
+            prompts=prompts,
+            hosts=hosts,
+            gpus=own,
+            seed=seed,
+            visits=min(MOST_VISITS, 4 * MOST_VISITS // len(plans)),
+        )
+        for t, s, rows in plans
+    ]
+    enough = 1.05 * min(run.gpu_hours for run in runs)
+    best = min((run for run in runs if run.gpu_hours <= enough), key=lambda run: run.hours)
+    return [replace(run, best=run is best) for run in runs]
 
 
 def _visits(traces: Sequence[Trace], joined: int) -> float:
