@@ -59,7 +59,7 @@ def real(kind, urls, window, prompts):
         "row_seconds_p50": float(np.quantile(took, 0.5)),
         "row_seconds_p99": float(np.quantile(took, 0.99)),
     }
-    return measure(recorder, kept, seconds, window), figures
+    return measure(recorder, kept, window), figures
 
 
 def compare(measured, window, rows, found, seeds):

@@ -156,7 +156,7 @@ def _show_plans(told: dict[str, Any]) -> None:
         rows = f"{run['rows_in_flight']}{'*' if run['beyond_pilot'] else ''}"
         replicas = (str(run["teachers"]), str(run["students"]))
         table.add_row("best" if run["best"] else "", *replicas, rows, *rates, *busy, *spans, f"{run['gpu_hours']:.3g}")
-    console = Console()
+    console = Console(width=max(Console().width, 120))  # nothing is cut off where the terminal is narrow
     console.print(table)
     notes = ["host: the process that runs the transform, with the boundary predictors", "p50, p99: time of a row"]
     if any(run["beyond_pilot"] for run in told["plans"]):

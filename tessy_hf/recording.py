@@ -6,6 +6,7 @@ nothing of what the notes are for; :mod:`tessy_hf.simulate` reads them.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from collections.abc import AsyncGenerator
@@ -104,7 +105,7 @@ class Watched:
 
     async def complete(self, request: Request) -> Completion:
         """Ask the engine."""
-        begin = time.monotonic()
+        begin = asyncio.get_running_loop().time()
         completion = await self._engine.complete(request)
         self._note(request, completion, begin)
         return completion
@@ -113,7 +114,7 @@ class Watched:
         """Ask the engine; each piece is a visit."""
         async with aclosing(self._engine.stream(request)) as pieces:
             while True:
-                begin = time.monotonic()
+                begin = asyncio.get_running_loop().time()
                 piece = await anext(pieces, None)
                 if piece is None:
                     return
@@ -126,4 +127,4 @@ class Watched:
             read = max(0, length - self._seen.get(request.order, 0))
         self._seen[request.order] = length
         tokens = len(completion.token_ids) + (completion.stop_id is not None)
-        self._recorder.note(Visit(request.order, self._author, begin, time.monotonic(), tokens, read))
+        self._recorder.note(Visit(request.order, self._author, begin, asyncio.get_running_loop().time(), tokens, read))

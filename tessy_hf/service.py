@@ -55,13 +55,18 @@ class Service:
 
 
 def at_once(begin: Floats, end: Floats) -> Floats:
-    """Return how many of some requests were under way during each of them, itself included, on average."""
+    """Return, for each of some requests, how many were under way: when it began and while it lasted, in equal parts.
+
+    What works on all requests together is as slow as the mean while one lasts; what has a queue, or works in rounds,
+    makes a request wait for those that it finds. Engines do both, and this told their speeds best.
+    """
     times, steps = np.concatenate([begin, end]), np.concatenate([np.ones(len(begin)), -np.ones(len(end))])
     order = np.argsort(times, kind="stable")
     times, counts = times[order], np.cumsum(steps[order])
     area = np.concatenate([[0.0], np.cumsum(counts[:-1] * np.diff(times))])
-    among = np.interp(end, times, area) - np.interp(begin, times, area)
-    mean: Floats = np.maximum(1.0, among / np.maximum(end - begin, 1e-9))
+    lasting = (np.interp(end, times, area) - np.interp(begin, times, area)) / np.maximum(end - begin, 1e-9)
+    found = np.searchsorted(np.sort(begin), begin, "right") - np.searchsorted(np.sort(end), begin, "right")
+    mean: Floats = (np.maximum(1.0, found) + np.maximum(1.0, lasting)) / 2
     return mean
 
 
@@ -89,6 +94,8 @@ def fit(
     rows, took = np.maximum(1.0, at_once(begin, end) / replicas), end - begin
     late = begin >= since if (begin >= since).sum() >= 20 else np.ones(len(begin), dtype=bool)
     rows, took = rows[late], took[late]
+    if not took.any():
+        return Service((1.0, 0.0, 0.0), 0.0, (), float(rows.max()), floor)
     sizes = np.stack([np.ones(len(took)), tokens[late], read[late]], axis=1)
     most = float(np.quantile(rows, 0.99))
     knots = most * _KNOTS

@@ -172,16 +172,15 @@ def pilot(
         for place, row in enumerate(run.rows, start=second)
         if row["finish_reason"] != "error"
     }
-    return scale_up(run), measure(recorder, kept, run.seconds, transform.settings.rows_in_flight)
+    return scale_up(run), measure(recorder, kept, transform.settings.rows_in_flight)
 
 
-def measure(recorder: Recorder, kept: Mapping[int, int], seconds: float, rows_in_flight: int) -> Measured:
+def measure(recorder: Recorder, kept: Mapping[int, int], rows_in_flight: int) -> Measured:
     """Read a pilot's notes.
 
     Args:
         recorder: The notes.
         kept: How many tokens each of the rows to be simulated has, by its place in the run.
-        seconds: How long the pilot's rows took.
         rows_in_flight: How many were in flight.
     """
     rows: dict[int, list[Visit]] = {}
@@ -200,7 +199,10 @@ def measure(recorder: Recorder, kept: Mapping[int, int], seconds: float, rows_in
     }
     traces = tuple(Trace(_steps(visits, services), kept[place]) for place, visits in rows.items() if place in kept)
     replicas = {str(name): count for name, count in recorder.replicas.items()}
-    return Measured(traces, services, replicas, rows_in_flight, len(rows), seconds, recorder.processor / seconds)
+    begin, end = min(visits[0].begin for visits in rows.values()), max(visits[-1].end for visits in rows.values())
+    return Measured(
+        traces, services, replicas, rows_in_flight, len(rows), end - begin, recorder.processor / (end - begin)
+    )
 
 
 _Times = list[tuple[float, float, int, int]]
