@@ -163,7 +163,7 @@ def test_a_thousand_replicas_are_simulated_and_one_process_is_too_few_for_them()
     one, many = (run(found, **plan, hosts=hosts) for hosts in (1, 64))
     assert one.simulated_rows == 6000 and one.busy["host"] > 0.95
     assert one.rows_per_hour == pytest.approx(3600 / (400 * 0.0005), rel=0.1)  # its event loop is the bound
-    assert many.rows_per_hour > 10 * one.rows_per_hour and many.busy["host"] < 0.9
+    assert many.rows_per_hour > 5 * one.rows_per_hour and many.busy["host"] < 0.9
 
 
 def test_the_seed_decides():
