@@ -1,10 +1,9 @@
 """How far the simulation of `tessy plan --simulate` is off: pilots with one window foretell runs with others.
 
-The miniature models run for real, in this process or behind vLLM servers. Before and after each run with another window
-is a pilot; the run is foretold from both, and the mean is held against it, so that a machine that is slower at one time
-than at another, as shared ones are, is not taken for an error. How much the pilots themselves differ is printed beside
-it (`drift`), and so is what each pilot tells of itself and of the next pilot. Errors are those of the simulation, as
-shares of what was seen.
+The miniature models run for real, in this process or behind vLLM servers. Before and after each run with another
+window is a pilot. The run is foretold from both, and the mean is held against it, so that a machine that is slower at
+one time than at another, as shared ones are, is not taken for an error; by how much the pilots themselves differ is
+printed beside it (`drift`), and how well each pilot tells itself. Errors are shares of what was seen.
 
     python benchmarks/simulate.py --engine transformers
     python benchmarks/simulate.py --engine server --rows 512 --windows 16 64 128 --json
@@ -24,7 +23,6 @@ from speed import engines, servers
 from tessy_hf import Speaker, TessyTransform, demo
 from tessy_hf.recording import Recorder
 from tessy_hf.simulate import measure, simulate
-
 
 FIGURES = ("rows_per_hour", "tail_seconds", "row_seconds_p50", "row_seconds_p99")
 
