@@ -218,7 +218,8 @@ class SleepsPass(asyncio.SelectorEventLoop):
         return self._now
 
     def _wait(self, timeout):
-        ready = self._select(timeout if timeout is None else 0)
+        idle = timeout is not None and timeout > 1  # no row is under way: let the thread that maps work
+        ready = self._select(0.002 if idle else timeout and 0)
         if not ready and timeout:
             self._now += timeout
         return ready
