@@ -17,6 +17,7 @@ from rich.text import Text
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 
 if TYPE_CHECKING:
+    from tessy_hf.estimate import Estimate
     from tessy_hf.transform import TessyTransform
 
 app = typer.Typer(
@@ -82,18 +83,53 @@ def plan(
     split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
     config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Simulate the run on other numbers of replicas.")
+    ] = False,
+    teachers: Annotated[str, typer.Option(help="Numbers of teacher replicas to simulate.")] = "1,2,4,8",
+    students: Annotated[str, typer.Option(help="Numbers of student replicas to simulate.")] = "1,2,4",
+    in_flight: Annotated[
+        str,
+        typer.Option(help="Numbers of rows in flight to simulate; by default as many per teacher as in the pilot."),
+    ] = "",
+    hosts: Annotated[int, typer.Option(help="Processes that run the transform, to simulate.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Estimate what a run costs, from a short pilot whose rows are thrown away."""
+    from tessy_hf import simulate as simulation
     from tessy_hf.estimate import estimate
 
     given = _load(data, split, config, streaming=prompts is not None)
     gpus = {"teacher": teacher_gpus, "student": student_gpus}
+    numbers = {
+        "teachers": _numbers("--teachers", teachers),
+        "students": _numbers("--students", students),
+        "rows_in_flight": _numbers("--in-flight", in_flight) if in_flight else [],
+    }
     with _transform(recipe, change or [], None) as transform:
-        found = estimate(transform, given, prompts, rows, gpus)
+        if not simulate:
+            found, told = estimate(transform, given, prompts, rows, gpus), None
+        else:
+            found, measured = simulation.pilot(transform, given, prompts, rows, gpus)
+            runs = simulation.survey(measured, found.prompts, **numbers, hosts=hosts, gpus=gpus, seed=seed)
+            told = {"pilot_error": measured.error, "plans": [run.as_dict() for run in runs]}
     if as_json:
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps({**found.as_dict(), **({"simulation": told} if told else {})}))
         return
+    _show_estimate(found)
+    if told:
+        _show_plans(told)
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    numbers = [number.strip() for number in given.split(",")]
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise SettingsError(f"{option} {given!r} is no list of numbers from 1 on. Pass for instance {option} 1,2,4.")
+    return [int(number) for number in numbers]
+
+
+def _show_estimate(found: Estimate) -> None:
     table = Table("", "kept tokens", "generated", "requests", "hours of work", "GPU-hours", box=None)
     for name, cost in (("teacher", found.teacher), ("student", found.student)):
         counts = (cost.kept_tokens, cost.generated_tokens, cost.requests)
@@ -107,6 +143,26 @@ def plan(
         f"as much work for both: {replicas['teacher']} teacher to {replicas['student']} student replicas",
         highlight=False,
     )
+
+
+def _show_plans(told: dict[str, Any]) -> None:
+    """Print simulated runs as a table."""
+    heads = "teachers students rows hours rows/h tokens/s teacher% student% host% tail p50 p99 GPU-h".split()
+    table = Table("", *heads, box=None, padding=(0, 1, 0, 0))
+    for run in told["plans"]:
+        busy = (f"{run['busy'].get(name, 0):.0%}" for name in ("teacher", "student", "host"))
+        spans = (f"{run[name]:.3g}s" for name in ("tail_seconds", "row_seconds_p50", "row_seconds_p99"))
+        rates = (f"{run['hours']:.3g}", f"{run['rows_per_hour']:,.0f}", f"{run['tokens_per_second']:,.0f}")
+        rows = f"{run['rows_in_flight']}{'*' if run['beyond_pilot'] else ''}"
+        replicas = (str(run["teachers"]), str(run["students"]))
+        table.add_row("best" if run["best"] else "", *replicas, rows, *rates, *busy, *spans, f"{run['gpu_hours']:.3g}")
+    console = Console(width=max(Console().width, 120))  # nothing is cut off where the terminal is narrow
+    console.print(table)
+    notes = ["host: the process that runs the transform, with the boundary predictors", "p50, p99: time of a row"]
+    if any(run["beyond_pilot"] for run in told["plans"]):
+        notes.append("*: more rows at once at a replica than in the pilot, so its speed is a guess")
+    notes.append(f"the pilot itself, simulated: {told['pilot_error']:+.0%} rows/h of what was seen")
+    console.print("\n".join(notes), highlight=False, soft_wrap=True)
 
 
 def _transform(recipe: str, changes: list[str], run: str | None) -> TessyTransform:

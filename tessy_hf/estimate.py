@@ -18,7 +18,9 @@ from tessy_hf.errors import DatasetError, SettingsError
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+    from tessy_hf.recording import Recorder
     from tessy_hf.transform import TessyTransform
+    from tessy_hf.waits import Load
 
 MOST_REPLICAS = 8
 """The largest number in a recommended ratio of replicas."""
@@ -76,6 +78,30 @@ class Estimate:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Pilot:
+    """A pilot that was run.
+
+    Attributes:
+        prompts: How many prompts the whole run has.
+        rows: The rows it wrote, failed ones included.
+        seconds: How long it took for them.
+        loads: For what they waited.
+        gpus: GPUs of ``teacher`` and ``student``.
+    """
+
+    prompts: int
+    rows: list[dict[str, Any]]
+    seconds: float
+    loads: dict[str, Load]
+    gpus: dict[str, int]
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        """The rows that did not fail."""
+        return [row for row in self.rows if row["finish_reason"] != "error"]
+
+
 def estimate(
     transform: TessyTransform,
     prompts: Dataset | IterableDataset,
@@ -96,6 +122,18 @@ def estimate(
         DatasetError: There is no prompt, the number of prompts is not known, or every pilot row failed.
         SettingsError: ``gpus`` names another model, or ``rows`` is below 1.
     """
+    return scale_up(run_pilot(transform, prompts, total, rows, gpus))
+
+
+def run_pilot(
+    transform: TessyTransform,
+    prompts: Dataset | IterableDataset,
+    total: int | None = None,
+    rows: int = 64,
+    gpus: Mapping[str, int] | None = None,
+    recorder: Recorder | None = None,
+) -> Pilot:
+    """Run a pilot; see :func:`estimate`. A ``recorder`` notes what its rows ask of the engines."""
     gpus = {"teacher": 1, "student": 1, **(gpus or {})}
     if set(gpus) != set(AUTHORS) or rows < 1:
         raise SettingsError(
@@ -105,21 +143,30 @@ def estimate(
     total = len(prompts) if total is None and hasattr(prompts, "__len__") else total
     if total is None:
         raise DatasetError("A stream does not tell how many prompts it has. Pass total= with the number to plan for.")
-    pilot = _pilot(prompts, rows)
-    with transform.without_journal() as run:
-        next(iter(pilot.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
+    first, run = _first(prompts, rows), transform.without_journal()
+    if recorder is not None:
+        run.teacher, run.student = recorder.watch(run.teacher, run.student)
+    with run:
+        next(iter(first.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
+        if recorder is not None:
+            recorder.clear()
         before, begin = run.loads(), time.monotonic()
-        written = list(pilot.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
+        written = list(first.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
         seconds, after = time.monotonic() - begin, run.loads()
-    good = [row for row in written if row["finish_reason"] != "error"]
-    if not good:
+    loads = {name: load - before[name] if name in before else load for name, load in after.items()}
+    pilot = Pilot(total, written, seconds, loads, gpus)
+    if not pilot.good:
         raise DatasetError(
             f"All {len(written)} rows of the pilot failed; the first with: {written[0]['error']} Mend that first."
         )
-    loads = {name: load - before[name] if name in before else load for name, load in after.items()}
+    return pilot
+
+
+def scale_up(pilot: Pilot) -> Estimate:
+    """Return what the whole run would cost."""
+    good, loads, costs = pilot.good, pilot.loads, {}
     waited = sum(load.waited for load in loads.values())
-    scale = total / len(good)
-    costs = {}
+    scale = pilot.prompts / len(good)
     for author in AUTHORS:
         load = loads.get(author)
         hours = scale * load.busy / 3600 if load else 0.0
@@ -128,13 +175,13 @@ def estimate(
             generated_tokens=round(scale * sum(row[f"generated_{author}_tokens"] for row in good)),
             requests=round(scale * load.times) if load else 0,
             hours=hours,
-            gpu_hours=hours * gpus[author],
+            gpu_hours=hours * pilot.gpus[author],
         )
     return Estimate(
-        prompts=total,
-        pilot_rows=len(written),
-        pilot_failed=len(written) - len(good),
-        hours=scale * seconds / 3600,
+        prompts=pilot.prompts,
+        pilot_rows=len(pilot.rows),
+        pilot_failed=len(pilot.rows) - len(good),
+        hours=scale * pilot.seconds / 3600,
         **costs,
         waiting={name: load.waited / waited for name, load in loads.items()} if waited else {},
         bottleneck=max(loads, key=lambda name: loads[name].waited),
@@ -142,7 +189,7 @@ def estimate(
     )
 
 
-def _pilot(prompts: Dataset | IterableDataset, rows: int) -> Dataset:
+def _first(prompts: Dataset | IterableDataset, rows: int) -> Dataset:
     from datasets import Dataset
 
     first = list(islice(prompts, rows))

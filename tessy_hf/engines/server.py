@@ -211,6 +211,11 @@ class ServerEngine:
         assert self._live is not None, "start() comes first"
         return self._live.cache_tokens
 
+    @property
+    def replicas(self) -> int:
+        """Among how many servers the rows are spread."""
+        return len(self._urls)
+
     async def start(self) -> None:
         """Reach the servers and check that they serve this model with this tokenizer.
 
