@@ -136,8 +136,19 @@ class TessyTransform(functools.partial[Any]):
 
     def without_journal(self) -> TessyTransform:
         """Return the same transform without a journal and parts, for rows that are not to be kept."""
-        settings = self.settings.model_copy(update={"journal": None, "parts": None})
-        return self._make(self.teacher, self.student, settings, uuid.uuid4().hex, self.source)
+        return self._with(journal=None, parts=None)
+
+    def with_parts(self, folder: str | None) -> TessyTransform:
+        """Return the same transform with another folder for parts; where it is ``None``, with its own.
+
+        A path is made absolute, so that it means the same to other processes.
+        """
+        folder = self.settings.parts if folder is None else folder
+        return self._with(parts=folder if folder is None or "://" in folder else str(Path(folder).absolute()))
+
+    def _with(self, **settings: Any) -> TessyTransform:
+        changed = self.settings.model_copy(update=settings)
+        return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source)
 
     def loads(self) -> dict[str, Load]:
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
