@@ -214,7 +214,9 @@ def _write(rows: Iterator[Mapping[str, Any]], transform: TessyTransform, placeme
         batches.append(pa.Table.from_pylist(batch))
     if not batches:
         return Counter()
-    written = ray.data.from_arrow(batches).map_batches(
+    given = ray.data.from_arrow(batches)
+    given.context.raise_original_map_exception = True  # else our errors' words are lost on their way
+    written = given.map_batches(
         RowWriter,
         fn_constructor_kwargs={"transform": transform, "texts": False},
         **map_options(transform, placement),

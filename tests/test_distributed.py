@@ -90,11 +90,11 @@ def test_what_is_done_is_not_asked_for_again(cluster, tmp_path):
         with on_cluster.with_parts(str(tmp_path / "parts")) as part:
             part(prompts(30)[:20])
         before = len(server.texts)
-        first = synthesize(prompts(30), on_cluster, parts=str(tmp_path / "parts"), actors=2)
+        first = synthesize(prompts(30), on_cluster, parts=str(tmp_path / "parts"), actors=1)
         assert first.found == 20 and first.finish_reasons == {"stop": 10}
         assert 0 < len(server.texts) - before < before
         before = len(server.texts)
-        again = synthesize(prompts(30), on_cluster, parts=str(tmp_path / "parts"), actors=2)
+        again = synthesize(prompts(30), on_cluster, parts=str(tmp_path / "parts"), actors=1)
         assert again.found == 30 and not again.finish_reasons and len(server.texts) == before
         assert list(again.merge.rows()) == single(server, 30)
 
@@ -105,7 +105,7 @@ def test_plain_map_batches_over_hugging_face_and_parquet(cluster, tmp_path):
     with FakeServer() as server:
         expected = single(server, 24)[:24]
         on_cluster = transform(engine(server), rows_in_flight=8)
-        options = {"fn_constructor_kwargs": {"transform": on_cluster}, **map_options(on_cluster, Placement(actors=2))}
+        options = {"fn_constructor_kwargs": {"transform": on_cluster}, **map_options(on_cluster, Placement())}
         for source in (ray.data.from_huggingface(given), ray.data.read_parquet(str(tmp_path / "prompts.parquet"))):
             rows = source.repartition(target_num_rows_per_block=2).map_batches(RowWriter, **options)
             rows.write_parquet(str(tmp_path / "rows"))
@@ -121,9 +121,9 @@ def test_an_engine_that_is_gone_ends_the_run_with_its_own_words_and_a_rerun_goes
     with FakeServer(paths=SLOWLY, faults=[None] * 40 + [servers.die]) as server:
         on_cluster = transform(engine(server, patience=0.5), rows_in_flight=4)
         with pytest.raises(EngineDeadError, match="cannot be reached.*server's log"):
-            synthesize(prompts(60), on_cluster, parts=folder, actors=2)
+            synthesize(prompts(60), on_cluster, parts=folder, actors=1)
     with FakeServer() as server:
-        written = synthesize(prompts(60), transform(engine(server)), parts=folder, actors=2)
+        written = synthesize(prompts(60), transform(engine(server)), parts=folder)
         assert 0 < written.found < 60 and sum(written.finish_reasons.values()) == 60 - written.found
         assert list(written.merge.rows()) == single(server, 60)
 
