@@ -61,6 +61,7 @@ def synthesize(
     shard: Annotated[
         str | None, typer.Option(help="Only this part of the prompts, 0/8 to 7/8: one for each host.")
     ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, as the recipe's `cluster` says.")] = False,
 ) -> None:
     """Write an answer to each prompt, teacher and student together."""
     from datasets import Dataset
@@ -71,6 +72,9 @@ def synthesize(
         if out is None and transform.settings.parts is None:
             raise SettingsError("No place is named for the rows. Name a file, or pass --set parts= with a folder.")
         prompts = _shard(_load(data, split, config), shard)
+        if ray:
+            _synthesize_on_ray(prompts, transform, out, recipe, change or [])
+            return
         features = transform.features(prompts)
         plan = transform.plan(prompts)
         Console(stderr=True).print(
@@ -84,6 +88,25 @@ def synthesize(
             return
         finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
     _write(finished, out)
+
+
+def _synthesize_on_ray(
+    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str]
+) -> None:
+    from tessy_hf import distributed
+    from tessy_hf.recipe import read_placement
+
+    if out is not None and out.suffix != ".parquet":
+        raise TessyError(f"The output {str(out)!r} is no .parquet file, which a run with --ray writes. Name one.")
+    placement = read_placement(Path(recipe), change) if Path(recipe).exists() else distributed.Placement()
+    written = distributed.synthesize(prompts, transform, out, placement=placement)
+    report = written.merge.report
+    Console().print(
+        f"{report.prompts} rows in {out or transform.settings.parts}, {written.found} of them there before, "
+        f"{report.failed} failed",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @app.command()

@@ -24,11 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from tessy_hf import columns, parts, prompts, typed_streams
 from tessy_hf.errors import DatasetError, PromptError, SettingsError, TessyError
 from tessy_hf.merge import Merge
+from tessy_hf.recipe import Placement as Placement
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,21 +42,6 @@ for others early."""
 WINDOWS_AHEAD = 4
 """How many windows of rows are given to an actor at a time. Those beyond the first are at hand when rows end; more of
 them would only be missing where another actor has nothing left to do."""
-
-
-class Placement(BaseModel):
-    """What a run takes of a Ray cluster: ``cluster`` in a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    actors: int = Field(default=1, ge=1)
-    """How many actors write rows, each ``rows_in_flight`` at a time."""
-    num_cpus: float = Field(default=1, ge=0)
-    """Cores of an actor, for the predictors and what else runs in it."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs of an actor, for engines and predictors that run in it; none where engines are servers."""
-    resources: dict[str, float] = Field(default_factory=dict)
-    """Other resources of Ray's that an actor takes, which tell where it may run."""
 
 
 class RowWriter:
@@ -163,6 +147,7 @@ def synthesize(
         MergeError: Rows are missing in the end.
         TessyError: What the transform raises in an actor.
     """
+    _check_ray()
     placement = placement or Placement()
     placement = placement if actors is None else placement.model_copy(update={"actors": actors})
     transform = transform.with_parts(parts)
@@ -179,6 +164,13 @@ def synthesize(
     if out is not None:
         merge.write(out)
     return Written(merge, len(there), reasons)
+
+
+def _check_ray() -> None:
+    try:
+        import ray.data  # noqa: F401
+    except ImportError as error:
+        raise SettingsError('A run on a cluster needs Ray Data. Install it: pip install "tessy-hf[ray]".') from error
 
 
 def _there(transform: TessyTransform) -> parts.Parts:
