@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 from datasets import Dataset
 
-from tessy_hf import parts
+from tessy_hf import demo, parts
 from tessy_hf.distributed import Placement, RowWriter, map_options, synthesize
 from tessy_hf.errors import DatasetError, EngineDeadError, SettingsError
 from tests import ray_cluster
 from tests.engines import servers
 from tests.engines.servers import FakeServer
 from tests.engines.test_server import engine, transform
+from tests.test_cli import tessy as tessy
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -126,6 +128,29 @@ def test_an_engine_that_is_gone_ends_the_run_with_its_own_words_and_a_rerun_goes
         written = synthesize(prompts(60), transform(engine(server)), parts=folder)
         assert 0 < written.found < 60 and sum(written.finish_reasons.values()) == 60 - written.found
         assert list(written.merge.rows()) == single(server, 60)
+
+
+def test_the_command_reads_what_to_take_from_the_recipe(cluster, tessy, tmp_path):
+    prompts(12).to_json(tmp_path / "prompts.jsonl")
+    with FakeServer() as server:
+        speaker = {"engine": "server", "model": "student", "options": {"base_url": server.url}}
+        speaker["options"]["tokenizer"] = str(demo.STUDENT)
+        recipe = {"method": "student-only", "id_column": "id", "temperature": 0, "parts": str(tmp_path / "parts")}
+        recipe |= {"max_thinking_tokens": 160, "max_answer_tokens": 32, "teacher": speaker, "student": speaker}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "cluster": {"num_cpus": 2}}))
+        words = (
+            "synthesize",
+            tmp_path / "recipe.yaml",
+            tmp_path / "prompts.jsonl",
+            tmp_path / "rows.parquet",
+            "--ray",
+        )
+        code, printed = tessy(*words)
+        assert code == 0 and "14 rows in" in printed and "0 of them there before, 0 failed" in printed
+        rows = Dataset.from_parquet(str(tmp_path / "rows.parquet")).to_list()
+        assert rows == [{**row, "run_fingerprint": rows[0]["run_fingerprint"]} for row in single(server, 12)]
+    code, printed = tessy(*words[:3], tmp_path / "rows.jsonl", "--ray")
+    assert code == 1 and "is no .parquet file" in printed
 
 
 def test_mistakes_are_told_before_anything_starts(tmp_path):
