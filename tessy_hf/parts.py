@@ -47,6 +47,9 @@ CACHE_BYTES = 256 << 20
 READERS = 16
 """Parts that are looked into at the same time."""
 
+_WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
+"""Storage that has no folders; making one would at most make a bucket of a misspelt name."""
+
 _NAME = re.compile(r"part-(?P<run>\w+)-\w+\.parquet")
 _RECORD = b"tessy_run"
 _ROW_KEYS = ("key", "finish_reason", "run_fingerprint")
@@ -288,8 +291,10 @@ def _passing(error: BaseException) -> bool:
 def _put(system: Any, path: str, content: bytes) -> None:
     """Put a file there, whole or not at all. Object storage does so by itself; on disks it is renamed into place."""
     folder = path.rpartition("/")[0]
-    system.makedirs(folder, exist_ok=True)
-    if "file" not in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
+    protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    if not protocols & _WITHOUT_FOLDERS:
+        system.makedirs(folder, exist_ok=True)
+    if "file" not in protocols:
         system.pipe_file(path, content)
         return
     fresh = Path(folder, f".{uuid.uuid4().hex}.tmp")
