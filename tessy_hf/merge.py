@@ -104,13 +104,11 @@ class Merge:
         self._wanted = run
         for source in map(str, sources):
             self._add(source)
-        self._check_runs(sources)
+        self._check_runs()
         dialect = HARMONY if self._marks_in_content is False else THINK_TAGS
         self.features: Features = columns.features(dataset, self.settings.prompt_column, dialect)
-        given = [name for name in self.features if name not in columns.COLUMNS]
-        columns.check_columns(
-            [*given, self.settings.prompt_column], self.settings.prompt_column, self.settings.id_column
-        )
+        prompt, own = self.settings.prompt_column, [name for name in self.features if name not in columns.COLUMNS]
+        columns.check_columns([*own, prompt], prompt, self.settings.id_column)
         self.report = self._held_against_prompts()
 
     # --- what is there
@@ -172,7 +170,7 @@ class Merge:
             self._runs[str(run)] = self._runs.get(str(run), 0) + 1
             self._rows.setdefault(key, []).append(found)
 
-    def _check_runs(self, sources: Sequence[str | Path]) -> None:
+    def _check_runs(self) -> None:
         if len(self._runs) > 1:
             counts = ", ".join(f"{run} ({count} rows)" for run, count in self._runs.items())
             raise MergeError(
@@ -213,11 +211,12 @@ class Merge:
     # --- held against the prompts
 
     def _held_against_prompts(self) -> Report:
-        report, wanted = Report(), dict[str, None]()
-        for key, _, _ in self._prompts():
+        report, wanted, unusable = Report(), dict[str, None](), set[str]()
+        for key, prompt, _ in self._prompts():
             report.prompts += 1
             if key is None:
                 report.unusable += 1
+                unusable.add(str(self._id(prompt)))
             elif key not in wanted:
                 wanted[key] = None
                 there = self._rows.get(key)
@@ -225,7 +224,7 @@ class Merge:
                     report.missing.append(key)
                 else:
                     report.failed += all(one.failed for one in there)
-        report.foreign = [key for key in self._rows if key not in wanted]
+        report.foreign = [key for key in self._rows if key not in wanted and key not in unusable]
         for key in wanted:
             if len(found := self._rows.get(key, [])) > 1:
                 (report.duplicates if self._are_one(found) else report.differing).append(key)
@@ -242,8 +241,7 @@ class Merge:
         settings, seen = self.settings, set[str]()
         for row in self._dataset:
             try:
-                given = row[settings.id_column] if settings.id_column is not None else None
-                yield prompts.read(given, row[settings.prompt_column], settings, seen)[0], row, None
+                yield prompts.read(self._id(row), row[settings.prompt_column], settings, seen)[0], row, None
             except PromptError as error:
                 yield None, row, error
 
@@ -283,10 +281,12 @@ class Merge:
                 found = self._rows[key]
                 yield {**prompt, **next((one for one in found if not one.failed), found[0]).read()}
 
+    def _id(self, prompt: Mapping[str, Any]) -> Any:
+        return prompt[self.settings.id_column] if self.settings.id_column is not None else None
+
     def _unusable(self, prompt: Mapping[str, Any], error: PromptError) -> dict[str, Any]:
-        given = prompt[self.settings.id_column] if self.settings.id_column is not None else None
         return columns.row(
-            Trajectory(str(given), finish_reason="error", error=str(error)),
+            Trajectory(str(self._id(prompt)), finish_reason="error", error=str(error)),
             [],
             None,
             THINK_TAGS,

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import time
@@ -53,6 +54,23 @@ _WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
 _NAME = re.compile(r"part-(?P<run>\w+)-\w+\.parquet")
 _RECORD = b"tessy_run"
 _ROW_KEYS = ("key", "finish_reason", "run_fingerprint")
+
+
+logger = logging.getLogger(__name__)
+
+
+def _may_pass(error: BaseException) -> bool:
+    final = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+    return isinstance(error, OSError) and not isinstance(error, final)
+
+
+_patiently = tenacity.retry(
+    retry=tenacity.retry_if_exception(_may_pass),
+    wait=tenacity.wait_random_exponential(0.2, max=5),
+    stop=tenacity.stop_after_attempt(6),
+    reraise=True,
+)
+"""Takes a step at storage again where that may help, beyond what the file system does itself."""
 
 
 class Place(NamedTuple):
@@ -113,9 +131,15 @@ class ParquetFiles:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            with self._system.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        @_patiently
+        def opened() -> Any:
+            with self._system.open(path, "rb") as bytes_, pq.ParquetFile(bytes_) as file:
                 return read(file)
+
+        try:
+            return opened()
+        except PartsError:
+            raise
         except (OSError, pa.ArrowException, KeyError) as error:
             raise PartsError(
                 f"The part {path} cannot be read: {error}. A whole Parquet file of finished rows is expected; check "
@@ -260,7 +284,7 @@ def listed(system: Any, path: str) -> list[str]:
     """
     system.invalidate_cache()
     try:
-        found = system.ls(path, detail=False)
+        found = _patiently(system.ls)(path, detail=False)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -278,16 +302,7 @@ def run_of(path: str) -> str | None:
     return found["run"] if found else None
 
 
-def _passing(error: BaseException) -> bool:
-    return isinstance(error, OSError) and not isinstance(error, (PermissionError, IsADirectoryError))
-
-
-@tenacity.retry(
-    retry=tenacity.retry_if_exception(_passing),
-    wait=tenacity.wait_random_exponential(0.2, max=5),
-    stop=tenacity.stop_after_attempt(6),
-    reraise=True,
-)
+@_patiently
 def _put(system: Any, path: str, content: bytes) -> None:
     """Put a file there, whole or not at all. Object storage does so by itself; on disks it is renamed into place."""
     folder = path.rpartition("/")[0]
@@ -330,6 +345,7 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         self._putting: asyncio.Task[None] | None = None
         self._due = self._hurried = False
+        self._failure: PartsError | None = None
         self._looking = asyncio.Lock()
         self._looked = float("-inf")
 
@@ -350,7 +366,13 @@ class Outbox:
             return await asyncio.to_thread(self.parts.row, key)
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Take a finished row, unless it is there already; one that failed counts only as long as none has not."""
+        """Take a finished row, unless it is there already; one that failed counts only as long as none has not.
+
+        Raises:
+            PartsError: Rows taken before could not be written.
+        """
+        if self._failure is not None:
+            raise self._failure
         there = self.parts.done(key) or (row["finish_reason"] == "error" and self.parts.failed(key))
         if there or key in self._waiting:
             return
@@ -377,16 +399,18 @@ class Outbox:
             PartsError: They cannot be written.
         """
         self.hurry()
-        waiting = list(self._waiting.values())
-        if waiting:
-            await asyncio.gather(*map(asyncio.shield, waiting))
+        await asyncio.gather(*map(asyncio.shield, self._waiting.values()))
+        if self._failure is not None:
+            raise self._failure
 
     async def close(self) -> None:
-        """Put what is left."""
-        if self._rows:
+        """Put what is left, as well as that can be done."""
+        if self._rows and self._failure is None:
             self._begin()
         if self._putting is not None:
             await self._putting
+        if self._failure is not None:
+            logger.warning("Finished rows are not in %s: %s", self.parts.folder, self._failure)
 
     def _begin(self) -> None:
         if self._timer is not None:
@@ -401,22 +425,13 @@ class Outbox:
         try:
             while self._due and self._rows:
                 rows, self._rows, self._bytes, self._due = self._rows, {}, 0, False
-                failure: PartsError | None = None
                 try:
                     await asyncio.to_thread(self.parts.write, rows)
                 except PartsError as error:
-                    failure = error
+                    self._failure = error
                 for key in rows:
-                    _settle(self._waiting.pop(key), failure)
+                    waiting = self._waiting.pop(key)
+                    if not waiting.done():
+                        waiting.set_result(None)
         finally:
             self._putting = None
-
-
-def _settle(waiting: asyncio.Future[None], failure: PartsError | None) -> None:
-    if waiting.done():
-        return
-    if failure is None:
-        waiting.set_result(None)
-    else:
-        waiting.set_exception(failure)
-        waiting.exception()  # whoever waits gets it; where nobody does any more, nobody complains

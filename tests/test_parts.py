@@ -105,8 +105,7 @@ def test_what_is_no_whole_part_is_told(tmp_path):
     assert len(rows_of(prompts(3), scripted(parts=str(shared)))) == 3
 
 
-def test_storage_that_refuses_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts._put.retry, "stop", lambda state: state.attempt_number >= 2)
+def test_storage_that_refuses_ends_the_run(tmp_path):
     (tmp_path / "run").write_text("no folder")
     with pytest.raises(PartsError, match="cannot be (read|written).*expected"):
         rows_of(prompts(3), scripted(parts=str(tmp_path / "run" / "inside")))
@@ -131,6 +130,36 @@ class Flaky(MemoryFileSystem):
         if self.attempts % 2:
             raise OSError("the storage is busy")
         super().pipe_file(path, value, mode, **kwargs)
+
+
+class Breaking(Flaky):
+    """Takes three files and then no more, for good."""
+
+    protocol, store, files = "breaking", {}, 3
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.replace("breaking://", "memory://"))
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if len(self.store) >= self.files:
+            raise PermissionError("the quota is used up")
+        MemoryFileSystem.pipe_file(self, path, value, mode, **kwargs)
+
+
+def test_storage_that_breaks_in_mid_run_ends_it_and_costs_no_row(tmp_path):
+    fsspec.register_implementation("breaking", Breaking, clobber=True)
+    given = {"parts": "breaking://run", "journal": str(tmp_path / "journal"), "rows_in_flight": 4}
+    asked = []
+    with pytest.raises(PartsError, match="cannot be written to breaking://run: the quota"):
+        rows_of(prompts(200), scripted(fault=lambda request: asked.append(request.row), **given), batch_size=100)
+    done = set(asked)
+    assert 0 < len(Breaking.store) <= 3 and len(done) < 200
+    Breaking.files = 1000
+    again = []
+    rows_of(prompts(200), scripted(fault=lambda request: again.append(request.row), **given), batch_size=100)
+    assert len(done & set(again)) <= 8, "finished rows were written again"
+    assert list(Merge(["breaking://run"], prompts(200)).rows()) == rows_of(prompts(200), scripted())
 
 
 def test_what_may_pass_is_tried_again():
@@ -171,7 +200,7 @@ def test_equal_prompts_and_unusable_ones_come_out_as_from_one_process(shared):
     expected = rows_of(given, scripted(**without_ids))
     assert rows_of(given, scripted(parts=shared, **without_ids)) == expected
     merged = Merge([shared], given)
-    assert list(merged.rows()) == expected and merged.report.unusable == 2
+    assert list(merged.rows()) == expected and merged.report.unusable == 2 and not merged.report.foreign
 
 
 def same(row):
