@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -18,6 +19,7 @@ from tessy_hf.errors import DatasetError, SettingsError, TessyError
 
 if TYPE_CHECKING:
     from tessy_hf.estimate import Estimate
+    from tessy_hf.merge import Report
     from tessy_hf.transform import TessyTransform
 
 app = typer.Typer(
@@ -44,20 +46,36 @@ def synthesize(
             "user/name@revision."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Where to write the finished rows: a .parquet or .jsonl file.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Where to write the finished rows: a .parquet or .jsonl file. Not needed where the recipe has "
+            "`parts`, which `tessy merge` reads."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
     config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change the recipe: temperature=0.5, teacher.model=me/model.")
     ] = None,
     run: Annotated[str | None, typer.Option(help="Which run of a release, where it has several.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Only this part of the prompts, 0/8 to 7/8: one for each host.")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, as the recipe's `cluster` says.")] = False,
 ) -> None:
     """Write an answer to each prompt, teacher and student together."""
     from datasets import Dataset
 
-    _writer(out)
+    if out is not None:
+        _writer(out)
     with _transform(recipe, change or [], run) as transform:
-        prompts = _load(data, split, config)
+        if out is None and transform.settings.parts is None:
+            raise SettingsError("No place is named for the rows. Name a file, or pass --set parts= with a folder.")
+        prompts = _shard(_load(data, split, config), shard)
+        if ray:
+            _synthesize_on_ray(prompts, transform, out, recipe, change or [])
+            return
         features = transform.features(prompts)
         plan = transform.plan(prompts)
         Console(stderr=True).print(
@@ -66,8 +84,30 @@ def synthesize(
             highlight=False,
         )
         rows = prompts.map(transform, batched=True, features=features)
+        if out is None:
+            Console().print(f"{sum(1 for _ in rows)} rows in {transform.settings.parts}", soft_wrap=True)
+            return
         finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
     _write(finished, out)
+
+
+def _synthesize_on_ray(
+    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str]
+) -> None:
+    from tessy_hf import distributed
+    from tessy_hf.recipe import read_placement
+
+    if out is not None and out.suffix != ".parquet":
+        raise TessyError(f"The output {str(out)!r} is no .parquet file, which a run with --ray writes. Name one.")
+    placement = read_placement(Path(recipe), change) if Path(recipe).exists() else distributed.Placement()
+    written = distributed.synthesize(prompts, transform, out, placement=placement)
+    report = written.merge.report
+    Console().print(
+        f"{report.prompts} rows in {out or transform.settings.parts}, {written.found} of them there before, "
+        f"{report.failed} failed",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @app.command()
@@ -199,6 +239,84 @@ def export(
 
     _writer(out)
     _write(Rows(journal, run, max_attempts=3).dataset(), out)
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PARTS...",
+            help="What the hosts wrote: folders of parts (a path, s3://...), journals, or .parquet files of rows.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[str, typer.Option("--prompts", help="All prompts of the run, as for synthesize.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the rows: a .parquet file or a folder. Without it, only check.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe of the run, for .parquet files of rows; the others tell it.")
+    ] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, as for synthesize.")] = None,
+    run: Annotated[str | None, typer.Option(help="Which run, where there are rows of several.")] = None,
+    first: Annotated[
+        bool, typer.Option("--first", help="Of rows that differ, take that of the source named first.")
+    ] = False,
+    incomplete: Annotated[
+        bool, typer.Option("--incomplete", help="Write what is there though rows are missing; still exits with 1.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all ids.")] = False,
+) -> None:
+    """Make one dataset of what many hosts wrote, after proving that each prompt has its row, once."""
+    from tessy_hf.merge import Merge
+
+    settings = _transform(recipe, change or [], run).settings if recipe is not None else None
+    merged = Merge(sources, _load(data, split, config), settings=settings, run=run, first=first, incomplete=incomplete)
+    _tell_merge(merged.report, as_json)
+    merged.check()
+    if out is not None:
+        count = merged.write(out)
+        Console(stderr=as_json).print(f"{count} rows in {out}", soft_wrap=True)
+    if merged.report.missing:
+        raise typer.Exit(1)
+
+
+def _tell_merge(report: Report, as_json: bool) -> None:
+    """Print what a merge found."""
+    from tessy_hf.merge import some
+
+    told = dataclasses.asdict(report)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    console = Console()
+    console.print(
+        f"{report.prompts} prompts, {report.unusable} of them unusable; {report.failed} rows failed", highlight=False
+    )
+    for name, what in (
+        ("missing", "prompts without a row"),
+        ("duplicates", "rows there more than once, all the same"),
+        ("differing", "rows there more than once that differ"),
+        ("foreign", "rows without a prompt, left out"),
+    ):
+        ids = told[name]
+        console.print(f"{len(ids)} {what}{': ' + some(ids) if ids else ''}", markup=False, soft_wrap=True)
+
+
+def _shard(prompts: Any, shard: str | None) -> Any:
+    """Return every n-th of the prompts.
+
+    Not by ``split_dataset_by_node``: in a stream of fewer files than hosts it skips rows only after they are mapped.
+    """
+    if shard is None:
+        return prompts
+    rank, _, world = shard.partition("/")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise SettingsError(f"--shard {shard!r} is none. The first of eight is 0/8, the last 7/8.")
+    return prompts.filter(lambda _, number: number % int(world) == int(rank), with_indices=True)
 
 
 @app.command()

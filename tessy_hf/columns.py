@@ -138,7 +138,7 @@ def check_columns(
 def row(
     trajectory: Trajectory,
     messages: Sequence[Message],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None,
     dialect: Dialect,
     *,
     method: str,
@@ -150,7 +150,7 @@ def row(
     Args:
         trajectory: What was written.
         messages: The prompt's messages.
-        vocabulary: The student's vocabulary, by which tokens are counted.
+        vocabulary: The student's vocabulary, by which tokens are counted; not needed where nothing was written.
         dialect: The student's dialect, in which the row is written.
         method: The data recipe.
         run_fingerprint: The run's fingerprint.
@@ -162,7 +162,7 @@ def row(
         markers belong to the neighbouring thinking spans and are not counted as tokens.
     """
     thinking, answer = trajectory.text("thinking"), trajectory.text("answer")
-    spans = _spans(trajectory, vocabulary, dialect)
+    spans = _spans(trajectory, vocabulary, dialect) if vocabulary is not None else []
     tokens: dict[Author, int] = {"teacher": 0, "student": 0}
     thought: dict[Author, int] = {"teacher": 0, "student": 0}
     for span in spans:

@@ -6,6 +6,8 @@
     ├── TemplateError      a chat template cannot carry open or finished thinking    → nothing starts
     ├── BoundaryError      a boundary predictor cannot be read without more knowledge → nothing starts
     ├── JournalError       the journal cannot be read or written                     → nothing starts, or the run stops
+    ├── PartsError         parts on shared storage cannot be read or written         → nothing starts, or the run stops
+    ├── MergeError         parts do not make the whole: rows are missing, or differ  → nothing is written
     ├── HubError           the Hub refuses or does not answer                        → no version, or the complete one
     │   └── VersionError   a version cannot be pushed: it is there, or is no version → nothing starts
     ├── SandboxError       programs cannot be kept from the network here             → nothing starts
@@ -41,6 +43,14 @@ class BoundaryError(TessyError, ValueError):
 
 class JournalError(TessyError, OSError):
     """The journal cannot be read or written. What is committed in it stays as it is."""
+
+
+class PartsError(TessyError, OSError):
+    """Parts on shared storage cannot be read or written, or are of another run. What is there stays as it is."""
+
+
+class MergeError(TessyError, ValueError):
+    """Parts do not make the whole: rows are missing or differ, or what is needed to tell is not known."""
 
 
 class HubError(TessyError, RuntimeError):

@@ -270,6 +270,23 @@ class Journal:
             for _, key, columns in page:
                 yield key, json.loads(columns)
 
+    def keys(self) -> Iterator[tuple[str, bool]]:
+        """Iterate over the keys of this run's rows that are done, and whether they failed. Reads no columns."""
+        query = f"""SELECT id, key, finish_reason IS NULL FROM rows NOT INDEXED JOIN results ON row = id
+            WHERE id > ? AND fingerprint = ? AND {_DONE} ORDER BY id LIMIT 1000"""
+        page: list[tuple[int, str, int]] = [(0, "", 0)]
+        while page:
+            with self._file.use() as db:
+                page = db.execute(query, (page[-1][0], self.fingerprint, self.max_attempts)).fetchall()
+            for _, key, failed in page:
+                yield key, bool(failed)
+
+    def row(self, key: str) -> dict[str, Any] | None:
+        """Return the columns of a row that is done, or ``None``."""
+        with self._file.use() as db:
+            done = self._done(db, (self.fingerprint, _utf8(key)))
+        return done.columns if done is not None else None
+
     def fingerprints(self) -> dict[str, Counts]:
         """Count the rows of each run in the file, oldest first; ``to_do`` counts those begun without text."""
         query = f"SELECT fingerprint, {_STANDING}, count(*) FROM rows GROUP BY 1, 2 ORDER BY min(id)"

@@ -38,7 +38,7 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
 LIBRARIES = ("datasets", "huggingface-hub", "tessy-hf", "tokenizers", "torch", "transformers", "vllm")
 DIGEST_BYTES = 16 << 20
-SPEED = frozenset({"rows_in_flight", "journal", "max_attempts"})
+SPEED = frozenset({"rows_in_flight", "journal", "parts", "max_attempts"})
 """Settings that never change what is written."""
 
 

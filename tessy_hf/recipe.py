@@ -38,6 +38,9 @@ Read = TypeVar("Read", bound=BaseModel)
 ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine, "server": ServerEngine}
 
 
+_EXPECTED = "settings by name, `teacher` and `student` with `engine`, `model` and `boundary`, and perhaps `cluster`"
+
+
 class _Boundary(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -62,11 +65,27 @@ class _Speaker(BaseModel):
     template_options: dict[str, Any] = Field(default_factory=dict)
 
 
+class Placement(BaseModel):
+    """What a run takes of a Ray cluster: ``cluster`` in a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    actors: int = Field(default=1, ge=1)
+    """How many actors write rows, each ``rows_in_flight`` at a time."""
+    num_cpus: float = Field(default=1, ge=0)
+    """Cores of an actor, for the predictors and what else runs in it."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of an actor, for engines and predictors that run in it; none where engines are servers."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Other resources of Ray's that an actor takes, which tell where it may run."""
+
+
 class _Recipe(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     teacher: _Speaker
     student: _Speaker
+    cluster: Placement | None = None
 
 
 class _Annotation(BaseModel):
@@ -99,6 +118,18 @@ def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dic
     return build(_content(path), path, changes)
 
 
+def read_placement(path: Path, changes: Iterable[str] = ()) -> Placement:
+    """Read what a recipe takes of a Ray cluster: its ``cluster``; one actor where there is none.
+
+    Raises:
+        SettingsError: As for :func:`read`.
+    """
+    given = _content(path)
+    for change in changes:
+        _change(given, change)
+    return _validate(_Recipe, given, path, _EXPECTED).cluster or Placement()
+
+
 def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
     """Build teacher, student and settings from a recipe's content; ``path`` is its name, for people.
 
@@ -107,8 +138,7 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
     """
     for change in changes:
         _change(given, change)
-    expected = "settings by name, and `teacher` and `student` with `engine`, `model` and `boundary`"
-    recipe = _validate(_Recipe, given, path, expected)
+    recipe = _validate(_Recipe, given, path, _EXPECTED)
     try:
         json.dumps(given, sort_keys=True, default=str)  # as for the fingerprint
     except (TypeError, ValueError, RecursionError) as error:

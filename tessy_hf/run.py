@@ -22,6 +22,7 @@ from tessy_hf import columns, methods, prompts, verifiers
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import DatasetError, JournalError, PromptError
 from tessy_hf.journal import Claim, Counts, Journal
+from tessy_hf.parts import Outbox, Parts
 from tessy_hf.progress import Progress
 from tessy_hf.provenance import RunRecord
 from tessy_hf.settings import Settings
@@ -96,8 +97,15 @@ class Run:
         self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
         self._loop = asyncio.new_event_loop()
         self._admission = asyncio.Lock()
+        self._outbox = self._make_outbox()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tessy", daemon=True)
         self._thread.start()
+
+    def _make_outbox(self) -> Outbox | None:
+        parts = parts_of(self._settings, self._fingerprint)
+        if parts is None:
+            return None
+        return Outbox(parts, lambda: max(1, self._window.limit // 2), lambda: self._window.rows < self._window.limit)
 
     def submit(self, batch: Batch, caller: asyncio.AbstractEventLoop | None) -> Future[Columns]:
         """Hand a batch to the loop. ``caller`` tells one pass over a dataset from the next."""
@@ -130,6 +138,8 @@ class Run:
             self._commit.cancel()
         if self._journal is not None:
             self._journal.close()
+        if self._outbox is not None:
+            await self._outbox.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
 
     async def _start(self) -> None:
@@ -138,6 +148,9 @@ class Run:
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
         await asyncio.to_thread(verifiers.check, self._verifier)
+        if self._outbox is not None:
+            await asyncio.to_thread(self._outbox.parts.refresh)
+            self._progress.write(f"{len(self._outbox.parts)} rows are there already (parts: {self._settings.parts}).")
         if self._journal is not None:
             self._progress.say(self._journal.fingerprints().get(self._fingerprint), self._journal.path)
             self._own(asyncio.create_task(self._tick(self._journal)))
@@ -146,10 +159,15 @@ class Run:
             await self._student.start()
         else:
             await asyncio.gather(self._teacher.start(), self._student.start())
-        self._window.open(self._teacher.engine.cache_tokens, self._student.engine.cache_tokens)
-        if self._journal is not None:  # now that the models are there, their revisions are known
-            described = await asyncio.to_thread(self._describe)  # reads files
-            self._journal.describe(described.model_dump_json())
+        self._window.open(self._teacher.engine, self._student.engine)
+        if self._journal is None and self._outbox is None:
+            return
+        record = await asyncio.to_thread(self._describe)  # reads files; the models' revisions are known by now
+        if self._journal is not None:
+            self._journal.describe(record.model_dump_json())
+        if self._outbox is not None:
+            features = columns.schema(self._student.dialect.marks_in_content)
+            self._outbox.parts.describe(features, record.model_dump_json())
 
     def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""
@@ -215,14 +233,22 @@ class Run:
                     await self._window.enter()
                     row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}
                     tasks.append(self._own(asyncio.create_task(self._row(given, prompt, row, seen))))
-                    tasks[-1].add_done_callback(lambda _: self._window.leave())
+                    tasks[-1].add_done_callback(self._leave)
             rows = await asyncio.gather(*tasks)
             if self._journal is not None:
                 self._journal.flush()  # now they are durable
+            if self._outbox is not None:
+                await self._outbox.stored()
         finally:
             for task in tasks:
                 task.cancel()
         return {name: [row[name] for row in rows] for name in columns.COLUMNS}
+
+    def _leave(self, _: asyncio.Task[Any]) -> None:
+        """Give a row's place in the window to the next."""
+        self._window.leave()
+        if self._outbox is not None:
+            self._outbox.hurry()
 
     async def _row(self, given: Any, prompt: Any, row: Mapping[str, Any], seen: set[str]) -> dict[str, Any]:
         """Write one row, whatever its prompt is like; ``row`` is what its verifier may read."""
@@ -234,12 +260,20 @@ class Run:
         else:
             work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
             with self._progress.row():
-                if self._journal is None:
-                    done = await self._write(work, row)
-                else:
-                    done = await self._write_durably(work, row, self._journal)
+                done = await self._look_up_or_write(work, row)
             self._learn_length(messages, done)
         self._progress.done(done)
+        return done
+
+    async def _look_up_or_write(self, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
+        if self._outbox is not None and (found := await self._outbox.find(prompt.key)) is not None:
+            return found
+        if self._journal is None:
+            done = await self._write(prompt, given)
+        else:
+            done = await self._write_durably(prompt, given, self._journal)
+        if self._outbox is not None:
+            self._outbox.add(prompt.key, done)
         return done
 
     def _learn_length(self, messages: Sequence[Message], row: Mapping[str, Any]) -> None:
@@ -337,23 +371,37 @@ def journal_of(settings: Settings, fingerprint: str) -> Journal | None:
     return Journal(folder / f"{fingerprint}.journal", fingerprint, max_attempts=settings.max_attempts)
 
 
+def parts_of(settings: Settings, fingerprint: str) -> Parts | None:
+    """Return the parts of a run, where it puts rows into such. Touches no file."""
+    return Parts(settings.parts, fingerprint) if settings.parts is not None else None
+
+
 def count(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
-    """Count how a dataset's rows stand in the journal: done, to continue, to do, failed before. Starts nothing."""
+    """Count how a dataset's rows stand: done, to continue, to do, failed before. Starts nothing."""
     names = [name for name in (settings.prompt_column, settings.id_column) if name is not None]
     columns.check_columns(list(dataset.column_names or names), settings.prompt_column, settings.id_column)
-    journal, seen, unusable = journal_of(settings, fingerprint), set[str](), 0
+    journal, seen, unusable, in_parts = journal_of(settings, fingerprint), set[str](), 0, 0
+    parts = parts_of(settings, fingerprint)
+    if parts is not None:
+        parts.refresh()
 
     def keys() -> Iterator[str]:
-        nonlocal unusable
+        nonlocal unusable, in_parts
         for row in dataset.select_columns(names):
             try:
                 given = row[settings.id_column] if settings.id_column is not None else None
-                yield prompts.read(given, row[settings.prompt_column], settings, seen)[0]
+                key = prompts.read(given, row[settings.prompt_column], settings, seen)[0]
             except PromptError:
                 unusable += 1
+                continue
+            if parts is not None and parts.done(key):
+                in_parts += 1
+            else:
+                yield key
 
     if journal is None or not journal.path.exists():
-        return Counts(to_do=sum(1 for _ in keys()) + unusable)
-    counts = journal.plan(keys())
-    journal.close()
-    return counts._replace(to_do=counts.to_do + unusable)
+        counts = Counts(to_do=sum(1 for _ in keys()))
+    else:
+        counts = journal.plan(keys())
+        journal.close()
+    return counts._replace(done=counts.done + in_parts, to_do=counts.to_do + unusable)

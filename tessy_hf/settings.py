@@ -90,6 +90,9 @@ class Settings(BaseModel):
     journal: str | None = "auto"
     """Where rows are kept as they are written, so that a rerun looks them up and goes on: a file, "auto" for one next
     to the datasets cache, or None for no journal."""
+    parts: str | None = None
+    """Where finished rows are put for other hosts to see, as small Parquet files: a folder as fsspec names it, a path
+    or for instance ``s3://bucket/run``. Rows that any host has put there are looked up."""
     request_timeout: float = Field(default=3600.0, gt=0)
     """Seconds that an engine or a predictor may take for one request. A row that waits longer fails and is tried
     again."""
@@ -183,6 +186,6 @@ class Settings(BaseModel):
 
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:
         """Return a hash of all that decides the rows: these settings and the speakers' identities."""
-        speed = {"rows_in_flight", "journal", "request_timeout", "max_attempts"}
+        speed = {"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"}
         described = {"format": FORMAT, "settings": self.model_dump(exclude=speed), "speakers": dict(speakers)}
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -62,7 +62,7 @@ class Rows:
 
         self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
-            self._features: Features = _journal_features(self.given)
+            self._features: Features = journal_features(self.given)
         elif isinstance(self.given, (Dataset, IterableDataset)):
             self._features = _features(self.given)
         else:
@@ -192,8 +192,8 @@ def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> 
     return Journal(journal.path, wanted or runs[0], max_attempts=max_attempts)
 
 
-def _journal_features(journal: Journal) -> Features:
-    """Read off the rows whether their thinking stands under a key of its own."""
+def journal_features(journal: Journal) -> Features:
+    """Return the types of a journal's rows; read off them whether their thinking stands under a key of its own."""
     from datasets import Features, Value
 
     keys: set[str] = set()

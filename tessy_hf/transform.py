@@ -12,6 +12,7 @@ import functools
 import uuid
 import warnings
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ class TessyTransform(functools.partial[Any]):
         student: The model to be trained, writer of style spans and of the answer.
         **settings: See :class:`tessy_hf.settings.Settings`: ``method``, ``chunk_tokens``, ``stream``, ``temperature``,
             ``top_p``, ``seed``, ``max_thinking_tokens``, ``max_answer_tokens``, ``prompt_column``, ``id_column``,
-            ``system_prompt``, ``rows_in_flight``, ``journal``, ``request_timeout``, ``max_attempts``.
+            ``system_prompt``, ``rows_in_flight``, ``journal``, ``parts``, ``request_timeout``, ``max_attempts``.
 
     Raises:
         SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor and the small one
@@ -134,9 +135,20 @@ class TessyTransform(functools.partial[Any]):
         return count(dataset, self.settings, self.run_fingerprint)
 
     def without_journal(self) -> TessyTransform:
-        """Return the same transform without a journal, for rows that are not to be kept."""
-        settings = self.settings.model_copy(update={"journal": None})
-        return self._make(self.teacher, self.student, settings, uuid.uuid4().hex, self.source)
+        """Return the same transform without a journal and parts, for rows that are not to be kept."""
+        return self._with(journal=None, parts=None)
+
+    def with_parts(self, folder: str | None) -> TessyTransform:
+        """Return the same transform with another folder for parts; where it is ``None``, with its own.
+
+        A path is made absolute, so that it means the same to other processes.
+        """
+        folder = self.settings.parts if folder is None else folder
+        return self._with(parts=folder if folder is None or "://" in folder else str(Path(folder).absolute()))
+
+    def _with(self, **settings: Any) -> TessyTransform:
+        changed = self.settings.model_copy(update=settings)
+        return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source)
 
     def loads(self) -> dict[str, Load]:
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
@@ -162,15 +174,21 @@ class TessyTransform(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        run = self._run()
         if self._async and _loop_is_running():
             task = asyncio.current_task()
             if (
                 task is not None
             ):  # `datasets` abandons its tasks when a stream is dropped: no complaint for each of them
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
-            return asyncio.wrap_future(run.submit(batch, asyncio.get_running_loop()))
-        return run.submit(batch, None).result()
+            return asyncio.wrap_future(self._run().submit(batch, asyncio.get_running_loop()))
+        return self.submit(batch).result()
+
+    def submit(self, batch: Batch) -> Future[dict[str, list[Any]]]:
+        """Hand over a batch without waiting for it: the future of what a call returns or raises.
+
+        Batches enter the window in the order in which they are handed over; what is not waited for is written, too.
+        """
+        return self._run().submit(batch, None)
 
     def _run(self) -> Run:
         if self._token not in RUNS:

@@ -7,7 +7,10 @@ rows that wait and read those rows again at each turn, which costs more than it 
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from tessy_hf.engines.base import Engine
 
 ROWS = 64
 """Rows in flight where no engine tells the size of its cache."""
@@ -39,22 +42,27 @@ class Window:
     def __init__(self, rows: int | Literal["auto"], guess: int) -> None:
         self.rows = 0
         self._fixed = None if rows == "auto" else rows
-        self._cache: int | None = None
+        self._engines: tuple[Engine, ...] = ()
         self._finished, self._sum, self._squares = float(GUESSES), float(GUESSES * guess), float(GUESSES * guess**2)
         self._share = 1.0
         self._read_again = 0
         self._changed = asyncio.Event()
 
-    def open(self, *caches: int | None) -> None:
-        """Learn how many tokens each engine's cache holds, now that they are started."""
-        self._cache = min((cache for cache in caches if cache is not None), default=None)
+    def open(self, *engines: Engine) -> None:
+        """Follow the caches of these engines, which are started. Their servers may come and go."""
+        self._engines = engines
+
+    @property
+    def _cache(self) -> int | None:
+        return min((held for engine in self._engines if (held := engine.cache_tokens) is not None), default=None)
 
     @property
     def limit(self) -> int:
         """How many rows may be in flight now."""
         if self._fixed is not None:
             return self._fixed
-        fit = ROWS if self._cache is None else FILLED * self._cache / self.row_tokens
+        cache = self._cache
+        fit = ROWS if cache is None else FILLED * cache / self.row_tokens
         return max(1, min(MOST_ROWS, int(fit * self._share)))
 
     @property
@@ -100,6 +108,7 @@ class Window:
         """Say where the limit comes from, for people; nothing where it is fixed."""
         if self._fixed is not None:
             return ""
-        held = "size unknown" if self._cache is None else f"{self._cache:,} tokens"
+        cache = self._cache
+        held = "size unknown" if cache is None else f"{cache:,} tokens"
         kept = "" if self._share == 1 else f", {self._share:.0%} used as it overflowed"
         return f" of {self.limit} (cache: {held}{kept}; a row: {self.row_tokens:,.0f})"

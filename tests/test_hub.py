@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
 from tessy_hf import push_to_hub, releases, shards
 from tessy_hf.errors import DatasetError, HubError, JournalError, RequestError, VersionError
+from tessy_hf.merge import Merge
 from tessy_hf.provenance import Manifest
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
 from tests.hub_sweep import MANIFEST, REPO, check_release, finished, patched, state
@@ -46,6 +47,20 @@ def push(rows, version="1.0.0", **options):
 
 def manifest_at(hub, revision):
     return Manifest.model_validate_json(hub.read(REPO, revision, MANIFEST))
+
+
+def test_parts_of_several_hosts_become_one_release(hub, tmp_path):
+    for host in range(2):
+        with scripted(parts=str(tmp_path / "parts")) as transform:
+            transform(prompts(40).shard(2, host)[:])
+            record = transform.record()
+    merged = Merge([tmp_path / "parts"], prompts(40))
+    release, _ = push(merged.dataset(), manifest=merged.record)
+    assert (release.rows, release.failed) == (40, 0)
+    rows = load_dataset(REPO, revision="v1.0.0", split="train")
+    assert rows["id"] == [f"r{i}" for i in range(40)] and rows["answer"][7] == "the answer is r7 ."
+    told = manifest_at(hub, "v1.0.0").run
+    assert told.settings == record.settings and told.teacher == record.teacher
 
 
 def test_a_stream_becomes_one_tagged_release(hub, monkeypatch):

@@ -3,20 +3,26 @@
 import importlib.util
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
-from tessy_hf.recipe import read
+from tessy_hf import Script, ScriptedEngine, ServerEngine, Speaker, TessyTransform, VLLMEngine, demo
+from tessy_hf.errors import SettingsError
+from tessy_hf.merge import Merge
+from tessy_hf.recipe import Placement, read, read_placement
+from tests.engines.servers import free_ports
 from tests.worlds import R1, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 RUNS = sorted([*RECIPES.glob("*.yaml"), RECIPES / "miniature" / "tessy.yaml"])
+CLUSTER = sorted((RECIPES / "cluster").glob("*.yaml"))
 PROMPTS = sorted((RECIPES / "prompts").glob("*.yaml"))
 
 
@@ -34,7 +40,7 @@ def collect():
 
 
 @pytest.mark.filterwarnings("ignore:The teacher and the student have no boundary predictor")
-@pytest.mark.parametrize("path", RUNS, ids=name_of)
+@pytest.mark.parametrize("path", [*RUNS, *CLUSTER], ids=name_of)
 def test_each_recipe_can_be_read_and_is_the_method(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     transform = TessyTransform.from_yaml(path)
@@ -43,7 +49,7 @@ def test_each_recipe_can_be_read_and_is_the_method(path, monkeypatch):
         assert speaker.boundary is not None
 
 
-@pytest.mark.parametrize("path", [*RUNS, *PROMPTS], ids=name_of)
+@pytest.mark.parametrize("path", [*RUNS, *CLUSTER, *PROMPTS], ids=name_of)
 def test_each_recipe_names_its_hardware_first_and_claims_no_hours(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# Hardware: ")
@@ -62,6 +68,82 @@ def test_each_served_model_has_its_command():
     assert len(served) == 3
     for model, port in served:
         assert re.search(rf"vllm serve {re.escape(model)} --port {port} --enable-scale-out", text), model
+
+
+def test_the_recipes_for_clusters_say_what_they_take_and_where_rows_go():
+    placed = {path.name: read_placement(path) for path in CLUSTER}
+    assert placed["ray-servers.yaml"] == Placement(actors=4, num_cpus=8)
+    assert placed["ray-gpus.yaml"] == Placement(actors=4, num_cpus=8, num_gpus=2)
+    assert placed["slurm.yaml"] == Placement()
+    for path in CLUSTER:
+        engines = [speaker.engine for speaker in read(path)[:2]]
+        assert all(
+            isinstance(engine, VLLMEngine if path.name == "ray-gpus.yaml" else ServerEngine) for engine in engines
+        )
+        assert read(path)[2].get("parts") == (None if path.name == "slurm.yaml" else "/shared/tessy/parts")
+
+
+def test_a_placement_is_changed_as_settings_are():
+    assert read_placement(CLUSTER[0], ["cluster.actors=9"]).actors == 9
+    for change in ("cluster.actors=0", "cluster.actor=1"):
+        with pytest.raises(SettingsError, match="fault at cluster.actor"):
+            read_placement(CLUSTER[0], [change])
+
+
+def run_script(name, *arguments, path, environment):
+    return subprocess.Popen(
+        ["bash", RECIPES / "cluster" / name, *map(str, arguments)],
+        env={"PATH": f"{path}:/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+    )
+
+
+def test_the_tasks_of_a_slurm_array_make_the_whole(tmp_path):
+    """The script itself with the miniature models, in the environment that SLURM gives to tasks; one runs twice."""
+    demo.prompts(7, seed=8).to_json(tmp_path / "prompts.jsonl")
+    (tmp_path / "bin").mkdir()
+    command(tmp_path / "bin" / "tessy", f'exec "{sys.executable}" -m tessy_hf.cli "$@"')
+    recipe = RECIPES / "miniature" / "tessy.yaml"
+    for task, count in ((0, 2), (1, 2), (1, 1)):
+        slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": str(count)}
+        again = ["2"] if count == 1 else []
+        given = {**slurm, "TMPDIR": str(tmp_path), "HF_HOME": str(tmp_path / "home")}
+        arguments = (recipe, tmp_path / "prompts.jsonl", tmp_path / "run", *again)
+        assert run_script("slurm.sh", *arguments, path=tmp_path / "bin", environment=given).wait(200) == 0
+    merged = Merge([tmp_path / "run" / "parts"], demo.prompts(7, seed=8))
+    assert len(list(merged.rows())) == 7 and not merged.report.duplicates
+    journals = [path.name for path in (tmp_path / "tessy-journals").glob("*.journal")]
+    assert sorted(journals) == ["7-0.journal", "7-1.journal"]
+
+
+def command(path, line):
+    path.write_text(f"#!/usr/bin/env bash\n{line}\n")
+    path.chmod(0o755)
+
+
+def test_a_server_is_listed_for_as_long_as_it_answers(tmp_path):
+    """The script itself; in vLLM's place a server of files, which has nothing but /health."""
+    (tmp_path / "health").write_text("")
+    [port], servers = free_ports(1), tmp_path / "servers.txt"
+    serve = f'"{sys.executable}" -m http.server --bind 127.0.0.1 --directory "{tmp_path}"'
+    command(tmp_path / "vllm", f'echo "$@" > "{tmp_path}/asked"; exec {serve} "$4"')
+    servers.write_text("http://other:8000/v1\n")
+    given = {"SLURMD_NODENAME": "localhost", "DRAIN_SECONDS": "0"}
+    task = run_script("servers.sh", servers, port, "me/model", "--dtype", "half", path=tmp_path, environment=given)
+    wait_until(lambda: len(servers.read_text().splitlines()) == 2)
+    assert servers.read_text() == f"http://other:8000/v1\nhttp://localhost:{port}/v1\n"
+    assert (tmp_path / "asked").read_text() == f"serve me/model --port {port} --enable-scale-out --dtype half\n"
+    task.terminate()
+    assert task.wait(60) != 0 and servers.read_text() == "http://other:8000/v1\n"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
 
 
 def test_the_code_recipe_has_the_paper_s_figures():

@@ -89,6 +89,7 @@ def test_settings_do_not_change():
         {"rows_in_flight": 7},
         {"journal": "elsewhere"},
         {"journal": None},
+        {"parts": "memory://run"},
         {"max_attempts": 9},
         {"request_timeout": 9.0},
     ],
@@ -115,7 +116,7 @@ CHANGES = {
 
 
 def test_all_that_decides_the_rows_is_in_the_fingerprint():
-    speed = {"rows_in_flight", "journal", "request_timeout", "max_attempts"}
+    speed = {"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"}
     assert set(CHANGES) | speed == set(Settings.model_fields), "a new setting: say here whether it decides the rows"
     prints = {Settings.check(**{name: value}).fingerprint(SPEAKERS) for name, value in CHANGES.items()}
     assert len(prints | {Settings.check().fingerprint(SPEAKERS)}) == len(CHANGES) + 1

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from functools import partial
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -14,9 +15,9 @@ from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.window import MOST_ROWS, ROWS, Window
 
 
-def window(cache, guess=1000):
-    made = Window("auto", guess)
-    made.open(cache, None)
+def window(*caches):
+    made = Window("auto", 1000)
+    made.open(*(SimpleNamespace(cache_tokens=cache) for cache in (*caches, None)))
     return made
 
 
@@ -36,8 +37,7 @@ def test_a_fixed_window_lets_in_so_many_rows_and_the_next_when_one_leaves():
 
 
 def test_the_smaller_cache_decides_and_a_cache_of_unknown_size_does_not():
-    both = Window("auto", 1000)
-    both.open(100_000, 50_000)
+    both = window(100_000, 50_000)
     assert both.limit == 45 and window(50_000).limit == 45
     assert window(None).limit == ROWS
     assert window(10).limit == 1 and window(10**12).limit == MOST_ROWS

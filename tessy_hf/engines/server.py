@@ -3,10 +3,13 @@
 How a server is asked is found out at the start, best way first: see :data:`WAYS`. Chat endpoints are never used:
 their reasoning parsers mislabel thinking that is continued (vllm#38749, sglang#26176).
 
-A row stays with one replica, for its prefix cache, until that replica fails it. Every failure is dealt with here,
-once: what may pass is tried again for ``patience`` seconds, with backoff and ``Retry-After``; what cannot pass ends
-the row (:class:`RequestError`) or the run (:class:`EngineDeadError`). Keys are read from the environment at each
-start and are kept out of everything that is described, pickled or printed.
+A row stays with one replica, for its prefix cache, until that replica fails it; a new row goes to the one with the
+fewest. Where addresses may change, they are read again while the run goes on: replicas that came get rows once they
+are found to serve the same model, and those that went are asked for nothing more.
+
+Every failure is dealt with here, once: what may pass is tried again for ``patience`` seconds, with backoff and
+``Retry-After``; what cannot pass ends the row (:class:`RequestError`) or the run (:class:`EngineDeadError`). Keys are
+read from the environment at each start and are kept out of everything that is described, pickled or printed.
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ import time
 import zlib
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
+from tessy_hf.engines.addresses import Addresses
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
-from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
+from tessy_hf.errors import EngineDeadError, RequestError, TessyError
 from tessy_hf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -59,6 +62,14 @@ _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 _ABSENT = {502, 503, 504}  # what gateways say for a server that is gone, and servers that are starting or stopping
 _LONGEST_REST = 60.0
 
+LOOK_SECONDS = 10.0
+"""How often addresses that may change are read again; besides, whenever a server is found gone."""
+
+JOIN_SECONDS = 30.0
+"""How long a server that came may take to show that it can be used, before the list is read again."""
+
+logger = logging.getLogger(__name__)
+
 
 class _PassingError(Exception):
     """A failure that may pass.
@@ -74,7 +85,7 @@ class _PassingError(Exception):
         self.kind, self.wait = kind, wait
 
 
-@dataclass
+@dataclass(eq=False)
 class _Replica:
     """One server: how it is asked, how much at once, and until when it is left alone."""
 
@@ -83,6 +94,7 @@ class _Replica:
     way: Way = "text"
     down: bool = False
     cache_tokens: int | None = None
+    rows: set[str] = field(default_factory=set)
     _resting_until: float = 0.0
     _rest: float = 1.0
     _limit: float = field(init=False)
@@ -139,7 +151,9 @@ class ServerEngine:
 
     Args:
         model: The name under which the servers offer the model; also the tokenizer's Hub id or folder.
-        base_url: ``http://host:port/v1``, or a list of replicas of the same model.
+        base_url: ``http://host:port/v1``, or a list of replicas of the same model. A list that may change during the
+            run is in a file, ``file:///path/servers.txt``, one address a line, or behind a DNS name,
+            ``dns+http://host:port/v1``: all its addresses. One of them has to be up at the start.
         tokenizer: Hub id or folder of the tokenizer, where it is not ``model``.
         revision: The tokenizer's revision.
         api_key_env: The environment variable that holds the key, where one is needed.
@@ -168,11 +182,7 @@ class ServerEngine:
         max_connections: int = 256,
     ) -> None:
         self.model = str(model)
-        self._urls = [_checked(url) for url in ([base_url] if isinstance(base_url, str) else base_url)]
-        if not self._urls:
-            raise SettingsError(
-                'ServerEngine got no address. Pass base_url="http://127.0.0.1:8000/v1" or a list of such.'
-            )
+        self._addresses = Addresses(base_url)
         self._tokenizer_name = str(tokenizer or model)
         self._revision = revision
         self._api_key_env = api_key_env
@@ -214,7 +224,7 @@ class ServerEngine:
     @property
     def replicas(self) -> int:
         """Among how many servers the rows are spread."""
-        return len(self._urls)
+        return len(self._addresses.fixed if self._live is None else self._live.replicas)
 
     async def start(self) -> None:
         """Reach the servers and check that they serve this model with this tokenizer.
@@ -250,9 +260,9 @@ class ServerEngine:
         return self._live.stream(request)
 
     def release(self, row: str) -> None:
-        """Forget which replica a row was moved to."""
+        """Forget which replica a row is with."""
         if self._live is not None:
-            self._live.moved.pop(row, None)
+            self._live.release(row)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -265,30 +275,7 @@ class ServerEngine:
         return {**self.__dict__, "_live": None, "_tokenizer": None}
 
     def __repr__(self) -> str:
-        return f"ServerEngine({self.model!r}, base_url={self._urls})"
-
-
-def _checked(url: str) -> str:
-    """Check an address.
-
-    Raises:
-        SettingsError: It is not http(s), names no host, or carries what may be a secret.
-    """
-    shown = str(url).rpartition("@")[2].partition("?")[0].partition("#")[0]
-    expected = "An address such as http://127.0.0.1:8000/v1 is expected."
-    if "@" in str(url) or "?" in str(url) or "#" in str(url):
-        raise SettingsError(
-            f"The address of {shown!r} carries more than an address, which would end up in logs. {expected} "
-            "Put the key into the environment variable that api_key_env names (OPENAI_API_KEY by default)."
-        )
-    try:
-        parts = urlsplit(str(url))
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or not shown.isprintable() or " " in shown:
-        raise SettingsError(f"base_url={shown!r} cannot be used. {expected} Correct it, or pass a list of such.")
-    return shown.rstrip("/")
+        return f"ServerEngine({self.model!r}, base_url={self._addresses!r})"
 
 
 class _Censor(logging.Filter):
@@ -330,25 +317,37 @@ class _Live:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
             limits=httpx.Limits(
-                max_keepalive_connections=engine._max_connections * len(engine._urls),
+                max_keepalive_connections=engine._max_connections * len(engine._addresses.fixed) or None,
                 keepalive_expiry=3.0,  # uvicorn's servers hang up after 5: a request must not cross with that
             ),
         )
-        self._replicas = [_Replica(url, engine._max_connections) for url in engine._urls]
+        self._replicas = [_Replica(url, engine._max_connections) for url in engine._addresses.fixed]
         self._answered = 0.0
         self.context_length = 0
-        self.moved: dict[str, int] = {}
+        self._homes: dict[str, _Replica] = {}
+        self._missed = asyncio.Event()
+        self._refused: dict[str, str] = {}
+        self._watching: asyncio.Task[None] | None = None
         self.checked = asyncio.ensure_future(self._check())
 
     async def close(self) -> None:
         self.checked.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         await self._client.aclose()
         self._censor.end()
 
     # --- before the run
 
     async def _check(self) -> None:
-        """Check each replica. See :meth:`ServerEngine.start`."""
+        """Check each replica, of those that may change at least one. See :meth:`ServerEngine.start`."""
+        if self._engine._addresses.change:
+            try:
+                await self._patiently(self._look, "its first request")
+            except RequestError as error:
+                raise EngineDeadError(str(error)) from error
+            self._watching = asyncio.create_task(self._watch())
+            return
         lengths = []
         for replica in self._replicas:
             try:
@@ -376,10 +375,89 @@ class _Live:
         return int(said.get("num_gpu_blocks", 0)) * int(said.get("block_size", 0)) or None
 
     @property
+    def replicas(self) -> int:
+        """How many servers there are now."""
+        return len(self._replicas)
+
+    @property
     def cache_tokens(self) -> int | None:
         """How many tokens the caches of all replicas hold together."""
         held = [replica.cache_tokens for replica in self._replicas]
-        return sum(one or 0 for one in held) if all(held) else None
+        return sum(one or 0 for one in held) if held and all(held) else None
+
+    # --- addresses that change
+
+    async def _watch(self) -> None:
+        """Read the addresses again and again."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._missed.wait(), LOOK_SECONDS)
+            self._missed.clear()
+            try:
+                await self._look()
+            except (_PassingError, TessyError) as error:
+                logger.warning("%s: %s What was there before is used.", self._engine.model, error)
+            await asyncio.sleep(LOOK_SECONDS / 10)  # many rows may find the same server gone
+
+    async def _look(self) -> None:
+        """Take up the servers that came, leave those that went.
+
+        Raises:
+            _PassingError: There are no addresses, or none that can be used, at the moment.
+            EngineDeadError: There is no server yet, and those that are there serve something else.
+            SettingsError: The addresses are none.
+        """
+        urls = await self._read_addresses()
+        there = {replica.url: replica for replica in self._replicas}
+        new = [_Replica(url, self._engine._max_connections) for url in urls if url not in there]
+        joins = (asyncio.wait_for(self._join(replica), JOIN_SECONDS) for replica in new)
+        found = await asyncio.gather(*joins, return_exceptions=True)
+        failures = {replica.url: error for replica, error in zip(new, found, strict=True) if error is not None}
+        kept = [replica for replica in (*self._replicas, *new) if replica.url in urls and replica.url not in failures]
+        for error in failures.values():
+            if not isinstance(error, (_PassingError, TessyError, TimeoutError)):
+                raise error
+        if not kept:
+            raise self._none_left(list(failures.values()))
+        for url, error in failures.items():
+            if self._refused.get(url) != str(error):  # told once
+                logger.warning("The server at %s is not used yet: %s", url, error)
+        self._refused = {url: str(error) for url, error in failures.items()}
+        for what, one, other in (("came", kept, self._replicas), ("went", self._replicas, kept)):
+            for replica in one:
+                if replica not in other:
+                    logger.info("%s: the server at %s %s.", self._engine.model, replica.url, what)
+        self._replicas = kept
+
+    @staticmethod
+    def _none_left(failures: Sequence[BaseException]) -> BaseException:
+        """Return why no server can be used: what one of them is, rather than that another does not answer."""
+        told = next((error for error in failures if isinstance(error, TessyError)), failures[0])
+        return _PassingError("a server did not answer in time.", "down") if isinstance(told, TimeoutError) else told
+
+    async def _read_addresses(self) -> list[str]:
+        try:
+            urls = await self._engine._addresses.read()
+        except (OSError, UnicodeError) as error:
+            raise _PassingError(f"{self._engine._addresses} cannot be read ({error}).", "down") from error
+        if not urls:
+            raise _PassingError(f"{self._engine._addresses} names no server.", "down")
+        return urls
+
+    async def _join(self, replica: _Replica) -> None:
+        """Check a server that came.
+
+        Raises:
+            EngineDeadError: It cannot take part.
+        """
+        length, first = await self._reach(replica), not self._replicas
+        if first:
+            self.context_length = min(length, self.context_length or length)
+        elif length < self.context_length or (self.streams and replica.way not in _ID_WAYS):
+            raise EngineDeadError(
+                f"The server at {replica.url} takes {length} tokens, by {replica.way}. At least the "
+                f"{self.context_length} of the others, and ids where they take ids, are expected; start it like them."
+            )
 
     def _served(self, replica: _Replica, offered: Any) -> int:
         """Return the context length under which a replica offers the model."""
@@ -505,40 +583,55 @@ class _Live:
     @asynccontextmanager
     async def _at_replica(self, row: str) -> AsyncIterator[_Replica]:
         """Take a turn at the row's replica; move the row where that fails."""
-        index, replica, entered = await self._enter(row)
+        replica, entered = await self._enter(row)
         busy = False
         try:
             yield replica
         except _PassingError as error:
             busy = error.kind == "busy"
             if error.kind == "down":
+                self._missed.set()
                 replica.rest(error.wait)
                 if not all(other.rests for other in self._replicas):
                     error.wait = None  # what this one asked for does not hold for the others
             if not busy:
-                self.moved[row] = (index + 1) % len(self._replicas)
+                self._settle(row, but=replica)
             raise
         finally:
             await replica.leave(entered, busy=busy)
 
-    async def _enter(self, row: str) -> tuple[int, _Replica, float]:
-        """Wait for a turn at the row's replica; look again where it fell ill meanwhile."""
+    async def _enter(self, row: str) -> tuple[_Replica, float]:
+        """Wait for a turn at the row's replica; look again where it fell ill or went meanwhile."""
         while True:
-            index = self._index(row)
-            replica = self._replicas[index]
+            replica = self._home(row)
             entered = await replica.enter()
-            if index == self._index(row):
-                return index, replica, entered
+            if replica is self._home(row):
+                return replica, entered
             await replica.leave(entered)
 
-    def _index(self, row: str) -> int:
-        """Return which replica is the row's: its own by hash, or the one it was moved to."""
-        count = len(self._replicas)
-        first = self.moved.get(row, zlib.crc32(row.encode("utf-8", "surrogatepass")) % count)
-        well = [i % count for i in range(first, first + count) if not self._replicas[i % count].rests]
-        if well and well[0] != first:
-            self.moved[row] = well[0]
-        return well[0] if well else first
+    def _home(self, row: str) -> _Replica:
+        """Return the row's replica: where it is at home, unless that one rests while others are well, or went."""
+        home = self._homes.get(row)
+        if home is None or home not in self._replicas:
+            return self._settle(row)
+        return self._settle(row, but=home) if home.rests and not all(one.rests for one in self._replicas) else home
+
+    def _settle(self, row: str, but: _Replica | None = None) -> _Replica:
+        """Give a row a home: of the replicas that are well, one of those with the fewest rows."""
+        others = [replica for replica in self._replicas if replica is not but] or self._replicas
+        well = [replica for replica in others if not replica.rests] or others
+        name = row.encode("utf-8", "surrogatepass")
+        home = min(well, key=lambda one: (len(one.rows), zlib.crc32(name, zlib.crc32(one.url.encode()))))
+        self.release(row)
+        home.rows.add(row)
+        self._homes[row] = home
+        return home
+
+    def release(self, row: str) -> None:
+        """Forget where a row is at home."""
+        home = self._homes.pop(row, None)
+        if home is not None:
+            home.rows.discard(row)
 
     # --- one request
 

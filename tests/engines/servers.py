@@ -153,9 +153,12 @@ class FakeServer:
         paths: What to do to every request to a path, where no fault comes first.
         models: What `/v1/models` says.
         tokenize: Turns text into ids, as `/tokenize` shows them; ``None`` where there is no such path.
+        at: The host and port to listen at; by default any free port.
     """
 
-    def __init__(self, *, ways=("generate", "ids"), faults=(), paths=None, models=None, tokenize="own"):
+    def __init__(
+        self, *, ways=("generate", "ids"), faults=(), paths=None, models=None, tokenize="own", at=("127.0.0.1", 0)
+    ):
         self.ways, self.faults, self.paths = ways, deque(faults), paths or {}
         self.models = [{"id": "student", "max_model_len": 2048}] if models is None else models
         self.tokenize = VOCABULARY.encode_template if tokenize == "own" else tokenize
@@ -163,9 +166,10 @@ class FakeServer:
         self.closing = threading.Event()
         self.lock = threading.Lock()
         self.at_once = 0
-        self._server = _Listener(("127.0.0.1", 0), _Handler)
+        self._server = _Listener(at, _Handler)
         self._server.fake = self
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        self.host, self.port = self._server.server_address
+        self.url = f"http://{self.host}:{self.port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 

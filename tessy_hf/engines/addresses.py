@@ -1,0 +1,102 @@
+"""Where a model's servers are: addresses that stay, or a file or DNS name that is read again while a run goes on.
+
+What was given as ``base_url`` goes in, a list of ``http://host:port/v1`` comes out, as of now. Knows nothing of what
+is sent there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tessy_hf.errors import SettingsError
+
+FILE, DNS = "file://", "dns+http://"
+
+
+class Addresses:
+    """The addresses of a model's servers.
+
+    Args:
+        given: ``http://host:port/v1``, or a list of such, which stay; ``file:///path``, a text file with one a line
+            (``#`` begins a comment); or ``dns+http://host:port/v1``, all hosts that the name stands for.
+
+    Raises:
+        SettingsError: An address cannot be used.
+    """
+
+    def __init__(self, given: str | Sequence[str]) -> None:
+        self.fixed: list[str] = []
+        self._file: Path | None = None
+        self._name: str | None = None
+        if isinstance(given, str) and given.startswith(FILE):
+            self._file = Path(given.removeprefix(FILE))
+            if not self._file.is_absolute():
+                raise SettingsError(
+                    f"base_url={given!r} names no file: an absolute path is expected, such as file:///shared/servers.txt."
+                )
+        elif isinstance(given, str) and given.startswith(DNS):
+            self._name = checked(given.removeprefix("dns+"))
+        else:
+            self.fixed = [checked(url) for url in ([given] if isinstance(given, str) else given)]
+            if not self.fixed:
+                raise SettingsError(
+                    'ServerEngine got no address. Pass base_url="http://127.0.0.1:8000/v1" or a list of such.'
+                )
+
+    @property
+    def change(self) -> bool:
+        """Whether they may change while a run goes on."""
+        return not self.fixed
+
+    async def read(self) -> list[str]:
+        """Return the addresses as of now, each once; none where there are none at the moment.
+
+        Raises:
+            SettingsError: The file holds something else.
+            OSError: The file cannot be read, or the name stands for nothing.
+        """
+        if self._file is not None:
+            text = await asyncio.to_thread(self._file.read_text, encoding="utf-8")
+            lines = (line.partition("#")[0].strip() for line in text.splitlines())
+            return list(dict.fromkeys(checked(line) for line in lines if line))
+        if self._name is not None:
+            parts = urlsplit(self._name)
+            found = await asyncio.get_running_loop().getaddrinfo(
+                parts.hostname, parts.port or 80, type=socket.SOCK_STREAM
+            )
+            hosts = sorted({str(address[0]) for *_, address in found})
+            shown = (f"[{host}]" if ":" in host else host for host in hosts)
+            return [f"http://{host}:{parts.port or 80}{parts.path}" for host in shown]
+        return self.fixed
+
+    def __repr__(self) -> str:
+        if self._file is not None:
+            return repr(f"{FILE}{self._file}")
+        return repr(f"dns+{self._name}") if self._name is not None else repr(self.fixed)
+
+
+def checked(url: str) -> str:
+    """Check an address.
+
+    Raises:
+        SettingsError: It is not http(s), names no host, or carries what may be a secret.
+    """
+    shown = str(url).rpartition("@")[2].partition("?")[0].partition("#")[0]
+    expected = "An address such as http://127.0.0.1:8000/v1 is expected."
+    if "@" in str(url) or "?" in str(url) or "#" in str(url):
+        raise SettingsError(
+            f"The address of {shown!r} carries more than an address, which would end up in logs. {expected} "
+            "Put the key into the environment variable that api_key_env names (OPENAI_API_KEY by default)."
+        )
+    try:
+        parts = urlsplit(str(url))
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not shown.isprintable() or " " in shown:
+        raise SettingsError(f"base_url={shown!r} cannot be used. {expected} Correct it, or pass a list of such.")
+    return shown.rstrip("/")
