@@ -102,7 +102,13 @@ def map_options(transform: TessyTransform, placement: Placement) -> dict[str, An
 
 
 def _batch_rows(transform: TessyTransform) -> int:
-    return max(1, transform.settings.rows_in_flight // BATCHES_IN_WINDOW)
+    rows = transform.settings.rows_in_flight
+    if rows == "auto":
+        raise SettingsError(
+            "rows_in_flight=\"auto\" fills the engines' caches from one process, and actors do not see each other's "
+            "rows. Pass how many rows each actor is to have in flight, for instance rows_in_flight=64."
+        )
+    return max(1, rows // BATCHES_IN_WINDOW)
 
 
 @dataclass

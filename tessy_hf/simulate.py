@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,7 +172,19 @@ def pilot(
         for place, row in enumerate(run.rows, start=second)
         if row["finish_reason"] != "error"
     }
-    return scale_up(run), measure(recorder, kept, transform.settings.rows_in_flight)
+    window = transform.settings.rows_in_flight
+    return scale_up(run), measure(recorder, kept, _most_at_once(recorder) if window == "auto" else window)
+
+
+def _most_at_once(recorder: Recorder) -> int:
+    """Return how many rows there were between their first request and the end of their last."""
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for visit in recorder.visits:
+        first[visit.order] = min(visit.begin, first.get(visit.order, visit.begin))
+        last[visit.order] = max(visit.end, last.get(visit.order, visit.end))
+    changes = sorted([(begin, 1) for begin in first.values()] + [(end, -1) for end in last.values()])
+    return max(accumulate(change for _, change in changes))
 
 
 def measure(recorder: Recorder, kept: Mapping[int, int], rows_in_flight: int) -> Measured:

@@ -168,3 +168,9 @@ def test_a_batch_that_is_no_table_is_told(cluster, tmp_path):
         given = {"fn_constructor_kwargs": {"transform": transform(engine(server))}, "concurrency": 1}
         with pytest.raises(ray.exceptions.RayTaskError, match="batch_format='pyarrow'"):
             ray.data.from_huggingface(prompts(3)).map_batches(RowWriter, **given).materialize()
+
+
+def test_a_window_that_follows_the_caches_is_refused():
+    with FakeServer() as server, transform(engine(server), rows_in_flight="auto") as whole:
+        with pytest.raises(SettingsError, match="actors do not see each other's rows. Pass how many"):
+            map_options(whole, Placement(actors=2))

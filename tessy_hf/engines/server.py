@@ -224,7 +224,7 @@ class ServerEngine:
     @property
     def replicas(self) -> int:
         """Among how many servers the rows are spread."""
-        return len(self._addresses.fixed if self._live is None else self._live.replicas)
+        return len(self._addresses.fixed) if self._live is None else self._live.replicas
 
     async def start(self) -> None:
         """Reach the servers and check that they serve this model with this tokenizer.
