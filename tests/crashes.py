@@ -202,6 +202,7 @@ class Work(NamedTuple):
 
 
 def _child(work, out):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     torch.set_num_threads(1)
     datasets.utils.tqdm.set_lock(threading.RLock())  # its own would be left behind by those that are killed
     datasets.disable_progress_bars()
