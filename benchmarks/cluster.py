@@ -254,7 +254,7 @@ def deaths(server, cluster, arguments):
         "differing": differing,
         "duplicates_in_parts": len(report.duplicates),
         "differing_in_parts": len(report.differing),
-        "deaths": told,
+        "killed": told,
         "seconds": seconds,
         **vars(arguments),
     }
