@@ -73,7 +73,7 @@ class BoundaryPredictor:
         window: How many tokens are read at most; by default what the config says, else 200.
         device: Torch device; by default CUDA, then MPS, then CPU.
         engine: What runs it: ``transformers``, or ``vllm``, which reads only what is new in a window.
-        **options: For vLLM, passed to ``vllm.AsyncEngineArgs``, for instance ``gpu_memory_utilization=0.1``.
+        **options: For vLLM, passed to ``vllm.EngineArgs``, for instance ``gpu_memory_utilization=0.1``.
 
     Raises:
         BoundaryError: The engine is unknown, or an option is not for it.
@@ -228,6 +228,9 @@ class TorchReader:
         self._device = pick_device(device)
         # Half precision is slow on a CPU, and its rounding depends on the batch.
         self._network = (network.float() if self._device == "cpu" else network.to(self._device)).eval()
+        self._network.config.use_cache = False
+        causal = [module.is_causal for module in network.modules() if hasattr(module, "is_causal")]
+        self._needs_mask = not (causal and all(causal))  # else no token sees the padding, which comes after it
         self._waiting: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]] = []
         self._busy = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-boundary", initializer=share_cores)
@@ -286,7 +289,8 @@ class TorchReader:
             ids[row, : len(window)] = torch.tensor(list(window), dtype=torch.long)
             mask[row, : len(window)] = 1
         with torch.inference_mode():
-            return self._network(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
+            masked = {"attention_mask": mask.to(self._device)} if self._needs_mask else {}
+            return self._network(input_ids=ids.to(self._device), **masked).logits
 
     def close(self) -> None:
         """Let go of the model."""

@@ -5,10 +5,12 @@ Logits come back only for tokens that were not in the prefix cache; windows are 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 from tessy_hf.engines.vllm import Core
+from tessy_hf.engines.vllm_worker import Ask
 from tessy_hf.errors import BoundaryError
 
 
@@ -20,7 +22,7 @@ class VLLMReader:
         revision: Branch, tag or commit on the Hub.
         style_label: The label that means style.
         window: Most tokens of a window.
-        options: For ``vllm.AsyncEngineArgs``.
+        options: For ``vllm.EngineArgs``.
 
     Raises:
         EngineDeadError: vLLM is not installed or cannot run the model.
@@ -29,20 +31,19 @@ class VLLMReader:
     def __init__(self, model: str, revision: str | None, style_label: int, window: int, options: dict[str, Any]):
         given = {"max_model_len": window + 1, "max_num_seqs": 256, "stream_interval": 1, **options}
         self._core = Core(model, {"runner": "pooling", "revision": revision, **given})
+        try:
+            self._core.start()
+        except BaseException:
+            self._core.close()
+            raise
         self._style_label = style_label
-        from vllm import PoolingParams
-
-        self._cached, self._uncached = (
-            PoolingParams(task="token_classify", use_activation=False, skip_reading_prefix_cache=skip)
-            for skip in (False, True)
-        )
 
     async def submit(self, window: Sequence[int], since: int) -> Sequence[bool]:
         """Return whether each token of ``window`` from ``since`` on is style."""
         wanted = len(window) - since
-        logits = await self._logits(window, self._cached)
+        logits = await self._logits(window, fresh=False)
         if len(logits) < wanted:
-            logits = await self._logits(window, self._uncached)
+            logits = await self._logits(window, fresh=True)
         if len(logits) < wanted:
             raise BoundaryError(
                 f"vLLM gave {len(logits)} labels for {wanted} tokens with {self._core.model!r}. A token classifier is "
@@ -51,14 +52,10 @@ class VLLMReader:
         style: list[bool] = (logits[-wanted:].argmax(-1) == self._style_label).tolist()
         return style
 
-    async def _logits(self, window: Sequence[int], params: Any) -> Any:
-        async def last() -> Any:
-            prompt = self._core.tokens_input(list(window))
-            async for output in self._core.vllm.encode(prompt, params, self._core.name("boundary")):
-                final = output
-            return final
-
-        return (await self._core.guard(last(), "boundary")).outputs.data
+    async def _logits(self, window: Sequence[int], *, fresh: bool) -> Any:
+        params = {"task": "token_classify", "use_activation": False, "skip_reading_prefix_cache": fresh}
+        asked = Ask(self._core.name("boundary"), "classify", array("i", window), params)
+        return (await self._core.ask(asked)).logits
 
     def close(self) -> None:
         """Stop vLLM."""

