@@ -4,7 +4,7 @@ In: seeds. Out: one small JSON file for each unit of work, and tables of them.
 
     python recipes/miniature/reproduce.py --out output/reproduce
 
-A unit is a student (trained, examined), a set of rows (synthesised), or a student fine-tuned on a set (examined). A unit
+A unit is a student (trained, examined), a set of rows (synthesised), or a student fine-tuned on a set (examined). One
 whose file is there is not done again, so a run that was stopped goes on when it is started again. All settings were
 fixed before the first run; nothing is chosen by what the examination says.
 """
@@ -63,6 +63,8 @@ SCALED = ("tessy", "teacher-only", "student-only")
 """The methods whose set is tried in other sizes."""
 MAIN = 500
 """The size of the sets of the main table."""
+QUICK = 8
+"""The size of the sets of a trial."""
 LEVELS = ("C", "M", "B")
 
 
@@ -196,7 +198,7 @@ def do_student(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
 
 
 def synthesize(unit: Unit, out: Path, method: str, n: int) -> datasets.Dataset:
-    """Write the rows of n prompts. Row i depends on its prompt and the seed alone: a longer set begins with a shorter."""
+    """Write the rows of n prompts. A row depends on its prompt and the seed alone: longer sets begin with shorter."""
     prompts = demo.prompts(n, seed=SYNTHESIS)
     settings = {"method": method, **METHODS.get(method, {}), "seed": SYNTHESIS, "journal": None, "rows_in_flight": 256}
     with demo.transform(student=student_of(unit, out), **settings) as transform:
@@ -407,21 +409,21 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     scale, units = Scale(), plan(args.levels, args.seeds, args.sizes, args.methods)
     if args.quick:
-        scale, units = Scale(student_steps=20, epochs=1, in_domain=8, out_of_domain=2, judged=2), quick()
+        scale, units = Scale(student_steps=8, epochs=1, in_domain=8, out_of_domain=2, judged=2), quick()
     out = args.out.resolve()
     (out / "units").mkdir(parents=True, exist_ok=True)
     keep_scale(scale, out)
     os.environ["HF_DATASETS_CACHE"] = str(out / "cache")  # inherited by the processes of the pool
     execute(units, out, scale, args.jobs)
-    results.write(out, args.report or out / "RESULTS.md")
+    results.write(out, args.report or out / "RESULTS.md", QUICK if args.quick else MAIN)
 
 
 def quick() -> list[Unit]:
     """Return one unit of each kind: a student that hardly learns, and sets of the shipped one."""
     students = [Unit("student", "M", 0), Unit("student", "C", 0)]
     methods = {"tessy": ("C", 0), "teacher-only": ("", 0), "student-only": ("C", 0)}
-    rows = [Unit("rows", *whose, method, 8, ("student-C-0",)) for method, whose in methods.items()]
-    tunes = [Unit("tune", "C", 0, one.method, 8, ("student-C-0", one.name)) for one in rows]
+    rows = [Unit("rows", *whose, method, QUICK, ("student-C-0",)) for method, whose in methods.items()]
+    tunes = [Unit("tune", "C", 0, one.method, QUICK, ("student-C-0", one.name)) for one in rows[:2]]
     return [*students, *rows, *tunes, Unit("judge", "C", 0, "teacher-score", 0, (rows[-1].name,))]
 
 
