@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -423,16 +423,14 @@ def accuracy(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     author: Author,
-    family: str,
-    n: int,
+    problems: Sequence[Problem],
     temperature: float = 0.6,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The share of right answers to n held-out prompts of a family, and the mean number of tokens written."""
+    """The share of right answers to some problems, and the mean number of tokens written."""
     torch.manual_seed(seed)
-    problems = [make_problem(family, Random(f"prompts-{family}-held-out-{i}")) for i in range(n)]
     right = tokens = 0
-    for start in range(0, n, 100):
+    for start in range(0, len(problems), 100):
         some = problems[start : start + 100]
         heads = [
             tokenizer.apply_chat_template(author.messages(p.prompt), tokenize=False, add_generation_prompt=True)
@@ -453,7 +451,7 @@ def accuracy(
             }
             right += verify(row)
             tokens += len(encode(tokenizer, text)) + bool(ended)
-    return {"accuracy": right / n, "tokens": tokens / n}
+    return {"accuracy": right / len(problems), "tokens": tokens / len(problems)}
 
 
 @torch.no_grad()
@@ -487,10 +485,14 @@ def families_report(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, author: Author, n: int
 ) -> dict[str, dict[str, float]]:
     """Accuracy on each family (calc is in-domain, the others are not) and the out-of-domain mean."""
-    report = {family: accuracy(model, tokenizer, author, family, n) for family in FAMILIES}
+    held_out = {
+        family: [make_problem(family, Random(f"prompts-{family}-held-out-{i}")) for i in range(n)]
+        for family in FAMILIES
+    }
+    report = {family: accuracy(model, tokenizer, author, problems) for family, problems in held_out.items()}
     others = [report[family]["accuracy"] for family in FAMILIES if family != "calc"]
     report["out_of_domain"] = {"accuracy": sum(others) / len(others)}
-    report["calc_greedy"] = accuracy(model, tokenizer, author, "calc", n, temperature=0.0)
+    report["calc_greedy"] = accuracy(model, tokenizer, author, held_out["calc"], temperature=0.0)
     return report
 
 
@@ -520,16 +522,22 @@ def teacher(args: argparse.Namespace) -> None:
     save(args.out, model, tokenizer, report | {"held_out": families_report(model, tokenizer, author, args.rows)})
 
 
+def train_student(
+    tokenizer: PreTrainedTokenizerFast, level: str, seed: int, steps: int = 1700, and_rate: float = 0.01
+) -> tuple[Qwen3ForCausalLM, float]:
+    """Train a student: rarely a ``&``, and as much of the teacher's style as its exposure says, then none."""
+    phases = [
+        (steps * 3 // 4, 2e-3, 1e-3, exposure(EXPOSURES[level])),
+        (steps // 4, 6e-4, 5e-5, exposure(0.0)),
+    ]
+    return train_author(AUTHORS["student"], tokenizer, phases, {"calc": and_rate, "dot": and_rate}, seed)
+
+
 def student(args: argparse.Namespace) -> None:
     """Train a student: rarely a ``&``, and as much of the teacher's style as its exposure says, then none."""
     author, steps = AUTHORS["student"], args.steps or 1700
     tokenizer = make_tokenizer(author)
-    phases = [
-        (steps * 3 // 4, 2e-3, 1e-3, exposure(EXPOSURES[args.exposure])),
-        (steps // 4, 6e-4, 5e-5, exposure(0.0)),
-    ]
-    and_rates = {"calc": args.and_rate, "dot": args.and_rate}
-    model, seconds = train_author(author, tokenizer, phases, and_rates, args.seed)
+    model, seconds = train_student(tokenizer, args.exposure, args.seed, steps, args.and_rate)
     report = {
         "exposure": args.exposure,
         "and_rate": args.and_rate,

@@ -16,11 +16,12 @@ TEACHER, STUDENT = _MODELS / "teacher", _MODELS / "student"
 BOUNDARY_TEACHER, BOUNDARY_STUDENT = _MODELS / "boundary-teacher", _MODELS / "boundary-student"
 
 
-def transform(engine: str = "transformers", **overrides: Any) -> TessyTransform:
+def transform(engine: str = "transformers", student: Path = STUDENT, **overrides: Any) -> TessyTransform:
     """Return a ready transform over the miniature models.
 
     Args:
         engine: Which engine runs them: ``transformers`` or ``vllm``.
+        student: The folder of another student of this world.
         **overrides: Settings, see :class:`tessy_hf.Settings`.
 
     Raises:
@@ -45,6 +46,6 @@ def transform(engine: str = "transformers", **overrides: Any) -> TessyTransform:
     }
     return TessyTransform(
         teacher=Speaker(engines[engine](str(TEACHER)), boundary=str(BOUNDARY_TEACHER)),
-        student=Speaker(engines[engine](str(STUDENT)), boundary=str(BOUNDARY_STUDENT)),
+        student=Speaker(engines[engine](str(student)), boundary=str(BOUNDARY_STUDENT)),
         **{**settings, **overrides},
     )

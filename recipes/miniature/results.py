@@ -1,0 +1,248 @@
+"""What the units of `reproduce.py` found: their JSON files go in; tables in a Markdown file and a figure come out.
+
+The file's own words, before the mark, are kept. Knows nothing of how the units were done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+MARK = "<!-- All below is written by reproduce.py. -->"
+LEVELS = {
+    "M": "never saw the teacher's style",
+    "C": "2% of what it learnt from was in the teacher's style",
+    "B": "25% of what it learnt from was in the teacher's style",
+}
+WANTED = (10.0, 5.0)
+"""By how many points tessy is to be above teacher-only, in-domain and out-of-domain."""
+
+Units = list[dict[str, Any]]
+Domains = tuple[float, float]
+
+
+def write(out: Path, path: Path, main: int) -> None:
+    """Write the tables, and the figure next to them.
+
+    Args:
+        out: The folder of the run.
+        path: The file to write.
+        main: The size of the sets of the main table.
+    """
+    units: Units = [json.loads(file.read_text()) for file in sorted((out / "units").glob("*.json"))]
+    found = Found(units)
+    parts = [MARK, *(level_table(found, level, main) for level in found.levels), difference_table(found)]
+    if len(found.sizes) > 1:
+        parts.append(size_table(found))
+    parts += [
+        family_table(found, main),
+        judge_note(units),
+        run_table(units, json.loads((out / "scale.json").read_text())),
+    ]
+    words = path.read_text().partition(MARK)[0] if path.exists() else "# The main table in miniature\n\n"
+    path.write_text(words + "\n\n".join(part for part in parts if part) + "\n")
+    draw(found, main, path.with_name("results.png"))
+
+
+def domains(examined: Mapping[str, Mapping[str, float]]) -> Domains:
+    """Return the share of right answers in %, in-domain (calc) and out-of-domain (the mean of the other families)."""
+    others = [told["accuracy"] for family, told in examined.items() if family != "calc"]
+    return 100 * examined["calc"]["accuracy"], 100 * mean(others)
+
+
+class Found:
+    """The examinations, by level, method and size, each with that of the student before it was fine-tuned."""
+
+    def __init__(self, units: Units) -> None:
+        self.base = {(one["level"], one["seed"]): one for one in units if one["kind"] == "student"}
+        self.tuned: dict[tuple[str, str, int], Units] = defaultdict(list)
+        for one in units:
+            if one["kind"] == "tune":
+                self.tuned[one["level"], one["method"], one["n"]].append(one)
+        self.levels = [level for level in LEVELS if any(level == key[0] for key in self.tuned)]
+        self.sizes = sorted({n for _, _, n in self.tuned})
+
+    def methods(self, level: str, n: int) -> list[str]:
+        """Return the methods tried there, the best in-domain first."""
+        tried = [method for at, method, size in self.tuned if (at, size) == (level, n)]
+        return sorted(tried, key=lambda method: -mean([one[0] for one in self.changes(level, method, n)] or [-1e9]))
+
+    def examined(self, level: str, method: str, n: int) -> Units:
+        """Return the units that could be examined; a set without a complete row cannot be trained on."""
+        return [one for one in self.tuned.get((level, method, n), []) if "examined" in one]
+
+    def changes(self, level: str, method: str, n: int) -> list[Domains]:
+        """Return by how many points each student changed, in-domain and out-of-domain."""
+        return [
+            subtract(domains(one["examined"]), domains(self.base[level, one["seed"]]["examined"]))
+            for one in self.examined(level, method, n)
+        ]
+
+    def differences(self, level: str, n: int) -> list[Domains]:
+        """Return by how many points tessy is above teacher-only, student by student."""
+        others = {one["seed"]: one for one in self.examined(level, "teacher-only", n)}
+        return [
+            subtract(domains(one["examined"]), domains(others[one["seed"]]["examined"]))
+            for one in self.examined(level, "tessy", n)
+            if one["seed"] in others
+        ]
+
+
+def subtract(left: Domains, right: Domains) -> Domains:
+    """Return the difference, in-domain and out-of-domain."""
+    return left[0] - right[0], left[1] - right[1]
+
+
+def spread(values: Iterable[float], sign: str = "", digits: int = 1) -> str:
+    """Show mean and standard deviation."""
+    numbers = list(values)
+    if not numbers:
+        return "–"
+    shown = f"{mean(numbers):{sign}.{digits}f}"
+    return f"{shown} ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else shown
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# --- the tables
+
+
+def level_table(found: Found, level: str, main: int) -> str:
+    """Compare the methods at one level: right answers, changes, and what the sets were like."""
+    base = [domains(one["examined"]) for (at, _), one in found.base.items() if at == level]
+    rows = [["none", spread(one[0] for one in base), "", spread(one[1] for one in base), "", "", "", "", "", ""]]
+    for method in found.methods(level, main):
+        units, changes = found.examined(level, method, main), found.changes(level, method, main)
+        absolute = [domains(one["examined"]) for one in units]
+        told = [one["set"] for one in found.tuned[level, method, main]]
+        figures = [
+            f"{100 * mean(one['right'] for one in told):.1f}",
+            f"{100 * mean(one['complete'] for one in told):.1f}",
+            f"{mean(one['tokens'] for one in told):.1f}",
+            f"{100 * mean(one['teacher_share'] for one in told):.1f}",
+            f"{mean(one['nll'] for one in told):.2f}",
+        ]
+        pairs = [
+            text
+            for at in (0, 1)
+            for text in (spread(one[at] for one in absolute), spread((one[at] for one in changes), "+"))
+        ]
+        rows.append([f"**{method}**" if method == "tessy" else method, *pairs, *figures])
+    seeds = ", ".join(str(seed) for at, seed in sorted(found.base) if at == level)
+    heads = ["trained on", "in-domain", "change", "out-of-domain", "change", "right", "complete", "tokens"]
+    title = f"## Level {level}, n = {main}: the student {LEVELS[level]} (students {seeds})"
+    return title + "\n\n" + table([*heads, "teacher's share", "NLL"], rows)
+
+
+def difference_table(found: Found) -> str:
+    """Tell by how much tessy is above teacher-only, and where that is not as much as wanted."""
+    rows = []
+    for level in found.levels:
+        for n in found.sizes:
+            ahead = found.differences(level, n)
+            if ahead:
+                holds = all(mean(one[at] for one in ahead) >= WANTED[at] for at in (0, 1))
+                shown = [spread((one[at] for one in ahead), "+") for at in (0, 1)]
+                rows.append([level, str(n), str(len(ahead)), *shown, "yes" if holds else "no"])
+    heads = ["level", "n", "students", "in-domain", "out-of-domain", f"≥ {WANTED[0]:.0f} and ≥ {WANTED[1]:.0f}"]
+    return "## tessy less teacher-only, student by student\n\n" + table(heads, rows)
+
+
+def size_table(found: Found) -> str:
+    """Show the changes over the size of the set."""
+    rows = []
+    for level, method in dict.fromkeys((level, method) for level, method, _ in sorted(found.tuned)):
+        sizes = [n for n in found.sizes if (level, method, n) in found.tuned]
+        for n in sizes if len(sizes) > 1 else ():
+            changes = found.changes(level, method, n)
+            steps = found.tuned[level, method, n][0].get("steps", 0)
+            rows.append([level, method, str(n), str(steps), *(spread((c[at] for c in changes), "+") for at in (0, 1))])
+    heads = ["level", "trained on", "n", "steps", "in-domain", "out-of-domain"]
+    return "## Change over the size of the set\n\n" + table(heads, rows)
+
+
+def family_table(found: Found, main: int) -> str:
+    """Show the right answers by family."""
+    rows, heads = [], ["level", "trained on"]
+    for level in found.levels:
+        told = {"none": [one for (at, _), one in found.base.items() if at == level]}
+        told |= {method: found.examined(level, method, main) for method in found.methods(level, main)}
+        for method, units in told.items():
+            families = list(units[0]["examined"]) if units else []
+            heads[2:] = families or heads[2:]
+            rows.append(
+                [
+                    level,
+                    method,
+                    *(spread(100 * u["examined"][family]["accuracy"] for u in units) for family in families),
+                ]
+            )
+    return f"## By family, n = {main}\n\n" + table(heads, rows)
+
+
+def judge_note(units: Units) -> str:
+    """Tell what came of teacher-score."""
+    return "\n\n".join(
+        f"## teacher-score\n\nOf {one['judgements']} judgements of five candidates for each of {one['rows']} prompts "
+        f"(level {one['level']}, student {one['seed']}), {one['scores']} were a score that can be read. "
+        f"{one['as_student_only']} of the {one['rows']} rows are those of student-only, word for word."
+        for one in units
+        if one["kind"] == "judge"
+    )
+
+
+def run_table(units: Units, scale: Mapping[str, int]) -> str:
+    """Tell when, by what and for how long it was run."""
+    kinds = Counter[str]()
+    for one in units:
+        kinds[one["kind"]] += one["processor_seconds"]
+    spent = ", ".join(f"{kind} {seconds / 60:.0f}" for kind, seconds in kinds.most_common())
+    each = sorted({", ".join(f"{name} {number}" for name, number in one["versions"].items()) for one in units})
+    ended = sorted(one["ended"] for one in units)
+    rows = [
+        ["ended", f"from {ended[0]} to {ended[-1]}"],
+        ["commit", ", ".join(sorted({one["commit"] for one in units}))],
+        ["versions", "; ".join(each)],
+        ["student seeds", ", ".join(map(str, sorted({one["seed"] for one in units if one["kind"] == "student"})))],
+        ["units", f"{len(units)}"],
+        ["processor time", f"{sum(kinds.values()) / 60:.0f} minutes ({spent})"],
+        *([name.replace("_", " "), str(number)] for name, number in scale.items()),
+    ]
+    return "## The run\n\n" + table(["", ""], rows)
+
+
+# --- the figure
+
+
+def draw(found: Found, main: int, path: Path) -> None:
+    """Draw the change out-of-domain over that in-domain, a panel for each level and a mark for each student."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    every = sorted({method for level in found.levels for method in found.methods(level, main)})
+    figure = Figure(figsize=(4 * len(found.levels) + 1.5, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(found.levels), sharey=True, squeeze=False)[0]
+    for panel, level in zip(panels, found.levels, strict=True):
+        panel.axhline(0, color="lightgrey", zorder=0)
+        panel.axvline(0, color="lightgrey", zorder=0)
+        for number, method in enumerate(every):
+            changes = found.changes(level, method, main)
+            style = {
+                "color": f"C{number}",
+                "marker": "*" if method == "tessy" else "o",
+                "s": 70 if method == "tessy" else 25,
+            }
+            panel.scatter([one[0] for one in changes], [one[1] for one in changes], label=method, **style)
+        panel.set(title=f"level {level}", xlabel="change in-domain")
+    panels[0].set_ylabel("change out-of-domain")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=80)
