@@ -19,6 +19,7 @@ import httpx
 import psutil
 
 from tessy_hf import demo
+from tessy_hf.engines.vllm_worker import IN_ONE_PROCESS
 from tests.engines.contract import TOKENIZER, VOCABULARY
 
 # --- real servers
@@ -113,6 +114,7 @@ def vllm(*options, author="student"):
     path = demo.TEACHER if author == "teacher" else demo.STUDENT
     model = ["--model", str(path), "--served-model-name", author, "--dtype", "float32"]
     cpu = ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "16384"]
+    cpu += ["--distributed-executor-backend", IN_ONE_PROCESS]  # its workers never sleep, which others' tests feel
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
