@@ -197,6 +197,8 @@ def _serve(engine: LLMEngine, wire: Wire) -> None:
     Raises:
         EOFError: The other end closed.
     """
+    from vllm.exceptions import VLLMClientError
+
     going: set[str] = set()
     while True:
         answers: list[Answer] = []
@@ -209,7 +211,7 @@ def _serve(engine: LLMEngine, wire: Wire) -> None:
                 try:
                     _add(engine, message)
                     going.add(message.name)
-                except ValueError as error:
+                except (ValueError, VLLMClientError) as error:
                     answers.append(Answer(message.name, [], "refused", refusal=str(error)))
         if going:
             answers += [_answer(output) for output in engine.step()]

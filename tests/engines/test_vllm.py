@@ -67,10 +67,12 @@ class TestVLLMEngine(ModelContract):
 
     def test_a_prompt_beyond_the_context_is_refused_alone(self, ask, live, loop):
         (healthy,) = ask(request())
-        too_long = live.complete(request("long", ids=list(request().prompt_ids) * 200))
-        refused, other = loop.run_until_complete(
-            asyncio.gather(too_long, live.complete(request()), return_exceptions=True)
-        )
+        too_long = request("long", ids=list(request().prompt_ids) * 200)
+
+        async def both():
+            return await asyncio.gather(live.complete(too_long), live.complete(request()), return_exceptions=True)
+
+        refused, other = loop.run_until_complete(both())
         assert isinstance(refused, RequestError) and "1024" in str(refused)
         assert other.token_ids == healthy.token_ids
 
