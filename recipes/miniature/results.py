@@ -15,8 +15,8 @@ from typing import Any
 MARK = "<!-- All below is written by reproduce.py. -->"
 LEVELS = {
     "M": "never saw the teacher's style",
-    "C": "2% of what it learnt from was in the teacher's style",
-    "B": "25% of what it learnt from was in the teacher's style",
+    "C": "saw the teacher's style in 2% of what it learnt from",
+    "B": "saw the teacher's style in 25% of what it learnt from",
 }
 WANTED = (10.0, 5.0)
 """By how many points tessy is to be above teacher-only, in-domain and out-of-domain."""
@@ -237,7 +237,7 @@ def draw(found: Found, main: int, path: Path) -> None:
         for number, method in enumerate(every):
             changes = found.changes(level, method, main)
             style = {
-                "color": f"C{number}",
+                "color": "black" if method == "tessy" else f"C{number}",
                 "marker": "*" if method == "tessy" else "o",
                 "s": 70 if method == "tessy" else 25,
             }
