@@ -25,6 +25,12 @@ PRIOR: dict[Author, tuple[int, ...]] = {"student": (3, 5, 8), "teacher": (6, 12,
 
 MEMORY = 24
 
+LONGEST = 4_096
+"""Tokens from which on spans are all taken to be as long: which size is cheapest does not change any more."""
+
+_COSTS = -(-np.arange(LONGEST + 1)[:, None] // CANDIDATES) * (CANDIDATES + REQUEST_COST)
+"""What each size costs for a span of each length, worked out once."""
+
 
 class ChunkSizes:
     """The next chunk's size for each author of one row.
@@ -52,6 +58,5 @@ class ChunkSizes:
 
 def _cheapest(lengths: Sequence[int], so_far: int) -> int:
     """Return the size that costs least for what is left of turns like these that last longer than ``so_far``."""
-    left = [length - so_far for length in lengths if length > so_far] or [max(lengths)]
-    chunks = -(-np.array(left)[:, None] // CANDIDATES)
-    return int(CANDIDATES[(chunks * (CANDIDATES + REQUEST_COST)).sum(axis=0).argmin()])
+    left = [min(length - so_far, LONGEST) for length in lengths if length > so_far] or [min(max(lengths), LONGEST)]
+    return int(CANDIDATES[_COSTS[left].sum(axis=0).argmin()])

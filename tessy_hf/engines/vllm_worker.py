@@ -230,7 +230,7 @@ def _add(engine: LLMEngine, asked: Ask) -> None:
         params = PoolingParams(**asked.params)
     else:
         kind = RequestOutputKind.DELTA if asked.kind == "stream" else RequestOutputKind.FINAL_ONLY
-        params = SamplingParams(**asked.params, detokenize=False, output_kind=kind)
+        params = SamplingParams(**asked.params, detokenize=False, output_kind=kind, skip_clone=True)  # nobody else's
     engine.add_request(asked.name, tokens_input(asked.ids.tolist()), params, priority=asked.priority)
 
 
