@@ -20,7 +20,7 @@ CANDIDATES = np.array([4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 25
 REQUEST_COST = 2.0
 """What a request costs besides its new tokens, counted in new tokens. See `benchmarks/README.md`."""
 
-PRIOR: dict[Author, tuple[int, ...]] = {"student": (3, 5, 8), "teacher": (6, 12, 20)}
+PRIOR: dict[Author, tuple[int, ...]] = {"student": (3, 6, 9), "teacher": (6, 12, 20)}
 """Lengths of spans to begin with, in tokens; a row's own push them out."""
 
 MEMORY = 24
