@@ -53,6 +53,15 @@ def test_the_speed_of_a_replica_is_found(seconds):
         assert float(found.seconds(rows)) == pytest.approx(seconds(rows), rel=0.15)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_work_that_nothing_tells_of_scales_the_speed_but_does_not_bend_it(seed):
+    for seconds in (lambda n: 0.02 + 0.004 * n, lambda n: 0.05 * np.maximum(1, n / 16)):
+        begin, end, _ = served(seconds, size=lambda random: random.lognormal(0, 0.6), seed=seed)
+        found = fit(begin, end, np.ones(len(begin)), np.zeros(len(begin)))
+        errors = [float(found.seconds(rows)) / seconds(rows) for rows in (3, 5, 10, 20, 35)]
+        assert max(errors) - min(errors) < 0.08, errors
+
+
 def test_what_a_request_costs_by_its_size_is_found():
     begin, end, size = served(lambda n: 0.001 + 0.0002 * n, size=lambda random: random.integers(4, 40))
     found = fit(begin, end, size, np.zeros(len(begin)))
