@@ -60,6 +60,10 @@ class Process:
         watch = [sys.executable, "-c", _REAPER, str(os.getpid()), str(self._popen.pid)]
         self._reaper = subprocess.Popen(watch, stdin=subprocess.DEVNULL)
 
+    @property
+    def pid(self):
+        return self._popen.pid
+
     def wait_for(self, url, seconds=300):
         """Wait until the server answers."""
         end = time.monotonic() + seconds
