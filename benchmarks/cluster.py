@@ -24,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 from datasets import Dataset, disable_progress_bars
 
 from tessy_hf import ServerEngine, Speaker, TessyTransform, demo
@@ -88,7 +88,7 @@ class Scripted:
 
     def work(self):
         """When requests were answered so far, as pairs of time and count."""
-        return [(at, 1) for at in httpx.get(f"{self.root}/s").json()]
+        return [(at, 1) for at in httpx2.get(f"{self.root}/s").json()]
 
     def close(self):
         """End it."""
@@ -112,8 +112,8 @@ class VLLM:
         before = 0.0
         while not self._over.wait(0.25):
             try:
-                pages = [httpx.get(f"{url.removesuffix('/v1')}/metrics", timeout=60).text for url in self._urls]
-            except httpx.TransportError:  # busy: the next look will tell
+                pages = [httpx2.get(f"{url.removesuffix('/v1')}/metrics", timeout=60).text for url in self._urls]
+            except httpx2.TransportError:  # busy: the next look will tell
                 continue
             lines = [line for page in pages for line in page.split("\n")]
             tokens = sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))

@@ -7,7 +7,7 @@ cut off and the other author is next. When the thinking is closed, the student i
 
 import asyncio
 
-import httpx
+import httpx2
 import tenacity
 import torch
 
@@ -17,7 +17,7 @@ from tessy_hf.trajectory import Trajectory
 
 STEP = {"student": 5, "teacher": 10}
 WINDOW = 200
-LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=1.0)  # servers close what rests for some seconds
+LIMITS = httpx2.Limits(max_connections=None, keepalive_expiry=1.0)  # servers close what rests for some seconds
 
 
 class LockStep:
@@ -37,7 +37,7 @@ class LockStep:
         """Write all rows, ``in_flight`` at a time. Returns their columns."""
         torch.set_num_threads(1)  # the servers use the other cores
         waiting, active, done = list(prompts)[::-1], [], []
-        async with httpx.AsyncClient(limits=LIMITS, timeout=600) as self._client:
+        async with httpx2.AsyncClient(limits=LIMITS, timeout=600) as self._client:
             while waiting or active:
                 while waiting and len(active) < in_flight:
                     active.append(_Row(waiting.pop(), self._speakers))
@@ -69,7 +69,7 @@ class LockStep:
         choice = await self._post(f"{self._urls[author]}/completions", body)
         return choice["text"], choice["finish_reason"] == "stop"
 
-    @tenacity.retry(retry=tenacity.retry_if_exception_type(httpx.TransportError), stop=tenacity.stop_after_attempt(5))
+    @tenacity.retry(retry=tenacity.retry_if_exception_type(httpx2.TransportError), stop=tenacity.stop_after_attempt(5))
     async def _post(self, url, body):
         answer = await self._client.post(url, json=body)
         answer.raise_for_status()

@@ -1,12 +1,17 @@
 """How far the simulation of `tessy plan --simulate` is off: pilots with one window foretell runs with others.
 
 The miniature models run for real, in this process or behind vLLM servers. Before and after each run with another
-window is a pilot. The run is foretold from both, and the mean is held against it, so that a machine that is slower at
-one time than at another, as shared ones are, is not taken for an error; by how much the pilots themselves differ is
-printed beside it (`drift`), and how well each pilot tells itself. Errors are shares of what was seen.
+window, or with other numbers of servers, is a pilot on one of each. The run is foretold from both, and the mean is
+held against it, so that a machine that is slower at one time than at another, as shared ones are, is not taken for an
+error; by how much the pilots themselves differ is printed beside it (`drift`), and how well each pilot tells itself.
+Errors are shares of what was seen.
+
+The simulation is of replicas with hardware of their own. Where there are fewer cores than servers and this process
+want, `--parts` gives a part of a core to each server and to this process (`cores.py`).
 
     python benchmarks/simulate.py --engine transformers
     python benchmarks/simulate.py --engine server --rows 512 --windows 16 64 128 --json
+    python benchmarks/simulate.py --engine server --replicas 1:1 1:2 --windows 16 64 --parts 0.35 0.75
 """
 
 import argparse
@@ -14,17 +19,39 @@ import json
 import logging
 import os
 import statistics
+import tempfile
 import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
+from cores import parts
 from datasets import disable_progress_bars
-from speed import engines, servers
+from speed import engines
 
 from tessy_hf import Speaker, TessyTransform, demo
 from tessy_hf.recording import Recorder
 from tessy_hf.simulate import measure, simulate
 
 FIGURES = ("rows_per_hour", "tail_seconds", "row_seconds_p50", "row_seconds_p99")
+
+
+@contextmanager
+def servers(teachers, students, given):
+    """Start vLLM servers, and give them and this process the parts of a core that are ``given``, if any.
+
+    Yields a function that returns the addresses of so many teachers and students.
+    """
+    from tests.engines.servers import processes, vllm
+
+    options = ("--enable-scale-out", "--scheduling-policy", "priority", "--max-model-len", "1024")
+    authors = ["teacher"] * teachers + ["student"] * students
+    described = [vllm(*options, author=author) for author in authors]
+    with tempfile.TemporaryDirectory() as logs, processes(*described, logs=Path(logs), health="/health") as running:
+        urls = [url for url, _ in running]
+        wanted = [*((process.pid, given[0]) for _, process in running), (os.getpid(), given[1])] if given else []
+        with parts(wanted) if wanted else nullcontext():
+            yield lambda t, s: {"teacher": urls[:t], "student": urls[teachers : teachers + s]}
 
 
 def transform(kind, urls, window):
@@ -65,12 +92,9 @@ def real(kind, urls, window, prompts):
     return measure(recorder, kept, window), figures
 
 
-def foretell(measured, window, rows, seeds):
+def foretell(measured, plan, rows, seeds):
     """Return the simulation's figures, as means over the seeds."""
-    runs = [
-        simulate(measured, teachers=1, students=1, rows_in_flight=window, prompts=rows, seed=seed).as_dict()
-        for seed in range(seeds)
-    ]
+    runs = [simulate(measured, **plan, prompts=rows, seed=seed).as_dict() for seed in range(seeds)]
     return {name: statistics.mean(run[name] for run in runs) for name in FIGURES}
 
 
@@ -86,6 +110,8 @@ def main():
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--pilot", type=int, default=32, help="rows in flight in the pilot")
     parser.add_argument("--windows", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--replicas", nargs="+", default=["1:1"], help="teachers:students of the runs, servers only")
+    parser.add_argument("--parts", type=float, nargs=2, metavar=("SERVER", "SELF"), help="of a core: cores.py")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the simulation")
     parser.add_argument("--json", action="store_true")
@@ -94,27 +120,31 @@ def main():
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     disable_progress_bars()
     prompts = demo.prompts(arguments.rows, seed=5)
-    results = []
-    with servers(arguments.engine == "server") as urls:
+    ratios = [tuple(map(int, ratio.split(":"))) for ratio in arguments.replicas]
+    results, started = [], nullcontext(lambda *_: {})
+    if arguments.engine == "server":
+        started = servers(*map(max, zip(*ratios, strict=True)), arguments.parts)
+    with started as urls:
 
-        def run(window):
-            return real(arguments.engine, urls, window, prompts)
+        def run(teachers=1, students=1, window=arguments.pilot):
+            return real(arguments.engine, urls(teachers, students), window, prompts)
 
-        def tell(what, window, notes, found, drift):
-            told = [foretell(one, window, arguments.rows, arguments.seeds) for one in notes]
-            error = errors(told, found)
-            results.append({"what": what, "window": window, "run": found, "error": error, "drift": drift})
-            print(f"{window:4} {what:9} {found['rows_per_hour'] / 3600:6.2f} rows/s {error} drift {drift}", flush=True)
+        def tell(what, notes, found, drift, *place):
+            plan = dict(zip(("teachers", "students", "rows_in_flight"), place or (1, 1, arguments.pilot), strict=True))
+            error = errors([foretell(one, plan, arguments.rows, arguments.seeds) for one in notes], found)
+            results.append({"what": what, **plan, "run": found, "error": error, "drift": drift})
+            speed = f"{found['rows_per_hour'] / 3600:6.2f} rows/s"
+            print("{teachers}:{students} {rows_in_flight:4}".format(**plan), what, speed, error, drift, flush=True)
 
-        run(arguments.pilot)  # warms up
-        before, seen = run(arguments.pilot)
-        tell("itself", arguments.pilot, [before], seen, 0.0)
-        for window in arguments.windows * arguments.repeats:
-            found = run(window)[1]
-            after, again = run(arguments.pilot)
+        run()  # warms up
+        before, seen = run()
+        tell("itself", [before], seen, 0.0)
+        for place in [(*ratio, window) for ratio in ratios for window in arguments.windows] * arguments.repeats:
+            found = run(*place)[1]
+            after, again = run()
             drift = round(again["rows_per_hour"] / seen["rows_per_hour"] - 1, 3)
-            tell("foretold", window, [before, after], found, drift)
-            tell("itself", arguments.pilot, [after], again, 0.0)
+            tell("foretold", [before, after], found, drift, *place)
+            tell("itself", [after], again, 0.0)
             before, seen = after, again
     if arguments.json:
         print(json.dumps({"cores": len(os.sched_getaffinity(0)), **vars(arguments), "results": results}))

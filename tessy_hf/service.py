@@ -21,6 +21,9 @@ _KNOTS = np.array([0, 1 / 8, 1 / 4, 1 / 2, 3 / 4])
 
 _PASSES = 6
 
+_LEAST = 0.05
+"""Times below this share of the mean scatter no less."""
+
 
 @dataclass(frozen=True)
 class Service:
@@ -82,6 +85,9 @@ def fit(
 ) -> Service:
     """Fit a replica's speed to requests.
 
+    Times scatter in proportion to their length, so it is shares of them that the fit may be off by: else the speed at
+    few rows would be what is left over by the many.
+
     Args:
         begin: When each request was made, in seconds.
         end: When it was answered.
@@ -100,12 +106,14 @@ def fit(
     most = float(np.quantile(rows, 0.99))
     knots = most * _KNOTS
     basis = np.stack([np.ones(len(took)), *(np.maximum(0.0, rows - knot) for knot in knots)], axis=1)
-    speed = np.full(len(took), took.mean())
+    speed, told = np.full(len(took), took.mean()), took.mean()
     for _ in range(_PASSES):  # the two factors of a request's time, in turns
-        weights = _least_squares(sizes * speed[:, None], took)
+        share = 1 / np.maximum(told, _LEAST * took.mean())
+        weights = _least_squares(sizes * (share * speed)[:, None], share * took)
         weights /= (sizes @ weights).mean()
-        heights = _least_squares(basis * (sizes @ weights)[:, None], took)
+        heights = _least_squares(basis * (share * (sizes @ weights))[:, None], share * took)
         speed = basis @ heights
+        told = speed * (sizes @ weights)
     bends = tuple((float(knot), float(rise)) for knot, rise in zip(knots, heights[1:], strict=True) if rise)
     once, each, prompt = map(float, weights)
     return Service((once, each, prompt), float(heights[0]), bends, most, floor)

@@ -3,7 +3,7 @@
 A pilot's requests (:mod:`tessy_hf.recording`) go in; throughput, use of both models and the tail come out, for any
 number of replicas and rows in flight. Each simulated row repeats the requests of one of the pilot's rows, in their
 order: text does not depend on how fast it is written, so they are what this row would ask of any number of replicas.
-It is served by one replica of each author, drawn as :class:`~tessy_hf.engines.server.ServerEngine` does, at the speed
+It is served by one replica of each author, chosen as :class:`~tessy_hf.engines.server.ServerEngine` does, at the speed
 that :mod:`tessy_hf.service` measured for as many rows at once, and by this process: the boundary predictors and the
 event loop are a third station, with a speed of its own.
 """
@@ -18,7 +18,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tessy_hf.errors import SettingsError
 from tessy_hf.estimate import Estimate, run_pilot, scale_up
@@ -238,7 +237,6 @@ def _steps(visits: Sequence[Visit], services: dict[str, Service]) -> tuple[Step,
 # --- the simulation
 
 _Route = list[tuple[str, float]]
-_Home = dict[str, int]
 
 
 def simulate(
@@ -273,8 +271,7 @@ def simulate(
     chosen = np.concatenate(passes)[:rows].tolist()  # each of the pilot's rows as often as any other
     replicas = {"teacher": teachers, "student": students, "host": hosts}
     routes = [_route(trace.steps, joined) for trace in measured.traces]
-    homes = _homes(random.integers(1 << 32, size=rows), {name: replicas[name] for name in measured.services})
-    done = _Plant(measured.services, replicas, [routes[i] for i in chosen], homes).run(rows_in_flight)
+    done = _Plant(measured.services, replicas, [routes[i] for i in chosen], random).run(rows_in_flight)
     seconds = float(done.ended.max())
     if rows < prompts:
         first, last = rows_in_flight, rows - rows_in_flight  # neither the start nor the tail
@@ -317,16 +314,6 @@ def _route(steps: Sequence[Step], joined: int) -> _Route:
         host = sum(step.host for step in steps[at : at + joined])
         route += [*work.items(), *([("host", host)] if host else [])]
     return route
-
-
-def _homes(hashes: NDArray[np.int64], replicas: dict[str, int]) -> list[_Home]:
-    """Return which replica of each station serves each row: of all models by one hash, of hosts in turns."""
-    first, homes = 0, {}
-    for name, count in replicas.items():
-        by = np.arange(len(hashes)) if name == "host" else hashes
-        homes[name] = (first + by % count).tolist()
-        first += count
-    return [dict(zip(homes, row, strict=True)) for row in zip(*homes.values(), strict=True)]
 
 
 def survey(
@@ -432,13 +419,20 @@ class _Plant:
     """All replicas of all stations, and the rows that go from one to the next."""
 
     def __init__(
-        self, services: dict[str, Service], replicas: dict[str, int], routes: list[_Route], homes: list[_Home]
+        self,
+        services: dict[str, Service],
+        replicas: dict[str, int],
+        routes: list[_Route],
+        random: np.random.Generator,
     ) -> None:
         most = len(routes) + 1
         speeds = {name: service.seconds(np.arange(most)).tolist() for name, service in services.items()}
         self.stations = {name: [_Replica(speeds[name]) for _ in range(replicas[name])] for name in services}
         self.replicas = [replica for station in self.stations.values() for replica in station]
-        self.routes, self.homes = routes, homes
+        self.first = dict(zip(services, accumulate((replicas[name] for name in services), initial=0), strict=False))
+        self.hosts, self.random, self.routes = replicas["host"], random, routes
+        self.homes: list[dict[str, int]] = [{} for _ in routes]
+        self.held = [{name: [0] * replicas[name] for name in services} for _ in range(self.hosts)]
         self.place = [0] * len(routes)
         self.events: list[tuple[float, int, int]] = []
 
@@ -463,6 +457,7 @@ class _Plant:
                 self._enter(row, now)
                 continue
             ended[row] = now
+            self._release(row)
             if admitted < rows:
                 begun[admitted] = now
                 self._enter(admitted, now)
@@ -473,11 +468,27 @@ class _Plant:
     def _enter(self, row: int, now: float) -> None:
         """Let a row enter its next replica."""
         station, work = self.routes[row][self.place[row]]
-        number = self.homes[row][station]
+        number = self.first[station] + self._home(row, station)
         replica = self.replicas[number]
         replica.advance(now)
         heappush(replica.queue, (replica.clock + work, row))
         self._expect(number, replica)
+
+    def _home(self, row: int, station: str) -> int:
+        """Return which replica serves a row: hosts take turns, of models it is one with the fewest of its host."""
+        if station == "host":
+            return row % self.hosts
+        homes, held = self.homes[row], self.held[row % self.hosts][station]
+        if station not in homes:
+            fewest = min(held)
+            equal = [at for at, rows in enumerate(held) if rows == fewest]
+            homes[station] = equal[int(self.random.integers(len(equal)))]
+            held[homes[station]] += 1
+        return homes[station]
+
+    def _release(self, row: int) -> None:
+        for station, at in self.homes[row].items():
+            self.held[row % self.hosts][station][at] -= 1
 
     def _expect(self, number: int, replica: _Replica) -> None:
         """Note when the next row leaves a replica, if none comes or goes before."""

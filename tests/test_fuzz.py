@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 
-import httpx
+import httpx2
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -94,7 +94,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-class Pieces(httpx.AsyncByteStream):
+class Pieces(httpx2.AsyncByteStream):
     def __init__(self, pieces):
         self.pieces = pieces
 
@@ -112,20 +112,20 @@ class Answering:
     def handle(self, asked):
         if self.next is not None:
             status, headers, pieces = self.next
-            return httpx.Response(status, headers=headers, stream=Pieces(pieces))
+            return httpx2.Response(status, headers=headers, stream=Pieces(pieces))
         if asked.url.path == "/v1/models":
-            return httpx.Response(200, json={"data": [{"id": "student", "max_model_len": 2048}]})
+            return httpx2.Response(200, json={"data": [{"id": "student", "max_model_len": 2048}]})
         if asked.url.path == "/inference/v1/generate":
-            return httpx.Response(200, json={"choices": [{"token_ids": [5], "finish_reason": "length"}]})
-        return httpx.Response(404, json={})
+            return httpx2.Response(200, json={"choices": [{"token_ids": [5], "finish_reason": "length"}]})
+        return httpx2.Response(404, json={})
 
 
 @pytest.fixture(scope="module")
 def answering():
     with pytest.MonkeyPatch.context() as patch:
-        server, client = Answering(), httpx.AsyncClient
-        transport = httpx.MockTransport(server.handle)
-        patch.setattr(httpx, "AsyncClient", lambda **options: client(**options, transport=transport))
+        server, client = Answering(), httpx2.AsyncClient
+        transport = httpx2.MockTransport(server.handle)
+        patch.setattr(httpx2, "AsyncClient", lambda **options: client(**options, transport=transport))
         engine = ServerEngine(
             "student", base_url="http://server/v1", tokenizer=str(demo.STUDENT), timeout=5.0, patience=0.0
         )

@@ -29,13 +29,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import httpx2
+
 from tessy_hf.engines.addresses import Addresses
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
 from tessy_hf.errors import EngineDeadError, RequestError, TessyError
 from tessy_hf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    import httpx
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -281,7 +282,7 @@ class ServerEngine:
 class _Censor(logging.Filter):
     """Takes the key out of what the HTTP library logs: a server may send it back in its headers."""
 
-    _LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy")
+    _LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -304,19 +305,15 @@ class _Live:
     """Open connections to the replicas, and what is known of them."""
 
     def __init__(self, engine: ServerEngine) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise EngineDeadError('ServerEngine needs httpx. Install it: pip install "tessy-hf[server]".') from error
-        self._httpx, self._engine = httpx, engine
+        self._engine = engine
         self._vocabulary = Vocabulary(engine.tokenizer, engine.model)
         self._last_id = max(engine.tokenizer.get_vocab().values())
         self._key = _key(engine._api_key_env)
         self._censor = _Censor(self._key)
-        self._client = httpx.AsyncClient(
+        self._client = httpx2.AsyncClient(  # httpx 0.28 looks through all connections, squared, for each request
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
-            limits=httpx.Limits(
+            timeout=httpx2.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
+            limits=httpx2.Limits(
                 max_keepalive_connections=engine._max_connections * len(engine._addresses.fixed) or None,
                 keepalive_expiry=3.0,  # uvicorn's servers hang up after 5: a request must not cross with that
             ),
@@ -368,7 +365,7 @@ class _Live:
         """Return how many tokens a replica's cache holds, where it tells it among its metrics, as vLLM does."""
         try:
             answer = await self._client.get(replica.root + "/metrics")
-        except self._httpx.HTTPError:
+        except httpx2.HTTPError:
             return None
         found = re.search(r"^vllm:cache_config_info\{(.*)\}", answer.text, re.MULTILINE)
         said = dict(re.findall(r'(\w+)="(\d+)"', found[1])) if found else {}
@@ -744,17 +741,17 @@ class _Live:
 
     async def _within(self, replica: _Replica, sent: Awaitable[T]) -> T:
         """Wait for what a server sends, as long as it may take."""
-        httpx, where = self._httpx, f"the server at {replica.url}"
+        where = f"the server at {replica.url}"
         try:
-            return await asyncio.wait_for(sent, self._engine._timeout)  # httpx's own limit is on each read
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return await asyncio.wait_for(sent, self._engine._timeout)  # httpx2's own limit is on each read
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             raise _PassingError(f"{where} cannot be reached ({type(error).__name__}).", "down") from error
-        except (TimeoutError, httpx.TimeoutException) as error:
+        except (TimeoutError, httpx2.TimeoutException) as error:
             raise _PassingError(f"{where} did not answer within {self._engine._timeout} s.", "lost") from error
-        except httpx.RequestError as error:
+        except httpx2.RequestError as error:
             raise _PassingError(f"{where} cut the connection ({type(error).__name__}).", "lost") from error
 
-    def _check_status(self, replica: _Replica, answer: httpx.Response) -> None:
+    def _check_status(self, replica: _Replica, answer: httpx2.Response) -> None:
         status, where = answer.status_code, f"the server at {replica.url}"
         if status not in _ABSENT:
             self._answered = time.monotonic()

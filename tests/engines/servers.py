@@ -15,7 +15,7 @@ from collections import deque
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
+import httpx2
 import psutil
 
 from tessy_hf import demo
@@ -60,6 +60,10 @@ class Process:
         watch = [sys.executable, "-c", _REAPER, str(os.getpid()), str(self._popen.pid)]
         self._reaper = subprocess.Popen(watch, stdin=subprocess.DEVNULL)
 
+    @property
+    def pid(self):
+        return self._popen.pid
+
     def wait_for(self, url, seconds=300):
         """Wait until the server answers."""
         end = time.monotonic() + seconds
@@ -67,9 +71,9 @@ class Process:
             assert self._popen.poll() is None, f"the server ended:\n{self._log.read_text()[-3000:]}"
             assert time.monotonic() < end, f"the server did not answer in time:\n{self._log.read_text()[-3000:]}"
             try:
-                if httpx.get(url, timeout=5).status_code == 200:
+                if httpx2.get(url, timeout=5).status_code == 200:
                     return
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 time.sleep(0.5)
 
     def kill(self):
