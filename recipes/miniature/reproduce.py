@@ -407,7 +407,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one tiny unit of each kind, to see that it works")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     scale, units = Scale(), plan(args.levels, args.seeds, args.sizes, args.methods)
     if args.quick:
         scale, units = Scale(student_steps=8, epochs=1, in_domain=8, out_of_domain=2, judged=2), quick()

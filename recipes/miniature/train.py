@@ -588,7 +588,7 @@ def main() -> None:
         sub.add_argument("--and-rate", type=float, default=0.01, help="how often a student met '&'")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     args.command(args)
