@@ -235,6 +235,7 @@ def ratio(server, arguments):
         assert together == single, "the rows differ"
         rates["one_process"].append(alone)
         rates["actors"].append(shared)
+        print(f"one process {alone:.1f}, actors {shared:.1f} a second", file=sys.stderr, flush=True)
     ratios = [a / b for a, b in zip(rates["actors"], rates["one_process"], strict=True)]
     return {"ratio": statistics.median(ratios), "ratios": ratios, "per_second": rates, **vars(arguments)}
 
