@@ -39,24 +39,30 @@ class ChunkSizes:
         fixed: The same size always; ``None`` to follow the spans.
     """
 
-    __slots__ = ("_fixed", "_lengths")
+    __slots__ = ("_costs", "_fixed", "_lengths")
 
     def __init__(self, fixed: int | None) -> None:
         self._fixed = fixed
-        self._lengths: dict[Author, deque[int]] = {
-            author: deque(lengths, maxlen=MEMORY) for author, lengths in PRIOR.items()
-        }
+        self._lengths: dict[Author, deque[int]] = {author: deque(lengths) for author, lengths in PRIOR.items()}
+        self._costs = {author: _COSTS[list(lengths)].sum(axis=0) for author, lengths in PRIOR.items()}
 
     def observe(self, author: Author, tokens: int) -> None:
         """Learn that a turn took ``tokens`` tokens until its end could be seen."""
-        self._lengths[author].append(max(1, tokens))
+        lengths, costs = self._lengths[author], self._costs[author]
+        lengths.append(min(max(1, tokens), LONGEST))
+        costs += _COSTS[lengths[-1]]
+        if len(lengths) > MEMORY:
+            costs -= _COSTS[lengths.popleft()]
 
     def next(self, author: Author, so_far: int) -> int:
         """Return how many tokens to ask for after ``so_far`` tokens of the author's turn."""
-        return self._fixed if self._fixed is not None else _cheapest(self._lengths[author], so_far)
+        if self._fixed is not None:
+            return self._fixed
+        costs = self._costs[author] if not so_far else _left(self._lengths[author], so_far)
+        return int(CANDIDATES[costs.argmin()])
 
 
-def _cheapest(lengths: Sequence[int], so_far: int) -> int:
-    """Return the size that costs least for what is left of turns like these that last longer than ``so_far``."""
-    left = [min(length - so_far, LONGEST) for length in lengths if length > so_far] or [min(max(lengths), LONGEST)]
-    return int(CANDIDATES[_COSTS[left].sum(axis=0).argmin()])
+def _left(lengths: Sequence[int], so_far: int) -> np.ndarray:
+    """Return what sizes cost for what is left of turns like these that last longer than ``so_far``."""
+    left = [length - so_far for length in lengths if length > so_far] or [max(lengths)]
+    return np.asarray(_COSTS[left].sum(axis=0))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import TemplateError
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 _CLAUSE_END = "，。！？；：、"
 WORD = re.compile(rf"\s*(?:[^\s{_CLAUSE_END}]+[{_CLAUSE_END}]*|[{_CLAUSE_END}]+)")
 """A word with the whitespace before it. Scripts without spaces are cut after their punctuation instead."""
+
+_FRAGMENT = re.compile(r"(?<=\S)(?= \S)")
+"""Where text is taken apart to be encoded piece by piece: before a single space between words."""
+
+LONGEST_FRAGMENT = 32
+"""Characters up to which a piece of text is remembered with its ids; longer ones rarely come again."""
+
+_PROBE = "It's 12345 + (6.7)x: \"naïve\",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 www.x-y.org/?q=%20 CamelCase\r\n - é"
 
 
 class Encoding(NamedTuple):
@@ -62,10 +71,12 @@ class Vocabulary:
         self._backend = Tokenizer.from_str(json.dumps(serialized))
         self._backend.encode_special_tokens = True
         self._normalizer = self._backend.normalizer
+        self._fragment = lru_cache(maxsize=1 << 15)(self._whole)
         identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         # Tokenizers that mark word starts (SentencePiece) would add a mark at the start of every fragment.
         self._anchor = "" if all(map(self._continues, (" b", "\nb", "\n\n b"))) else "a"
+        self._in_fragments = _separable(serialized) and self._whole(_PROBE) == self._joined(_PROBE)
         marked = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
         self.special_ids = frozenset(map(int, (*marked, *tokenizer.all_special_ids)))
 
@@ -81,12 +92,27 @@ class Vocabulary:
 
         Exact as a continuation when ``text`` starts at a word: the ids equal that part of the whole text's ids.
         """
+        return self._joined(text) if self._in_fragments else self._whole(text)
+
+    def _whole(self, text: str) -> Encoding:
         anchor = self._anchor if text[:1].isspace() else ""
         encoded = self._backend.encode(anchor + text, add_special_tokens=False)
         if not anchor:
             return Encoding(encoded.ids, encoded.offsets)
         first = next((i for i, (_, end) in enumerate(encoded.offsets) if end > 1), len(encoded.ids))
         return Encoding(encoded.ids[first:], [(start - 1, end - 1) for start, end in encoded.offsets[first:]])
+
+    def _joined(self, text: str) -> Encoding:
+        """Encode text word by word: most words were met before, and short texts are encoded at every turn."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for fragment in _FRAGMENT.split(text):
+            own = self._fragment(fragment) if len(fragment) <= LONGEST_FRAGMENT else self._whole(fragment)
+            ids += own.ids
+            offsets += [(start + at, end + at) for start, end in own.offsets] if at else own.offsets
+            at += len(fragment)
+        return Encoding(ids, offsets)
 
     def encode_template(self, text: str) -> list[int]:
         """Encode a rendered chat template: special tokens in it are special."""
@@ -127,3 +153,24 @@ class Vocabulary:
 def words(text: str) -> list[tuple[int, int]]:
     """Return the ``(start, end)`` of each word of ``text``, leading whitespace included, trailing excluded."""
     return [match.span() for match in WORD.finditer(text)]
+
+
+def _separable(serialized: dict[str, Any]) -> bool:
+    """Return whether no token can have letters on both sides of a space, so that words may be encoded one by one.
+
+    Asks for byte-level BPE, whose merges on two sides of a place that no token spans do not touch each other.
+    """
+    model, normalizer = serialized["model"], serialized["normalizer"] or {}
+    added = [token["content"] for token in serialized["added_tokens"] if token["rstrip"] or token["single_word"]]
+    if model.get("type") != "BPE" or model.get("dropout") or added or normalizer.get("type", "NFC") != "NFC":
+        return False
+    byte_level = any(part.get("type") == "ByteLevel" for part in _parts(serialized["pre_tokenizer"]))
+    spaced = (*model["vocab"], *(token["content"].replace(" ", "Ġ") for token in serialized["added_tokens"]))
+    return byte_level and not any(_SPANS_A_SPACE.search(token) for token in spaced)
+
+
+_SPANS_A_SPACE = re.compile("[^ĠĊčĉ]Ġ")  # as byte-level vocabularies spell space, newline, return and tab
+
+
+def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])

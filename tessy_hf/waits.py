@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import NamedTuple
 
 from tessy_hf.errors import RequestError
@@ -47,6 +47,39 @@ class _Meter:
         self.rows, self.at = self.rows + by, now
 
 
+class _Wait:
+    """One row's wait, as an asynchronous context. See :meth:`Waits.on`."""
+
+    __slots__ = ("_cancelling", "_load", "_task", "_waits", "begin", "expired", "row", "what")
+
+    def __init__(self, waits: Waits, load: _Meter, row: str, what: str) -> None:
+        self._waits, self._load = waits, load
+        self.row, self.what, self.expired = row, what, False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self.begin = self._waits.begin(self)
+        self._load.change(self.begin, 1)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._load.change(self._waits.end(self), -1)
+        if self.expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise RequestError(
+                f"Row {self.row!r} got nothing from {self.what} within {self._waits.deadline:g} s. Look at its log; "
+                "if it only needs longer, raise request_timeout.",
+                retryable=True,
+            ) from error
+
+    def expire(self) -> None:
+        """End the wait: its deadline has passed."""
+        self.expired = True
+        self._task.cancel()
+
+
 class Waits:
     """Everything that is waited for at the moment.
 
@@ -58,36 +91,45 @@ class Waits:
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        self._deadline = deadline
-        self._since: dict[str, tuple[float, str]] = {}
+        self.deadline = deadline
+        self._going: dict[_Wait, None] = {}  # the oldest first
         self._loads: dict[str, _Meter] = {}
+        self._alarm: asyncio.TimerHandle | None = None
         self.read_again = 0
 
-    @asynccontextmanager
-    async def on(self, row: str, what: str, of: str = "") -> AsyncIterator[None]:
+    def on(self, row: str, what: str, of: str = "") -> AbstractAsyncContextManager[None]:
         """Wait for ``what`` on behalf of a row, which is a part of ``of`` in :meth:`loads`.
 
         Raises:
             RequestError: The deadline passed. The row may be tried again.
         """
-        begin = asyncio.get_running_loop().time()
-        self._since[row] = begin, what
-        load = self._loads.setdefault(of or what, _Meter())
-        load.change(begin, 1)
-        try:
-            async with asyncio.timeout(self._deadline) as limit:
-                yield
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise RequestError(
-                f"Row {row!r} got nothing from {what} within {self._deadline:g} s. Look at its log; if it only needs "
-                "longer, raise request_timeout.",
-                retryable=True,
-            ) from error
-        finally:
-            self._since.pop(row, None)
-            load.change(asyncio.get_running_loop().time(), -1)
+        load = self._loads.get(of or what) or self._loads.setdefault(of or what, _Meter())
+        return _Wait(self, load, row, what)
+
+    def begin(self, wait: _Wait) -> float:
+        """Note a wait that begins. Returns the time."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._going[wait] = None
+        if self._alarm is None and self.deadline is not None:
+            self._alarm = loop.call_at(now + self.deadline, self._expire, loop)
+        return now
+
+    def end(self, wait: _Wait) -> float:
+        """Forget a wait that is over. Returns the time."""
+        self._going.pop(wait, None)
+        return asyncio.get_running_loop().time()
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the waits whose deadline has passed. One alarm for all: thousands of waits begin in a second."""
+        assert self.deadline is not None
+        self._alarm = None
+        for wait in list(self._going):
+            if wait.begin + self.deadline > loop.time():
+                self._alarm = loop.call_at(wait.begin + self.deadline, self._expire, loop)
+                return
+            del self._going[wait]
+            wait.expire()
 
     def loads(self) -> dict[str, Load]:
         """Return how much each thing was waited for."""
@@ -95,12 +137,12 @@ class Waits:
 
     def stalled(self, seconds: float) -> str | None:
         """Return what is waited for, where nothing came for so many seconds; else ``None``."""
-        if not self._since:
+        if not self._going:
             return None
         now = asyncio.get_running_loop().time()
-        if now - max(since for since, _ in self._since.values()) < seconds:
+        if now - max(wait.begin for wait in self._going) < seconds:
             return None
-        rows = Counter(what for _, what in self._since.values())
-        oldest, (since, _) = min(self._since.items(), key=lambda item: item[1])
+        rows = Counter(wait.what for wait in self._going)
+        oldest = next(iter(self._going))
         named = ", ".join(f"{what} ({count} row{'s' * (count > 1)})" for what, count in rows.most_common())
-        return f"{named}; the longest, row {oldest!r}, since {now - since:.0f} s"
+        return f"{named}; the longest, row {oldest.row!r}, since {now - oldest.begin:.0f} s"
