@@ -406,8 +406,9 @@ class Row:
             return None
         async with self.waits_for(author, "boundary predictor"):
             readings = self._readings(predictor, written, asked)
-            shared = [await _kinds(predictor, *reading) for reading in readings[:1]]
-            kinds = shared + await asyncio.gather(*(_kinds(predictor, *reading) for reading in readings[1:]))
+            kinds = [await _kinds(predictor, *readings[0])]
+            if len(readings) > 1:
+                kinds += await asyncio.gather(*(_kinds(predictor, *reading) for reading in readings[1:]))
         own_kind = author == "student"  # style is the student's to write
         return min((word for kind in kinds for word, style in kind.items() if style != own_kind), default=None)
 

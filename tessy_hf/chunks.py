@@ -31,6 +31,8 @@ LONGEST = 4_096
 _COSTS = -(-np.arange(LONGEST + 1)[:, None] // CANDIDATES) * (CANDIDATES + REQUEST_COST)
 """What each size costs for a span of each length, worked out once."""
 
+_PRIOR_COSTS = {author: _COSTS[list(lengths)].sum(axis=0) for author, lengths in PRIOR.items()}
+
 
 class ChunkSizes:
     """The next chunk's size for each author of one row.
@@ -44,7 +46,7 @@ class ChunkSizes:
     def __init__(self, fixed: int | None) -> None:
         self._fixed = fixed
         self._lengths: dict[Author, deque[int]] = {author: deque(lengths) for author, lengths in PRIOR.items()}
-        self._costs = {author: _COSTS[list(lengths)].sum(axis=0) for author, lengths in PRIOR.items()}
+        self._costs = {author: costs.copy() for author, costs in _PRIOR_COSTS.items()}
 
     def observe(self, author: Author, tokens: int) -> None:
         """Learn that a turn took ``tokens`` tokens until its end could be seen."""
