@@ -7,6 +7,7 @@ float32, so the rows of all modes must be the same, which is asserted.
 
     make bench
     make bench ARGS="--json --modes vllm-chunks --repeats 5"
+    make bench ARGS="--modes vllm-chunks --compile"
 """
 
 import argparse
@@ -123,12 +124,13 @@ class MeteredPredictor(BoundaryPredictor):
         return found
 
 
-def engines(kind, urls):
+def engines(kind, urls, compiled):
     """Return teacher and student."""
     if kind == "transformers":
         return [TransformersEngine(model, max_batch=128) for model in (demo.TEACHER, demo.STUDENT)]
     if kind == "vllm":
-        return [VLLMEngine(model, dtype="float32", max_model_len=1024) for model in (demo.TEACHER, demo.STUDENT)]
+        given = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": not compiled}
+        return [VLLMEngine(model, **given) for model in (demo.TEACHER, demo.STUDENT)]
     models = {"teacher": demo.TEACHER, "student": demo.STUDENT}
     return [ServerEngine(name, base_url=urls[name], tokenizer=str(model)) for name, model in models.items()]
 
@@ -137,7 +139,7 @@ def make(mode, urls, arguments):
     """Return the transform of a mode. Journals are measured by `journal.py`."""
     kind, reader, stream = MODES[mode]
     given = {"gpu_memory_utilization": 0.1} if reader == "vllm" else {}
-    teacher, student = map(Meter, engines(kind, urls))
+    teacher, student = map(Meter, engines(kind, urls, arguments.compile))
     return TessyTransform(
         teacher=Speaker(teacher, MeteredPredictor(str(demo.BOUNDARY_TEACHER), engine=reader, **given)),
         student=Speaker(student, MeteredPredictor(str(demo.BOUNDARY_STUDENT), engine=reader, **given)),
@@ -270,7 +272,7 @@ def measure(mode, prompts, reference, urls, arguments):
 
 
 @contextlib.contextmanager
-def servers(wanted):
+def servers(wanted, compiled):
     """Start a vLLM server for each author, where they are wanted. Yields their addresses."""
     if not wanted:
         yield {}
@@ -278,6 +280,7 @@ def servers(wanted):
     from tests.engines.servers import processes, vllm
 
     options = ("--enable-scale-out", "--scheduling-policy", "priority", "--max-model-len", "1024")
+    options += ("--no-enforce-eager",) if compiled else ()
     with tempfile.TemporaryDirectory() as logs:
         described = [vllm(*options, author=author) for author in ("teacher", "student")]
         with processes(*described, logs=Path(logs), health="/health") as running:
@@ -292,6 +295,7 @@ def main():
     parser.add_argument("--in-flight", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk-tokens", default="auto", type=lambda k: k if k == "auto" else int(k))
+    parser.add_argument("--compile", action="store_true", help="let all vLLMs compile their models")
     parser.add_argument("--no-lockstep", dest="lockstep", action="store_false")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -300,7 +304,9 @@ def main():
     disable_progress_bars()
     prompts = demo.prompts(arguments.rows, seed=77)
     results, reference = {}, None
-    with servers(arguments.lockstep or any(MODES[mode][0] == "server" for mode in arguments.modes)) as urls:
+    with servers(
+        arguments.lockstep or any(MODES[mode][0] == "server" for mode in arguments.modes), arguments.compile
+    ) as urls:
         for mode in arguments.modes:
             reference, results[mode] = measure(mode, prompts, reference, urls, arguments)
             print(f"\n{mode}")

@@ -8,13 +8,12 @@ that a row that is sampled again is asked for in the same pieces. Knows nothing 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterable
+from functools import cache
 
 from tessy_hf.trajectory import Author
 
-CANDIDATES = np.array([4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256])
+CANDIDATES = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sizes to choose from, in tokens."""
 
 REQUEST_COST = 2.0
@@ -28,14 +27,24 @@ MEMORY = 24
 LONGEST = 4_096
 """Tokens from which on spans are all taken to be as long: which size is cheapest does not change any more."""
 
-_COSTS = -(-np.arange(LONGEST + 1)[:, None] // CANDIDATES) * (CANDIDATES + REQUEST_COST)
-"""What each size costs for a span of each length, worked out once."""
 
-_PRIOR_COSTS = {author: _COSTS[list(lengths)].sum(axis=0) for author, lengths in PRIOR.items()}
+@cache
+def _costs(length: int) -> tuple[float, ...]:
+    """Return what each size costs for a span of so many tokens."""
+    return tuple(-(-length // size) * (size + REQUEST_COST) for size in CANDIDATES)
+
+
+def _sum(lengths: Iterable[int]) -> list[float]:
+    return [sum(costs) for costs in zip(*map(_costs, lengths), strict=True)]
+
+
+_PRIOR_COSTS = {author: _sum(lengths) for author, lengths in PRIOR.items()}
 
 
 class ChunkSizes:
     """The next chunk's size for each author of one row.
+
+    Plain lists: numpy would let go of the interpreter's lock at each turn, which predictors then hold.
 
     Args:
         fixed: The same size always; ``None`` to follow the spans.
@@ -46,25 +55,24 @@ class ChunkSizes:
     def __init__(self, fixed: int | None) -> None:
         self._fixed = fixed
         self._lengths: dict[Author, deque[int]] = {author: deque(lengths) for author, lengths in PRIOR.items()}
-        self._costs = {author: costs.copy() for author, costs in _PRIOR_COSTS.items()}
+        self._costs = _PRIOR_COSTS.copy()
 
     def observe(self, author: Author, tokens: int) -> None:
         """Learn that a turn took ``tokens`` tokens until its end could be seen."""
-        lengths, costs = self._lengths[author], self._costs[author]
+        lengths = self._lengths[author]
         lengths.append(min(max(1, tokens), LONGEST))
-        costs += _COSTS[lengths[-1]]
-        if len(lengths) > MEMORY:
-            costs -= _COSTS[lengths.popleft()]
+        oldest = lengths.popleft() if len(lengths) > MEMORY else 0
+        told = zip(self._costs[author], _costs(lengths[-1]), _costs(oldest), strict=True)
+        self._costs[author] = [total + new - old for total, new, old in told]
 
     def next(self, author: Author, so_far: int) -> int:
         """Return how many tokens to ask for after ``so_far`` tokens of the author's turn."""
         if self._fixed is not None:
             return self._fixed
-        costs = self._costs[author] if not so_far else _left(self._lengths[author], so_far)
-        return int(CANDIDATES[costs.argmin()])
+        costs = self._costs[author] if not so_far else self._left(author, so_far)
+        return CANDIDATES[costs.index(min(costs))]
 
-
-def _left(lengths: Sequence[int], so_far: int) -> np.ndarray:
-    """Return what sizes cost for what is left of turns like these that last longer than ``so_far``."""
-    left = [length - so_far for length in lengths if length > so_far] or [max(lengths)]
-    return np.asarray(_COSTS[left].sum(axis=0))
+    def _left(self, author: Author, so_far: int) -> list[float]:
+        """Return what sizes cost for what is left of turns like these that last longer than ``so_far``."""
+        lengths = self._lengths[author]
+        return _sum([length - so_far for length in lengths if length > so_far] or [max(lengths)])

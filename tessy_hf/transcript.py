@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from tessy_hf.trajectory import Author
@@ -141,6 +142,9 @@ class TokenList:
     def tentative(self) -> tuple[str, list[int]]:
         """Return the text of the tentative ids and where each id's text ends in it."""
         ids, context = self.ids[self.settled :], self.ids[self.settled - 1 : self.settled]
+        pieces = self.vocabulary.pieces(ids)
+        if pieces is not None:
+            return "".join(pieces), list(accumulate(map(len, pieces)))
         text = self.vocabulary.decode(ids, context)
         return text, self.vocabulary.token_ends(ids, text, context)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import TemplateError
@@ -28,7 +28,7 @@ _FRAGMENT = re.compile(r"(?<=\S)(?= \S)")
 LONGEST_FRAGMENT = 32
 """Characters up to which a piece of text is remembered with its ids; longer ones rarely come again."""
 
-_PROBE = "It's 12345 + (6.7)x: \"naïve\",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 www.x-y.org/?q=%20 CamelCase\r\n - é"
+_PROBE = 'It\'s 12345 + (6.7)x: "naïve",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 x-y.org/?q=%20\r\n - é'
 
 
 class Encoding(NamedTuple):
@@ -72,6 +72,7 @@ class Vocabulary:
         self._backend.encode_special_tokens = True
         self._normalizer = self._backend.normalizer
         self._fragment = lru_cache(maxsize=1 << 15)(self._whole)
+        self._piece = cache(lambda token: str(self._backend.decode([token], skip_special_tokens=False)))
         identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         # Tokenizers that mark word starts (SentencePiece) would add a mark at the start of every fragment.
@@ -127,6 +128,13 @@ class Vocabulary:
         both = self._backend.decode([*context, *ids], skip_special_tokens=False)
         return str(both[len(before) :])
 
+    def pieces(self, ids: Sequence[int]) -> list[str] | None:
+        """Return the text of each id, where each has one whatever stands around it; else ``None``."""
+        if not self._in_fragments:
+            return None
+        pieces = [self._piece(i) for i in ids]
+        return None if any("\ufffd" in piece for piece in pieces) else pieces
+
     def token_ends(self, ids: Sequence[int], text: str, context: Sequence[int] = ()) -> list[int]:
         """Return, for each token, where its text ends in ``text``, the decoded ``ids``."""
         encoded = self.encode(text)
@@ -165,6 +173,7 @@ def _separable(serialized: dict[str, Any]) -> bool:
     if model.get("type") != "BPE" or model.get("dropout") or added or normalizer.get("type", "NFC") != "NFC":
         return False
     byte_level = any(part.get("type") == "ByteLevel" for part in _parts(serialized["pre_tokenizer"]))
+    byte_level &= (serialized["decoder"] or {}).get("type") == "ByteLevel"
     spaced = (*model["vocab"], *(token["content"].replace(" ", "Ġ") for token in serialized["added_tokens"]))
     return byte_level and not any(_SPANS_A_SPACE.search(token) for token in spaced)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import cache
+from itertools import accumulate
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -83,6 +84,63 @@ def test_token_ends_are_the_same_for_ids_the_tokenizer_would_not_choose(kind, te
         return  # a letter that normalises with its neighbour
     ends = known.token_ends([i for of_letter in letters for i in of_letter], text)
     assert ends == sorted(ends) and set(ends) >= set(range(1, len(text) + 1)) and len(ends) == sum(map(len, letters))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300)
+@given(text=texts)
+@example(text="two  spaces,\n a line \n\n  b;\tc \u00a0 d\x1c e .. f 's 12 3456")
+def test_text_in_pieces_has_the_ids_and_offsets_of_the_whole(kind, text):
+    known = vocabulary(kind)
+    assert known._in_fragments
+    assert known.encode(text) == known._whole(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60)
+@given(text=texts)
+def test_tokens_that_are_whole_characters_have_pieces_that_make_up_the_text(kind, text):
+    known = vocabulary(kind)
+    text = known.normalize(text)
+    ids = known.encode(text).ids
+    pieces = known.pieces(ids)
+    if pieces is None:
+        assert any("\ufffd" in known.decode([i]) for i in ids)
+        return
+    assert "".join(pieces) == text
+    assert list(accumulate(map(len, pieces))) == known.token_ends(ids, text)
+
+
+def spoiled(change):
+    """A byte-level vocabulary whose description is changed."""
+    described = json.loads(make_tokenizer("gpt2").backend_tokenizer.to_str())
+    change(described)
+    backend = Tokenizer.from_str(json.dumps(described))
+    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"), "spoiled")
+
+
+def spans_a_space(described):
+    described["model"]["vocab"]["eĠ"] = max(described["model"]["vocab"].values()) + 1
+    described["model"]["merges"].insert(0, ["e", "Ġ"])
+    described["pre_tokenizer"]["pretokenizers"] = described["pre_tokenizer"]["pretokenizers"][-1:]
+
+
+def swallows_a_space(described):
+    added = {"id": 299, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": True}
+    described["added_tokens"].append({**added, "normalized": False, "special": False})
+
+
+@pytest.mark.parametrize("change", [spans_a_space, swallows_a_space])
+def test_text_stays_whole_where_a_token_can_reach_over_a_space(change):
+    known = spoiled(change)
+    text = "the end <x> of one"
+    assert not known._in_fragments and known.pieces([1]) is None
+    assert known.encode(text) == known._whole(text) != known._joined(text)
+
+
+@pytest.mark.parametrize("by", ["pre-tokenizer", "normalizer"])
+def test_tokenizers_that_mark_word_starts_read_text_whole(by):
+    assert not marking(by)._in_fragments
 
 
 def test_special_tokens_are_special_in_templates_and_text_in_model_text(tokenizer):

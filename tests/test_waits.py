@@ -29,6 +29,41 @@ def test_what_takes_too_long_fails_its_row_which_may_be_tried_again():
     assert e.value.retryable
 
 
+def test_each_wait_has_its_own_time_though_one_alarm_rings_for_all():
+    async def waiting(waits, row, begin, seconds):
+        await asyncio.sleep(begin)
+        async with waits.on(row, "the teacher 'm'"):
+            await asyncio.sleep(seconds)
+        return row
+
+    async def session():
+        waits = Waits(0.2)
+        short = [waiting(waits, f"short {n}", 0.05 * n, 0.05) for n in range(8)]  # over before and after the alarm
+        long = [waiting(waits, f"long {n}", 0.05 * n, 10) for n in range(4)]
+        done = await asyncio.wait_for(asyncio.gather(*short, *long, return_exceptions=True), 5)
+        return done, waits.stalled(0)
+
+    done, left = asyncio.run(session())
+    assert done[:8] == [f"short {n}" for n in range(8)]
+    assert [str(error).split(" got")[0] for error in done[8:]] == [f"Row 'long {n}'" for n in range(4)]
+    assert left is None
+
+
+def test_a_row_that_is_cancelled_is_not_taken_for_late():
+    async def session():
+        async def waiting():
+            async with Waits(0.01).on("a", "the teacher 'm'"):
+                await asyncio.sleep(10)
+
+        task = asyncio.create_task(waiting())
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(session())
+
+
 def test_a_timeout_of_somebody_elses_is_left_alone():
     async def fails():
         async with Waits(10).on("r7", "the teacher 'm'"):

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
 from tessy_hf.errors import BoundaryError
 from tessy_hf.vocabulary import Vocabulary
 
@@ -282,15 +284,13 @@ class TorchReader:
     def _logits(self, windows: Sequence[Sequence[int]]) -> Any:
         """Run the classifier over windows of ids, right-padded into one batch."""
         torch = self._torch
-        longest = max(map(len, windows))
-        ids = torch.zeros((len(windows), longest), dtype=torch.long)
-        mask = torch.zeros((len(windows), longest), dtype=torch.long)
-        for row, window in enumerate(windows):
-            ids[row, : len(window)] = torch.tensor(list(window), dtype=torch.long)
-            mask[row, : len(window)] = 1
+        lengths = np.array([len(window) for window in windows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.zeros(mask.shape, dtype=np.int64)
+        ids[mask] = np.concatenate([np.asarray(window, dtype=np.int64) for window in windows])
         with torch.inference_mode():
-            masked = {"attention_mask": mask.to(self._device)} if self._needs_mask else {}
-            return self._network(input_ids=ids.to(self._device), **masked).logits
+            masked = {"attention_mask": torch.from_numpy(mask).long().to(self._device)} if self._needs_mask else {}
+            return self._network(input_ids=torch.from_numpy(ids).to(self._device), **masked).logits
 
     def close(self) -> None:
         """Let go of the model."""
