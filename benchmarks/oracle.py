@@ -94,6 +94,7 @@ def main():
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--in-flight", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="let vLLM compile the models")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -124,7 +124,7 @@ class MeteredPredictor(BoundaryPredictor):
         return found
 
 
-def engines(kind, urls, compiled):
+def engines(kind, urls, compiled=False):
     """Return teacher and student."""
     if kind == "transformers":
         return [TransformersEngine(model, max_batch=128) for model in (demo.TEACHER, demo.STUDENT)]
