@@ -35,7 +35,10 @@ def _costs(length: int) -> tuple[float, ...]:
 
 
 def _sum(lengths: Iterable[int]) -> list[float]:
-    return [sum(costs) for costs in zip(*map(_costs, lengths), strict=True)]
+    totals = [0.0] * len(CANDIDATES)
+    for length in lengths:
+        totals = [total + cost for total, cost in zip(totals, _costs(length), strict=True)]
+    return totals
 
 
 _PRIOR_COSTS = {author: _sum(lengths) for author, lengths in PRIOR.items()}
