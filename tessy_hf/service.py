@@ -21,6 +21,10 @@ _KNOTS = np.array([0, 1 / 8, 1 / 4, 1 / 2, 3 / 4])
 
 _PASSES = 6
 
+_FAR_MORE = 1.25
+"""By this factor more rows at once than ever after, the pilot's beginning counts: it alone may tell where a replica that
+has little to do later is full."""
+
 _LEAST = 0.05
 """Times below this share of the mean scatter no less."""
 
@@ -94,11 +98,13 @@ def fit(
         tokens: How many tokens it generated.
         read: How many prompt tokens were new to the engine.
         replicas: Among how many replicas the requests were spread.
-        since: Requests that began earlier are not fitted, though they count as served.
+        since: Requests that began earlier are fitted only if far more rows were served at once than ever after;
+            they count as served.
         floor: See :class:`Service`.
     """
     rows, took = np.maximum(1.0, at_once(begin, end) / replicas), end - begin
     late = begin >= since if (begin >= since).sum() >= 20 else np.ones(len(begin), dtype=bool)
+    late |= rows > _FAR_MORE * np.quantile(rows[late], 0.99)
     rows, took = rows[late], took[late]
     if not took.any():
         return Service((1.0, 0.0, 0.0), 0.0, (), float(rows.max()), floor)

@@ -77,7 +77,7 @@ class Vocabulary:
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         # Tokenizers that mark word starts (SentencePiece) would add a mark at the start of every fragment.
         self._anchor = "" if all(map(self._continues, (" b", "\nb", "\n\n b"))) else "a"
-        self._in_fragments = _separable(serialized) and self._whole(_PROBE) == self._joined(_PROBE)
+        self._byte_level = _is_byte_level(serialized) and self._whole(_PROBE) == self._joined(_PROBE)
         marked = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
         self.special_ids = frozenset(map(int, (*marked, *tokenizer.all_special_ids)))
 
@@ -93,7 +93,7 @@ class Vocabulary:
 
         Exact as a continuation when ``text`` starts at a word: the ids equal that part of the whole text's ids.
         """
-        return self._joined(text) if self._in_fragments else self._whole(text)
+        return self._joined(text) if self._byte_level else self._whole(text)
 
     def _whole(self, text: str) -> Encoding:
         anchor = self._anchor if text[:1].isspace() else ""
@@ -130,7 +130,7 @@ class Vocabulary:
 
     def pieces(self, ids: Sequence[int]) -> list[str] | None:
         """Return the text of each id, where each has one whatever stands around it; else ``None``."""
-        if not self._in_fragments:
+        if not self._byte_level:
             return None
         pieces = [self._piece(i) for i in ids]
         return None if any("\ufffd" in piece for piece in pieces) else pieces
@@ -163,10 +163,11 @@ def words(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in WORD.finditer(text)]
 
 
-def _separable(serialized: dict[str, Any]) -> bool:
-    """Return whether no token can have letters on both sides of a space, so that words may be encoded one by one.
+def _is_byte_level(serialized: dict[str, Any]) -> bool:
+    """Return whether this is byte-level BPE in which no token can have letters on both sides of a space.
 
-    Asks for byte-level BPE, whose merges on two sides of a place that no token spans do not touch each other.
+    Words may then be encoded one by one, as merges on two sides of a place that no token spans do not touch each
+    other, and a token's text does not depend on what stands around it.
     """
     model, normalizer = serialized["model"], serialized["normalizer"] or {}
     added = [token["content"] for token in serialized["added_tokens"] if token["rstrip"] or token["single_word"]]

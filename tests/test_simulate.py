@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
 from tessy_hf.cli import _show_plans, app
 from tessy_hf.errors import SettingsError
+from tessy_hf.recording import Recorder
 from tessy_hf.service import Service, at_once, fit
 from tessy_hf.simulate import Measured, Step, Trace, pilot, simulate, survey
 from tests.crashes import CheapPredictor
@@ -73,6 +74,18 @@ def test_what_a_request_costs_by_its_size_is_found():
 def test_rows_at_once_are_counted_when_a_request_begins_and_while_it_lasts():
     assert list(at_once(np.array([0.0, 0.0, 1.0]), np.array([2.0, 1.0, 2.0]))) == [2.0, 2.0, 2.0]
     assert list(at_once(np.array([0.0, 0.5]), np.array([1.0, 1.0]))) == [1.25, 2.0]
+
+
+def test_the_beginning_tells_of_as_many_rows_at_once_as_never_came_again():
+    """A replica with 8 places: 16 requests at its beginning, 6 at a time from then on."""
+    begin = np.concatenate([np.zeros(16), np.repeat(0.12 + 0.06 * np.arange(60), 6)])
+    end = begin + np.where(np.arange(len(begin)) < 8, 0.06, np.where(np.arange(len(begin)) < 16, 0.12, 0.06))
+    found = fit(begin, end, np.ones(len(begin)), np.zeros(len(begin)), since=0.12)
+    assert found.seconds([1, 6, 8]) == pytest.approx(0.06, rel=0.05) and float(found.seconds(16)) > 0.085
+    begin = np.concatenate([np.zeros(16), np.repeat(1 + 0.06 * np.arange(60), 16)])  # as many later: it is not fitted
+    end = begin + np.where(begin > 0, 0.06, 1.0)
+    found = fit(begin, end, np.ones(len(begin)), np.zeros(len(begin)), since=1.0)
+    assert float(found.seconds(16)) == pytest.approx(0.06, rel=0.01)
 
 
 def test_a_host_has_one_second_for_each_second():
@@ -240,6 +253,7 @@ class SleepsPass(asyncio.SelectorEventLoop):
 @pytest.fixture
 def sleeps_pass(monkeypatch):
     monkeypatch.setattr(asyncio, "new_event_loop", SleepsPass)
+    monkeypatch.setattr(Recorder, "processor", 0.0)  # it would not pass on this clock
 
 
 class SlowRule(CheapPredictor):

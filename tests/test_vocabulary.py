@@ -92,7 +92,7 @@ def test_token_ends_are_the_same_for_ids_the_tokenizer_would_not_choose(kind, te
 @example(text="two  spaces,\n a line \n\n  b;\tc \u00a0 d\x1c e .. f 's 12 3456")
 def test_text_in_pieces_has_the_ids_and_offsets_of_the_whole(kind, text):
     known = vocabulary(kind)
-    assert known._in_fragments
+    assert known._byte_level
     assert known.encode(text) == known._whole(text)
 
 
@@ -134,13 +134,13 @@ def swallows_a_space(described):
 def test_text_stays_whole_where_a_token_can_reach_over_a_space(change):
     known = spoiled(change)
     text = "the end <x> of one"
-    assert not known._in_fragments and known.pieces([1]) is None
+    assert not known._byte_level and known.pieces([1]) is None
     assert known.encode(text) == known._whole(text) != known._joined(text)
 
 
 @pytest.mark.parametrize("by", ["pre-tokenizer", "normalizer"])
 def test_tokenizers_that_mark_word_starts_read_text_whole(by):
-    assert not marking(by)._in_fragments
+    assert not marking(by)._byte_level
 
 
 def test_special_tokens_are_special_in_templates_and_text_in_model_text(tokenizer):
