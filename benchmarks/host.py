@@ -105,25 +105,31 @@ def run(tokens, rows, seen=None):
 
 
 def memory(tokens, rows=2):
-    """Return the bytes that a row under way takes at its end, for each of its tokens; scripts left out."""
-    most = 0
+    """Return the bytes that rows under way take near their end, for each of their tokens; scripts left out."""
+    lengths, requests, found = {}, 0, 0.0
+
+    def count(request):
+        nonlocal requests
+        requests += 1
 
     def seen(request):
-        nonlocal most, calls
-        calls += 1
-        if calls % 500 == 0:
+        nonlocal requests, found
+        lengths[request.order] = len(request.prompt_ids)
+        requests -= 1
+        if requests == last:
             own = tracemalloc.take_snapshot().filter_traces(
                 [tracemalloc.Filter(False, f"*{name}", all_frames=True) for name in ("scripted.py", "tracemalloc.py")]
             )
-            most = max(most, sum(trace.size for trace in own.traces) - base)
+            under_way = sorted(lengths)[-rows:]  # not the row that loads what is loaded once
+            found = sum(trace.size for trace in own.traces) / sum(lengths[order] for order in under_way)
 
-    calls = base = 0
-    run(100, 1)  # loads what is loaded once
+    run(tokens, rows, count)
+    last = requests // 20
     gc.collect()
     tracemalloc.start(6)
     run(tokens, rows, seen)
     tracemalloc.stop()
-    return most / (rows * tokens)
+    return found
 
 
 def measure(tokens, rows):

@@ -22,8 +22,8 @@ _KNOTS = np.array([0, 1 / 8, 1 / 4, 1 / 2, 3 / 4])
 _PASSES = 6
 
 _FAR_MORE = 1.25
-"""By this factor more rows at once than ever after, the pilot's beginning counts: it alone may tell where a replica that
-has little to do later is full."""
+"""By this factor more rows at once than ever after, the pilot's beginning counts: it alone may tell where a replica
+that has little to do later is full."""
 
 _LEAST = 0.05
 """Times below this share of the mean scatter no less."""

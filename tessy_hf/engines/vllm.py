@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "enable_prefix_caching": True,  # each chunk comes back with the row's whole text
     "scheduling_policy": "priority",  # old rows first: fewer rows lose their cache when memory runs short
     "stream_interval": 4,  # tokens of a stream that come at once
+    "skip_tokenizer_init": True,  # ids go in and out; with a tokenizer vLLM looks its end token up for each request
     "disable_log_stats": True,
 }
 
@@ -51,7 +52,8 @@ class VLLMEngine:
         **options: Passed to ``vllm.EngineArgs``, for instance ``tensor_parallel_size=8``,
             ``gpu_memory_utilization=0.45`` or ``max_model_len=49152``. For gpt-oss leave
             ``prefix_cache_retention_interval`` at ``None``: else only the last prompt's end is kept of its
-            sliding-window layers.
+            sliding-window layers. On a CPU incomplete blocks are kept too (:mod:`tessy_hf.engines.vllm_tails`),
+            unless a ``kv_transfer_config`` is passed, if only ``None``.
 
     Raises:
         SettingsError: Copies of the model are asked for.
@@ -348,9 +350,11 @@ class _Live:
         described = {"revision": engine._revision, "dtype": engine._dtype}
         self.core = Core(engine.model, {**described, **engine._options})
         self.ready: Ready
+        self._engine = engine
 
     def start(self) -> None:
         self.ready = self.core.start()
+        self._eos = frozenset({self._engine.tokenizer.eos_token_id} - {None})
 
     async def complete(self, request: Request) -> Completion:
         return _completion(await self.core.ask(self._ask(request, "complete")), request)
@@ -369,7 +373,7 @@ class _Live:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": derive_seed(request.seed, len(request.prompt_ids)) if request.temperature else None,
-            "stop_token_ids": list(request.stop_ids),
+            "stop_token_ids": list(request.stop_ids | self._eos),
         }
         return Ask(self.core.name(request.row), kind, array("i", request.prompt_ids), params, request.order)
 

