@@ -5,7 +5,7 @@ half a block on average, 16 tokens on a CPU, more than most requests generate. T
 keys and values from elsewhere, copies the block that a finished request leaves incomplete to a place of its own, and
 back when the row goes on with the same text.
 
-vLLM loads it where :mod:`tessy_hf.engines.vllm_worker` says so: on CPUs, whose blocks are large.
+vLLM loads it where :mod:`tessy_hf.engines.vllm_worker` says so: on a CPU, whose blocks are large, in one process.
 """
 
 from __future__ import annotations
@@ -48,10 +48,15 @@ class Tail(NamedTuple):
 
 @dataclass
 class Copies(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not looked into
-    """Pairs of block and slot, to be copied before the next forward pass: first out of vLLM's cache, then into it."""
+    """What is to be copied before the next forward pass: first out of vLLM's cache, then into it.
 
-    kept: list[tuple[int, int]] = field(default_factory=list)
-    wanted: list[tuple[int, int]] = field(default_factory=list)
+    Attributes:
+        kept: By slot, the block to keep: of two that one step gives the same slot, the later.
+        wanted: By block, the slot to take it from.
+    """
+
+    kept: dict[int, int] = field(default_factory=dict)
+    wanted: dict[int, int] = field(default_factory=dict)
 
 
 class Tails(KVConnectorBase_V1):  # type: ignore[misc]
@@ -91,7 +96,7 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
         """Note where the kept block is wanted."""
         if num_external_tokens:
             tail = self._tails[_row(request)]
-            self._copies.wanted.append((blocks.get_block_ids()[0][tail.full], tail.slot))
+            self._copies.wanted[blocks.get_block_ids()[0][tail.full]] = tail.slot
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Keep the request's last block if it is incomplete. vLLM may have it back at once: it is copied before."""
@@ -106,7 +111,7 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
                 self._free.append(self._tails.popitem(last=False)[1].slot)
             ids = list(request.all_token_ids[full * self._block : known])
             self._tails[row] = Tail(full, _hash(request, full), ids, self._free.pop())
-            self._copies.kept.append((block_ids[full], self._tails[row].slot))
+            self._copies.kept[self._tails[row].slot] = block_ids[full]
         return False, None
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Copies:
@@ -124,11 +129,11 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
         """Copy what the forward pass may overwrite, and what it needs. vLLM calls this before each."""
         assert isinstance(kv_connector_metadata, Copies)
         if kept := kv_connector_metadata.kept:
-            blocks, slots = map(torch.tensor, zip(*kept, strict=True))
+            slots, blocks = torch.tensor(list(kept)), torch.tensor(list(kept.values()))
             for cache, own in self._layers:
                 own.index_copy_(0, slots, cache.index_select(0, blocks))
         if wanted := kv_connector_metadata.wanted:
-            blocks, slots = map(torch.tensor, zip(*wanted, strict=True))
+            blocks, slots = torch.tensor(list(wanted)), torch.tensor(list(wanted.values()))
             for cache, own in self._layers:
                 cache.index_copy_(0, blocks, own.index_select(0, slots))
 

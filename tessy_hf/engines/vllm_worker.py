@@ -203,8 +203,10 @@ def _cpu_defaults(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keeps_tails(described: EngineArgs) -> bool:
-    """Return whether keys and values of all layers are in blocks, which hold the whole text."""
+    """Return whether keys and values of all layers are in blocks of this process, which hold the whole text."""
     if described.runner == "pooling" or not described.enable_prefix_caching:
+        return False
+    if described.distributed_executor_backend != IN_ONE_PROCESS:
         return False
     model = described.create_model_config()
     return not (model.is_hybrid or model.is_attention_free or model.is_encoder_decoder or model.get_sliding_window())

@@ -190,15 +190,26 @@ def test_rows_asked_for_longest_ago_give_way_and_no_two_share_a_place(tails):
     assert (cache[6] == 6).all() and (cache[7] == 7).all() and (cache[5] == -1).all()
 
 
+def test_of_two_rows_that_one_step_gives_the_same_place_the_later_has_it(tails):
+    made, cache = tails
+    for block, row in enumerate("abc", start=3):
+        made.request_finished(finished(row, [block] * 3), [block])
+    made.handle_preemptions(made.build_connector_meta(None))
+    cache[:] = -1.0
+    assert [want(made, finished(row, [block] * 3), block) for block, row in enumerate("abc", start=3)] == [0, 2, 2]
+    made.handle_preemptions(made.build_connector_meta(None))
+    assert (cache[4] == 4).all() and (cache[5] == 5).all()
+
+
 def test_nothing_is_kept_of_a_full_block_nor_of_a_prompt_that_was_not_read(tails):
     made, _ = tails
     for ids, computed in (([1] * 5, None), ([1] * 7, 0), ([1] * 7, 4)):
         made.request_finished(finished("a", ids, computed=computed), [1, 2])
-        assert made.build_connector_meta(None).kept == []
+        assert made.build_connector_meta(None).kept == {}
     stale = finished("a", [1] * 7)
     stale.num_in_flight_tokens = 2  # of a step that had begun
     made.request_finished(stale, [1, 2])
-    assert made.build_connector_meta(None).kept == []
+    assert made.build_connector_meta(None).kept == {}
 
 
 def test_a_start_that_is_broken_off_leaves_no_process_behind():
