@@ -1,7 +1,11 @@
 """Boundary predictors are read by a stated label convention, from a bounded window, in batches that change nothing."""
 
 import asyncio
+import os
 import pickle
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -325,3 +329,28 @@ def test_a_pickled_predictor_carries_its_description_and_reads_the_same(checkpoi
     finally:
         copy.close()
     assert labels(predictor, window) == first  # the original is as it was
+
+
+FAULTS = """
+import resource
+from tessy_hf import BoundaryPredictor, demo
+
+reader = BoundaryPredictor.from_pretrained(str(demo.BOUNDARY_STUDENT)).live.reader
+windows = [[i % 500 for i in range(n)] for n in range(20, 84)]
+for _ in range(5):
+    reader.read(windows)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    reader.read(windows)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_forward_pass_gets_the_memory_of_the_one_before_unless_the_user_says_otherwise():
+    def faults(**environment):
+        command = [sys.executable, "-c", FAULTS]
+        return float(subprocess.check_output(command, env={**os.environ, **environment}, text=True))
+
+    assert faults() < 50
+    assert faults(MALLOC_TRIM_THRESHOLD_="131072") > 500
