@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import functools
+import gc
 import os
 import threading
 import weakref
@@ -127,6 +128,7 @@ class Run:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        gc.unfreeze()
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -160,6 +162,9 @@ class Run:
         else:
             await asyncio.gather(self._teacher.start(), self._student.start())
         self._window.open(self._teacher.engine, self._student.engine)
+        # Else each full collection looks through all that torch and its like have made: a third of a second in which
+        # no row goes on.
+        gc.freeze()
         if self._journal is None and self._outbox is None:
             return
         record = await asyncio.to_thread(self._describe)  # reads files; the models' revisions are known by now

@@ -1,6 +1,7 @@
 """The transform inside `map`: the same on every kind of dataset, cached by its settings, with bad rows kept."""
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
@@ -55,6 +56,14 @@ def test_a_running_event_loop_gets_the_same_rows():
         return rows_of(prompts(30), scripted(), batch_size=10)
 
     assert asyncio.run(notebook()) == rows_of(prompts(30), scripted(), batch_size=10)
+
+
+def test_full_collections_pass_over_what_was_there_before_the_run():
+    with scripted() as transform:
+        rows_of_one = transform({"id": ["r1"], "prompt": ["What is 1?"]})
+        assert rows_of_one["answer"] == ["the answer is r1 ."]
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_bare_call_gets_columns():
