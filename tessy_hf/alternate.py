@@ -128,8 +128,8 @@ async def synthesize(
 async def _kinds(predictor: BoundaryPredictor, preview: Preview, places: Mapping[int, int]) -> dict[int, bool]:
     """Return whether words are style, from their tokens. What looks ahead sees nothing before the first token."""
     style: dict[int, bool] = {}
-    asked = sorted({place for place in places.values() if place >= 0})
-    for start, group in groupby(asked, lambda place: window_start(place, predictor.window)):
+    asked, window = sorted({place for place in places.values() if place >= 0}), predictor.window
+    for start, group in groupby(asked, lambda place: window_start(place, window)):
         inside = list(group)
         labels = await predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
         style.update((place, labels[place - inside[0]]) for place in inside)
@@ -155,9 +155,8 @@ async def _answer(row: Row) -> None:
     """Algorithm 1, lines 21 and 22."""
     author = row.plan.answer
     speaker, view = row.speakers[author], row.transcript.views[author]
-    before, marker, after = speaker.dialect.close.partition(speaker.dialect.end_marker)
-    view.append(before)
-    view.ids.extend(speaker.vocabulary.encode_template(marker + after))
+    view.append(speaker.dialect.close.partition(speaker.dialect.end_marker)[0])
+    view.ids.extend(speaker.close_ids)
     request = row.request(author, "answer", row.plan.max_answer_tokens)
     if request is None:
         return
@@ -183,6 +182,7 @@ class Written(NamedTuple):
         text: The text, up to the end of thinking.
         ends: Where each token's text ends in it.
         words: Where each of its words begins and ends.
+        begins: Which token has each word's first letter, behind the whitespace.
         spelled: Each word as every model reads it.
         closed: Whether the author ended the thinking after it.
     """
@@ -190,25 +190,17 @@ class Written(NamedTuple):
     text: str
     ends: list[int]
     words: list[tuple[int, int]]
+    begins: list[int]
     spelled: list[str]
     closed: bool
 
-    def letter(self, word: int) -> int:
-        """Return where a word's first letter is, behind the whitespace."""
-        start, end = self.words[word]
-        return end - len(self.text[start:end].lstrip())
-
-    def begin(self, word: int) -> int:
-        """Return which token has a word's first letter."""
-        return bisect_right(self.ends, self.letter(word))
-
     def beyond(self, word: int) -> int:
         """Return how many tokens come after the one with a word's first letter."""
-        return max(0, len(self.ends) - self.begin(word) - 1) if word < len(self.words) else 0
+        return max(0, len(self.ends) - self.begins[word] - 1) if word < len(self.words) else 0
 
     def part(self, word: int) -> str:
         """Return a word as it stands with its first letter's token, which may hold more than the word."""
-        return self.text[self.words[word][0] : self.ends[self.begin(word)]]
+        return self.text[self.words[word][0] : self.ends[self.begins[word]]]
 
     @property
     def complete(self) -> int:
@@ -219,7 +211,7 @@ class Written(NamedTuple):
     def begun(self) -> int:
         """How many words have their first letter, in a token that ends in the text."""
         last = len(self.words) - 1
-        return last + (last < 0 or self.closed or self.ends[self.begin(last)] <= len(self.text))
+        return last + (last < 0 or self.closed or self.ends[self.begins[last]] <= len(self.text))
 
 
 @dataclass
@@ -373,8 +365,10 @@ class Row:
         elif not closed:
             text = text.rstrip("\ufffd")  # the last character may lack some of its bytes
         spans, first = words(text), not self.trajectory.spans
-        spelled = [self.transcript.spell(text[a:b], first=first and not i) for i, (a, b) in enumerate(spans)]
-        return Written(text, ends, spans, spelled, closed)
+        plain = [text[start:end] for start, end in spans]
+        begins = [bisect_right(ends, end - len(word.lstrip())) for word, (_, end) in zip(plain, spans, strict=True)]
+        spelled = [self.transcript.spell(word, first=first and not i) for i, word in enumerate(plain)]
+        return Written(text, ends, spans, begins, spelled, closed)
 
     # --- judging
 
@@ -420,24 +414,24 @@ class Row:
         The words share the text of the last one. What comes after a word makes no difference to it where a token of
         that text ends just where the word's own text would; else it gets a text of its own.
         """
-        reader = self.transcript.reader(predictor.vocabulary)
+        reader, shift = self.transcript.reader(predictor.vocabulary), predictor.label_shift
         before = list(accumulate(map(len, written.spelled), initial=0))
-        settled = bool(self.trajectory.spans)
+        whole, settled = "".join(written.spelled), bool(self.trajectory.spans)
         parts = {i: self.transcript.spell(written.part(i), first=not settled and not i) for i in asked}
-        if predictor.label_shift:
+        if shift:
             parts = {i: written.spelled[i] for i in asked}
-        texts = {i: "".join(written.spelled[:i]) + part for i, part in parts.items()}
-        shared = reader.preview(texts[asked[-1]])
-        token_ends = {end for _, end in shared.encoding.offsets}
+        last = asked[-1]
+        shared = reader.preview(whole[: before[last]] + parts[last])
+        token_ends = set(shared.ends)
         readings: list[tuple[Preview, dict[int, int]]] = [(shared, {})]
-        for i, text in texts.items():
-            letter = before[i] + len(parts[i]) - len(parts[i].lstrip())
-            if i == asked[-1] or len(text) in token_ends:
+        for i, part in parts.items():
+            letter = before[i] + len(part) - len(part.lstrip())
+            if i == last or before[i] + len(part) in token_ends:
                 preview, places = readings[0]
             else:
-                preview, places = reader.preview(text), {}
+                preview, places = reader.preview(whole[: before[i]] + part), {}
                 readings.append((preview, places))
-            places[i] = preview.token_at(letter) - predictor.label_shift
+            places[i] = preview.token_at(letter) - shift
         return readings
 
     # --- keeping

@@ -48,7 +48,7 @@ class Speaker:
         self.boundary = BoundaryPredictor(str(boundary)) if isinstance(boundary, str | Path) else boundary
         self.chat_template = chat_template
         self.template_options = dict(template_options or {})
-        self._live: tuple[Vocabulary, Dialect, frozenset[int]] | None = None
+        self._live: tuple[Vocabulary, Dialect, frozenset[int], list[int]] | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -75,15 +75,22 @@ class Speaker:
         """The ids that end this model's thinking."""
         return self._tongue()[2]
 
-    def _tongue(self) -> tuple[Vocabulary, Dialect, frozenset[int]]:
+    def _tongue(self) -> tuple[Vocabulary, Dialect, frozenset[int], list[int]]:
         if self._live is None:
             tokenizer = self.engine.tokenizer
             if self.chat_template is not None:
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)
             dialect = detect(vocabulary)
-            self._live = vocabulary, dialect, end_ids(dialect, vocabulary)
+            _, marker, after = dialect.close.partition(dialect.end_marker)
+            closing = vocabulary.encode_template(marker + after)
+            self._live = vocabulary, dialect, end_ids(dialect, vocabulary), closing
         return self._live
+
+    @property
+    def close_ids(self) -> list[int]:
+        """The ids from the mark that ends this model's thinking to where its answer begins."""
+        return self._tongue()[3]
 
     def check_templates(self, *, student: bool) -> None:
         """Refuse templates that would lose thinking, before anything is generated.

@@ -24,27 +24,28 @@ class Preview(NamedTuple):
     Attributes:
         ids: The list's own ids, of which the first ``begin`` hold.
         begin: The index of the first new id.
-        encoding: The new ids, with offsets in the new text (below 0 for the settled word before it).
+        new: The new ids.
+        ends: Where each of them ends in the new text (below 0 for the settled word before it).
     """
 
     ids: array[int]
     begin: int
-    encoding: Encoding
+    new: list[int]
+    ends: list[int]
 
     @property
     def length(self) -> int:
         """How many ids the whole list has."""
-        return self.begin + len(self.encoding.ids)
+        return self.begin + len(self.new)
 
     def token_at(self, character: int) -> int:
         """Return the index, in the whole list, of the token that holds a character of the new text."""
-        inside = bisect_right(self.encoding.offsets, character, key=lambda offsets: offsets[1])
-        return self.begin + min(inside, len(self.encoding.ids) - 1)
+        return self.begin + min(bisect_right(self.ends, character), len(self.new) - 1)
 
     def window(self, start: int, stop: int) -> list[int]:
         """Return the ids from ``start`` to ``stop`` of the whole list."""
-        old, new = self.ids[start : min(stop, self.begin)], self.encoding.ids
-        return [*old, *new[max(0, start - self.begin) : max(0, stop - self.begin)]]
+        old = self.ids[start : min(stop, self.begin)]
+        return [*old, *self.new[max(0, start - self.begin) : max(0, stop - self.begin)]]
 
 
 @dataclass(slots=True)
@@ -118,8 +119,8 @@ class TokenList:
         """Return what the list would hold after :meth:`append`, without changing it."""
         shift = len(self._tail)
         encoded = self.vocabulary.encode(self._tail + text)
-        offsets = [(start - shift, end - shift) for start, end in encoded.offsets]
-        return Preview(self.ids, self.settled - self._tail_tokens, Encoding(encoded.ids, offsets))
+        ends = [end - shift for _, end in encoded.offsets]
+        return Preview(self.ids, self.settled - self._tail_tokens, encoded.ids, ends)
 
     def adopt(self, other: TokenList, since: int) -> None:
         """Take over another list's settled ids of the same vocabulary, from the ``since``-th id of the text on."""
@@ -232,10 +233,11 @@ class Transcript:
             ones share a list.
     """
 
-    __slots__ = ("_readers", "views")
+    __slots__ = ("_leaves_ascii", "_readers", "views")
 
     def __init__(self, views: Mapping[Author, TokenList], readers: Iterable[Vocabulary]) -> None:
         self.views = views
+        self._leaves_ascii = all(view.vocabulary.leaves_ascii for view in views.values())
         self._readers = {vocabulary.fingerprint: TokenList(vocabulary) for vocabulary in readers}
 
     def reader(self, vocabulary: Vocabulary) -> TokenList:
@@ -244,8 +246,9 @@ class Transcript:
 
     def spell(self, text: str, *, first: bool) -> str:
         """Return ``text`` as every model reads it, so that all see the same characters."""
-        for view in self.views.values():
-            text = view.vocabulary.normalize(text)
+        if not (self._leaves_ascii and text.isascii()):
+            for view in self.views.values():
+                text = view.vocabulary.normalize(text)
         return text.lstrip() if first else text
 
     def recall(self, text: str) -> None:

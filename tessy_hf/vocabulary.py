@@ -28,6 +28,7 @@ _FRAGMENT = re.compile(r"(?<=\S)(?= \S)")
 LONGEST_FRAGMENT = 32
 """Characters up to which a piece of text is remembered with its ids; longer ones rarely come again."""
 
+_LEAVE_ASCII = (None, "NFC", "NFD", "NFKC", "NFKD")  # normalizers that change no ASCII text
 _PROBE = 'It\'s 12345 + (6.7)x: "naïve",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 x-y.org/?q=%20\r\n - é'
 
 
@@ -44,6 +45,9 @@ class Vocabulary:
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         name: What to call it in errors.
+
+    Attributes:
+        leaves_ascii: Whether :meth:`normalize` returns ASCII text as it is.
 
     Raises:
         TemplateError: The tokenizer has no ``tokenizers`` backend.
@@ -71,6 +75,7 @@ class Vocabulary:
         self._backend = Tokenizer.from_str(json.dumps(serialized))
         self._backend.encode_special_tokens = True
         self._normalizer = self._backend.normalizer
+        self.leaves_ascii = (serialized["normalizer"] or {"type": None})["type"] in _LEAVE_ASCII
         self._fragment = lru_cache(maxsize=1 << 15)(self._whole)
         self._piece = cache(lambda token: str(self._backend.decode([token], skip_special_tokens=False)))
         identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}

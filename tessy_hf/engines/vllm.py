@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 from array import array
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -205,7 +206,7 @@ class Core:
         self._opening = asyncio.Lock()
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._waiting: dict[str, asyncio.Queue[Answer | None]] = {}
+        self._waiting: dict[str, Callable[[Answer | None], None]] = {}
         self._unsent: list[Ask | Abort] = []
         self._names = count()
         self._serves = self._dead = False
@@ -245,9 +246,14 @@ class Core:
             RequestError: vLLM refuses the request.
             EngineDeadError: It died.
         """
-        await self._open()
-        with self._asked(asked) as answers:
-            return self._checked(await answers.get(), asked)
+        if self._writer is None:
+            await self._open()
+        answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+        self._post(asked, partial(_settle, answer))
+        try:
+            return self._checked(await answer, asked)
+        finally:
+            self._forget(asked)
 
     async def stream(self, asked: Ask) -> AsyncGenerator[Answer, None]:
         """Iterate over the answers to a request; ``aclose()`` breaks off.
@@ -257,24 +263,28 @@ class Core:
             EngineDeadError: It died.
         """
         await self._open()
-        with self._asked(asked) as answers:
-            finish = None
+        answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._post(asked, answers.put_nowait)
+        finish = None
+        try:
             while finish is None:
                 answer = self._checked(await answers.get(), asked)
                 finish = answer.finish
                 yield answer
-
-    @contextmanager
-    def _asked(self, asked: Ask) -> Iterator[asyncio.Queue[Answer | None]]:
-        answers = self._waiting[asked.name] = asyncio.Queue()
-        if self._dead:
-            answers.put_nowait(None)
-        self._post(asked)
-        try:
-            yield answers
         finally:
-            if self._waiting.pop(asked.name, None) is not None:
-                self._post(Abort(asked.name))
+            self._forget(asked)
+
+    def _post(self, asked: Ask, hand_out: Callable[[Answer | None], None]) -> None:
+        """Ask, and have the answers handed out; ``None`` where there will be none."""
+        self._waiting[asked.name] = hand_out
+        if self._dead:
+            hand_out(None)
+        self._send(asked)
+
+    def _forget(self, asked: Ask) -> None:
+        """Break off what is not answered to its end."""
+        if self._waiting.pop(asked.name, None) is not None:
+            self._send(Abort(asked.name))
 
     def _checked(self, answer: Answer | None, asked: Ask) -> Answer:
         if answer is None:
@@ -300,7 +310,7 @@ class Core:
                 reader, self._writer = await asyncio.open_connection(sock=self._wire.socket)
                 self._reading = asyncio.create_task(self._read(reader))
 
-    def _post(self, message: Ask | Abort) -> None:
+    def _send(self, message: Ask | Abort) -> None:
         """Send a message, together with all others of this turn of the loop."""
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._flush)
@@ -320,14 +330,14 @@ class Core:
                     self._hand_out(answer)
         except (asyncio.IncompleteReadError, ConnectionError):
             self._dead = True
-            for answers in self._waiting.values():
-                answers.put_nowait(None)
+            for hand_out in list(self._waiting.values()):
+                hand_out(None)
 
     def _hand_out(self, answer: Answer) -> None:
         done = answer.finish is not None
-        answers = self._waiting.pop(answer.name, None) if done else self._waiting.get(answer.name)
-        if answers is not None:  # else it was broken off
-            answers.put_nowait(answer)
+        hand_out = self._waiting.pop(answer.name, None) if done else self._waiting.get(answer.name)
+        if hand_out is not None:  # else it was broken off
+            hand_out(answer)
 
     def close(self) -> None:
         """Stop vLLM and its process."""
@@ -341,6 +351,11 @@ class Core:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _settle(future: asyncio.Future[Answer | None], answer: Answer | None) -> None:
+    if not future.done():  # its row was cancelled
+        future.set_result(answer)
 
 
 class _Live:
