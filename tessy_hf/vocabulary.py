@@ -116,7 +116,8 @@ class Vocabulary:
         for fragment in _FRAGMENT.split(text):
             own = self._fragment(fragment) if len(fragment) <= LONGEST_FRAGMENT else self._whole(fragment)
             ids += own.ids
-            offsets += [(start + at, end + at) for start, end in own.offsets] if at else own.offsets
+            for start, end in own.offsets:  # mostly one
+                offsets.append((start + at, end + at))
             at += len(fragment)
         return Encoding(ids, offsets)
 

