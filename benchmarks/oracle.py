@@ -111,8 +111,6 @@ def main():
         def once():
             limit, cpu = bound(transform, prompts, rows, arguments.in_flight)
             figure = {"bound_tokens_per_second": limit, "bound_cpu_us_per_token": cpu}
-            for speaker in (transform.teacher, transform.student):
-                speaker.boundary.free = False  # as the last of the round before left it
             for name, (extra, reads) in ORACLES.items():
                 begin, before = time.perf_counter(), processor_seconds()
                 transform._run()._run(write(planned, arguments.in_flight, extra, reads)).result()

@@ -165,6 +165,8 @@ def tessy(transform, prompts, free=False):
     begin, cpu, all_cpu = time.perf_counter(), time.clock_gettime(clock), processor_seconds()
     rows = list(prompts.map(transform, batched=True, load_from_cache_file=False, keep_in_memory=True))
     wall, cpu = time.perf_counter() - begin, time.clock_gettime(clock) - cpu
+    for speaker in speakers.values():
+        speaker.boundary.free = False  # whoever asks next is to have it read
     meters = [speaker.engine for speaker in speakers.values()]
     accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in rows)
     last = max(meters[1].begun.values())

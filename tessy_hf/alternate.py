@@ -417,9 +417,10 @@ class Row:
         reader, shift = self.transcript.reader(predictor.vocabulary), predictor.label_shift
         before = list(accumulate(map(len, written.spelled), initial=0))
         whole, settled = "".join(written.spelled), bool(self.trajectory.spans)
-        parts = {i: self.transcript.spell(written.part(i), first=not settled and not i) for i in asked}
         if shift:
             parts = {i: written.spelled[i] for i in asked}
+        else:
+            parts = {i: self.transcript.spell(written.part(i), first=not settled and not i) for i in asked}
         last = asked[-1]
         shared = reader.preview(whole[: before[last]] + parts[last])
         token_ends = set(shared.ends)

@@ -45,6 +45,14 @@ def test_decoding_gives_the_encoded_text_back(kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_who_says_so_leaves_ascii_as_it_is_and_a_marking_normalizer_does_not_say_so(kind):
+    ascii_text = "".join(map(chr, range(128)))
+    known = vocabulary(kind)
+    assert known.normalize(ascii_text) == ascii_text or not known.leaves_ascii
+    assert not marking("normalizer").leaves_ascii
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60)
 @given(text=texts)
 def test_offsets_give_each_character_to_a_token(kind, text):

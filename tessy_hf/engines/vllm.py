@@ -246,8 +246,7 @@ class Core:
             RequestError: vLLM refuses the request.
             EngineDeadError: It died.
         """
-        if self._writer is None:
-            await self._open()
+        await self._open()
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._post(asked, partial(_settle, answer))
         try:
