@@ -188,6 +188,7 @@ def bound(transform, prompts, rows, in_flight):
     """Generate the same tokens plainly, with the same engines and rows in flight. Returns tokens per second."""
     window = asyncio.Semaphore(in_flight)
     speakers = (transform.student, transform.teacher)
+    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]["prompt"]), reverse=True)  # as TESSY's
 
     async def one(number, messages, wanted):
         async with window:
@@ -207,10 +208,10 @@ def bound(transform, prompts, rows, in_flight):
             *(
                 one(
                     number,
-                    [{"role": "user", "content": prompt["prompt"]}],
-                    (row["student_tokens"], row["teacher_tokens"]),
+                    [{"role": "user", "content": prompts[row]["prompt"]}],
+                    (rows[row]["student_tokens"], rows[row]["teacher_tokens"]),
                 )
-                for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+                for number, row in enumerate(order)
             )
         )
 

@@ -144,6 +144,7 @@ def run_pilot(
     if total is None:
         raise DatasetError("A stream does not tell how many prompts it has. Pass total= with the number to plan for.")
     first, run = _first(prompts, rows), transform.without_journal()
+    run.in_order = True  # all rows ask the student at once: so it is seen how many it can serve
     if recorder is not None:
         run.teacher, run.student = recorder.watch(run.teacher, run.student)
     with run:

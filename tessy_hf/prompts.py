@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tessy_hf.errors import PromptError
@@ -46,6 +46,11 @@ def read(given: Any, prompt: Any, settings: Settings, seen: set[str]) -> tuple[s
         )
     seen.add(key)
     return key, messages
+
+
+def length(messages: Sequence[Message]) -> int:
+    """Return how many characters a prompt has."""
+    return sum(len(str(message["content"])) for message in messages)
 
 
 def _messages(prompt: Any, row: Any, column: str) -> list[Message]:

@@ -34,6 +34,7 @@ from tessy_hf.window import Window
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
+_Asked = tuple[str, list[Message]]
 
 REST = 40.0
 """How many times as long as the last commit took none is made: commits take a fortieth of the time at most."""
@@ -69,6 +70,8 @@ class Run:
         settings: The run's settings.
         fingerprint: The run's fingerprint.
         record: Describes the run, for the journal.
+        in_order: Whether rows begin in the order of their prompts, and as many at once as may be in flight; else the
+            longest prompts of a batch come first, and an empty window is filled by halves.
     """
 
     def __init__(
@@ -78,15 +81,15 @@ class Run:
         settings: Settings,
         fingerprint: str,
         record: Callable[[], RunRecord],
+        in_order: bool = False,
     ) -> None:
-        self._describe = record
+        self._describe, self._in_order = record, in_order
         self._teacher, self._student, self._settings = teacher, student, settings
         self._fingerprint = fingerprint
         self._verifier = verifiers.build(settings.verifier)
         self._waits = Waits(settings.request_timeout)
-        self._window = Window(
-            settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4
-        )
+        longest = settings.max_thinking_tokens + settings.max_answer_tokens
+        self._window = Window(settings.rows_in_flight, longest // 4, halves=settings.alternates and not in_order)
         self._progress = Progress(self._waits, self._window)
         self._journal = journal_of(self._settings, self._fingerprint)
         self._journal_error: JournalError | None = None
@@ -228,24 +231,25 @@ class Run:
                 "The transform got a single row. A batch is expected: call map(transform, batched=True)."
             )
         ids = batch[settings.id_column] if settings.id_column is not None else [None] * len(given_prompts)
-        tasks: list[asyncio.Task[dict[str, Any]]] = []
+        tasks: dict[int, asyncio.Task[dict[str, Any]]] = {}
         try:
             async with self._admission:  # one batch after another, in the order in which they came
                 if self._started is None:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
-                for number, (given, prompt) in enumerate(zip(ids, given_prompts, strict=True)):
+                asked = [self._read(given, prompt, seen) for given, prompt in zip(ids, given_prompts, strict=True)]
+                for number in range(len(asked)) if self._in_order else _longest_first(asked):
                     await self._window.enter()
                     row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}
-                    tasks.append(self._own(asyncio.create_task(self._row(given, prompt, row, seen))))
-                    tasks[-1].add_done_callback(self._leave)
-            rows = await asyncio.gather(*tasks)
+                    tasks[number] = self._own(asyncio.create_task(self._row(ids[number], asked[number], row)))
+                    tasks[number].add_done_callback(self._leave)
+            rows = await asyncio.gather(*(tasks[number] for number in range(len(ids))))
             if self._journal is not None:
                 self._journal.flush()  # now they are durable
             if self._outbox is not None:
                 await self._outbox.stored()
         finally:
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
         return {name: [row[name] for row in rows] for name in columns.COLUMNS}
 
@@ -255,14 +259,19 @@ class Run:
         if self._outbox is not None:
             self._outbox.hurry()
 
-    async def _row(self, given: Any, prompt: Any, row: Mapping[str, Any], seen: set[str]) -> dict[str, Any]:
+    def _read(self, given: Any, prompt: Any, seen: set[str]) -> _Asked | PromptError:
+        try:
+            return prompts.read(given, prompt, self._settings, seen)
+        except PromptError as error:
+            return error
+
+    async def _row(self, given: Any, asked: _Asked | PromptError, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write one row, whatever its prompt is like; ``row`` is what its verifier may read."""
         self._rows_seen += 1
-        try:
-            key, messages = prompts.read(given, prompt, self._settings, seen)
-        except PromptError as error:
-            done = self._columns(Trajectory(str(given), finish_reason="error", error=str(error)), [])
+        if isinstance(asked, PromptError):
+            done = self._columns(Trajectory(str(given), finish_reason="error", error=str(asked)), [])
         else:
+            key, messages = asked
             work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
             with self._progress.row():
                 done = await self._look_up_or_write(work, row)
@@ -282,7 +291,7 @@ class Run:
         return done
 
     def _learn_length(self, messages: Sequence[Message], row: Mapping[str, Any]) -> None:
-        prompt = sum(len(str(message["content"])) for message in messages) // CHARACTERS_PER_TOKEN
+        prompt = prompts.length(messages) // CHARACTERS_PER_TOKEN
         self._window.learn(prompt + row["teacher_tokens"] + row["student_tokens"], self._waits.read_again)
 
     def _columns(
@@ -299,7 +308,7 @@ class Run:
         )
 
     async def _attempt(
-        self, prompt: Prompt, given: Mapping[str, Any], draft: Draft, record: methods.Record | None = None
+        self, prompt: Prompt, given: Mapping[str, Any], draft: Draft, journal: Journal | None = None
     ) -> Trajectory:
         return await methods.write(
             prompt,
@@ -309,7 +318,7 @@ class Run:
             draft,
             given=given,
             verifier=self._verifier,
-            record=record,
+            record=functools.partial(self._record, journal),
             waits=self._waits,
         )
 
@@ -332,8 +341,7 @@ class Run:
                 return claim.columns
             draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
             try:
-                record = functools.partial(self._record, journal)
-                trajectory = await self._attempt(prompt, given, draft, record)
+                trajectory = await self._attempt(prompt, given, draft, journal)
                 row = self._columns(trajectory, prompt.messages, draft)
             except BaseException:
                 journal.release(prompt.key)
@@ -354,11 +362,20 @@ class Run:
             await asyncio.sleep(0.2)
         return claim
 
-    def _record(self, journal: Journal, draft: Draft, piece: Span | None) -> None:
+    def _record(self, journal: Journal | None, draft: Draft, piece: Span | None) -> None:
+        self._window.part()
+        if journal is None:
+            return
         if self._journal_error is not None:
             raise self._journal_error
         journal.append(draft.key, [piece] if piece is not None and piece.text else [], draft.state())
         self._flush_soon(journal)
+
+
+def _longest_first(asked: Sequence[_Asked | PromptError]) -> list[int]:
+    """Return in which order to begin rows: longer prompts tend to have longer rows, which are best not begun last."""
+    lengths = [0 if isinstance(row, PromptError) else prompts.length(row[1]) for row in asked]
+    return sorted(range(len(asked)), key=lengths.__getitem__, reverse=True)
 
 
 def _pause(attempt: int) -> float:

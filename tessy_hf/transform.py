@@ -60,6 +60,8 @@ class TessyTransform(functools.partial[Any]):
     settings: Settings
     source: provenance.SourceRecord | None
     """The prompts last asked about with :meth:`features`."""
+    in_order: bool
+    """Whether rows begin in the order of their prompts, as a pilot's do."""
     _token: str
     _async: bool
     _begun: str | None
@@ -83,6 +85,7 @@ class TessyTransform(functools.partial[Any]):
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
         self.source, self._token, self._async, self._begun = source, token, False, None
+        self.in_order = False
         TRANSFORMS.add(self)
         return self
 
@@ -193,7 +196,9 @@ class TessyTransform(functools.partial[Any]):
     def _run(self) -> Run:
         if self._token not in RUNS:
             self._begun = provenance.now()
-            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
+            RUNS[self._token] = Run(
+                self.teacher, self.student, self.settings, self.run_fingerprint, self.record, self.in_order
+            )
         return RUNS[self._token]
 
     def close(self) -> None:

@@ -34,13 +34,16 @@ class Window:
     Args:
         rows: How many, or ``"auto"``.
         guess: Tokens that a row is thought to have in the end, before any has ended.
+        halves: Whether an empty window is filled by halves, the second when :meth:`part` is called. All rows begin
+            with the student; so one half can be with the teacher while the other is with the student.
 
     Attributes:
         rows: Rows in flight.
     """
 
-    def __init__(self, rows: int | Literal["auto"], guess: int) -> None:
+    def __init__(self, rows: int | Literal["auto"], guess: int, halves: bool = False) -> None:
         self.rows = 0
+        self._halves, self._half = halves, False
         self._fixed = None if rows == "auto" else rows
         self._engines: tuple[Engine, ...] = ()
         self._finished, self._sum, self._squares = float(GUESSES), float(GUESSES * guess), float(GUESSES * guess**2)
@@ -76,10 +79,17 @@ class Window:
 
     async def enter(self) -> None:
         """Wait until another row may be written."""
-        while self.rows >= self.limit:
+        self._half = self._halves and (self._half or not self.rows)
+        while self.rows >= ((self.limit + 1) // 2 if self._half else self.limit):
             self._changed.clear()
             await self._changed.wait()
         self.rows += 1
+
+    def part(self) -> None:
+        """Let the second half in: the first rows have got an answer."""
+        if self._half:
+            self._half = False
+            self._changed.set()
 
     def leave(self) -> None:
         """Make room for another row."""

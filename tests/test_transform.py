@@ -92,6 +92,49 @@ def test_the_window_is_shared_by_all_batches_and_never_exceeded():
     assert begun[:6] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_longest_prompts_of_a_batch_come_first_but_not_in_a_pilot():
+    begun = {}
+
+    def latency(request):
+        return begun.setdefault(request.row, len(begun)) * 0.0
+
+    given = {"id": list("abcdef"), "prompt": ["x" * n for n in (3, 9, 3, 0, 12, 3)]}
+    with scripted(lambda row: Script("okay", row), latency=latency, rows_in_flight=1) as transform:
+        columns = transform(given)
+        assert [*begun] == ["e", "b", "a", "c", "f"]  # the one without a prompt asks for nothing
+        assert columns["answer"] == ["a", "b", "c", "", "e", "f"]
+    begun.clear()
+    transform.in_order = True
+    with transform:
+        assert transform(given) == columns
+        assert [*begun] == ["a", "b", "c", "e", "f"]
+
+
+def test_of_two_rows_with_one_id_the_second_fails_even_if_it_is_longer():
+    with scripted(lambda row: Script("okay", row)) as transform:
+        columns = transform({"id": ["a", "a"], "prompt": ["short", "much longer"]})
+    assert columns["finish_reason"] == ["stop", "error"]
+
+
+@pytest.mark.parametrize(("method", "first"), [("tessy", 3), ("student-only", 6)])
+def test_rows_whose_authors_take_turns_begin_by_halves(method, first):
+    """The first to begin are seen when the first request is answered: nothing else can have been asked by then."""
+    asked = []
+    with demo.transform(journal=None, method=method, rows_in_flight=6) as transform:
+        complete = transform.student.engine.complete
+
+        async def watched(request):
+            asked.append(request.row)
+            answer = await complete(request)
+            asked.append(None)
+            return answer
+
+        transform.student.engine.complete = watched
+        rows = transform(demo.prompts(6, seed=5)[:])
+    assert set(rows["finish_reason"]) == {"stop"}
+    assert asked.index(None) == first
+
+
 def test_the_fingerprint_is_that_of_what_decides_the_rows(tmp_path):
     same = [scripted(demo_script, rows_in_flight=n).run_fingerprint for n in (1, 9)]
     assert same[0] == same[1]

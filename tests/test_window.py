@@ -36,6 +36,39 @@ def test_a_fixed_window_lets_in_so_many_rows_and_the_next_when_one_leaves():
     asyncio.run(use())
 
 
+def test_an_empty_window_is_filled_by_halves():
+    async def use():
+        rows = Window(5, 1000, halves=True)
+        for _ in range(3):  # empty again in between
+            entries = [asyncio.create_task(rows.enter()) for _ in range(5)]
+            await asyncio.sleep(0)
+            assert rows.rows == 3
+            rows.leave()  # who leaves makes room, but does not end the first half
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert rows.rows == 3
+            rows.part()
+            await asyncio.gather(*entries)
+            assert rows.rows == 4
+            for _ in range(4):
+                rows.leave()
+
+    asyncio.run(use())
+
+
+def test_a_half_whose_rows_all_leave_lets_the_others_in():
+    async def use():
+        rows = Window(4, 1000, halves=True)
+        for _ in range(10):
+            await rows.enter()
+            await rows.enter()
+            rows.leave()
+            rows.leave()
+        assert rows.rows == 0
+
+    asyncio.run(use())
+
+
 def test_the_smaller_cache_decides_and_a_cache_of_unknown_size_does_not():
     both = window(100_000, 50_000)
     assert both.limit == 45 and window(50_000).limit == 45
