@@ -1,9 +1,10 @@
 """How close TESSY comes to the raw engines: both in one process, in turns, on the miniature models.
 
 For each engine mode: the **bound** is plain generation, by the same engines, of just the tokens that the teacher and
-the student contributed, with the same rows in flight (one request per row and author, no boundaries, no hand-over);
-**tessy** is `ds.map`; **lockstep** is the released protocol (`lockstep.py`) on vLLM servers. Everything is greedy in
-float32, so the rows of all modes must be the same, which is asserted.
+the student contributed, with the same rows in flight (one request per row and author, no boundaries, no hand-over),
+in the order of the prompts, and once more with the longest prompts first, as TESSY begins them; **tessy** is `ds.map`;
+**lockstep** is the released protocol (`lockstep.py`) on vLLM servers. Everything is greedy in float32, so the rows of
+all modes must be the same, which is asserted.
 
     make bench
     make bench ARGS="--json --modes vllm-chunks --repeats 5"
@@ -184,11 +185,13 @@ def tessy(transform, prompts, free=False):
     }
 
 
-def bound(transform, prompts, rows, in_flight):
+def bound(transform, prompts, rows, in_flight, longest_first=False):
     """Generate the same tokens plainly, with the same engines and rows in flight. Returns tokens per second."""
     window = asyncio.Semaphore(in_flight)
     speakers = (transform.student, transform.teacher)
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]["prompt"]), reverse=True)  # as TESSY's
+    order = list(range(len(rows)))
+    if longest_first:
+        order.sort(key=lambda row: len(prompts[row]["prompt"]), reverse=True)
 
     async def one(number, messages, wanted):
         async with window:
@@ -270,6 +273,7 @@ def measure(mode, prompts, reference, urls, groups, arguments):
         for _ in range(arguments.repeats):
             with paused(idle):
                 limit, cpu = bound(transform, prompts, rows, arguments.in_flight)
+                ordered, ordered_cpu = bound(transform, prompts, rows, arguments.in_flight, longest_first=True)
                 again, figure = tessy(transform, prompts)
                 free, without = tessy(transform, prompts, free=True)
             assert texts(again) == texts(free) == texts(rows), f"{mode}: rows differ between two runs"
@@ -279,6 +283,9 @@ def measure(mode, prompts, reference, urls, groups, arguments):
             figure["of_bound_by_cpu_without_predictor"] = cpu / without["cpu_us_per_accepted"]
             figure["of_bound"] = figure["accepted_tokens_per_second"] / limit
             figure["of_bound_without_predictor"] = without["accepted_tokens_per_second"] / limit
+            figure["of_bound_longest_first"] = figure["accepted_tokens_per_second"] / ordered
+            figure["of_bound_longest_first_without_predictor"] = without["accepted_tokens_per_second"] / ordered
+            figure["of_bound_longest_first_by_cpu"] = ordered_cpu / figure["cpu_us_per_accepted"]
             if urls and arguments.lockstep:
                 figure["lockstep_tokens_per_second"], _ = lockstep(prompts, urls, arguments.in_flight)
                 figure["times_lockstep"] = figure["accepted_tokens_per_second"] / figure["lockstep_tokens_per_second"]
