@@ -124,6 +124,16 @@ class Journal:
 
     # --- one row
 
+    def enroll(self, keys: Iterable[str]) -> None:
+        """Give rows their places in the order of the run's rows, whichever of them is claimed first.
+
+        Raises:
+            JournalError: The file cannot be written.
+        """
+        names = [(self.fingerprint, _utf8(key)) for key in keys]
+        with self._transaction() as db:
+            db.executemany("INSERT OR IGNORE INTO rows (fingerprint, key) VALUES (?, CAST(? AS TEXT))", names)
+
     def claim(self, key: str) -> Claim:
         """Look a row up if it is finished; else ask to write it.
 
@@ -255,7 +265,7 @@ class Journal:
         return Counts(**counts)
 
     def finished(self, fingerprint: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Iterate over keys and columns of a run's rows that are done, in the order in which they were first claimed.
+        """Iterate over keys and columns of a run's rows that are done, in the order in which they were first met.
 
         Args:
             fingerprint: The run; this one where it is ``None``.
@@ -288,7 +298,7 @@ class Journal:
         return done.columns if done is not None else None
 
     def fingerprints(self) -> dict[str, Counts]:
-        """Count the rows of each run in the file, oldest first; ``to_do`` counts those begun without text."""
+        """Count the rows of each run in the file, oldest first; ``to_do`` counts those met without text."""
         query = f"SELECT fingerprint, {_STANDING}, count(*) FROM rows GROUP BY 1, 2 ORDER BY min(id)"
         with self._file.use() as db:
             found = db.execute(query, (self.max_attempts,)).fetchall()

@@ -36,7 +36,7 @@ BEGIN;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {FORMAT};
 CREATE TABLE rows (
-    id INTEGER PRIMARY KEY,               -- counts up in the order of first claims
+    id INTEGER PRIMARY KEY,               -- counts up in the order in which rows were first met
     fingerprint TEXT NOT NULL,
     key TEXT NOT NULL,
     owner TEXT,                           -- the token of the journal that holds the claim

@@ -238,6 +238,8 @@ class Run:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
                 asked = [self._read(given, prompt, seen) for given, prompt in zip(ids, given_prompts, strict=True)]
+                if self._journal is not None and self._outbox is None:  # what is in parts has no place in the journal
+                    self._journal.enroll(row[0] for row in asked if not isinstance(row, PromptError))
                 for number in range(len(asked)) if self._in_order else _longest_first(asked):
                     await self._window.enter()
                     row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}

@@ -1,6 +1,7 @@
 """The transform inside `map`: the same on every kind of dataset, cached by its settings, with bad rows kept."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import pickle
@@ -17,6 +18,7 @@ from datasets.fingerprint import Hasher
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform, demo
 from tessy_hf.columns import COLUMNS
 from tessy_hf.errors import BoundaryError, DatasetError, EngineDeadError, RequestError, SettingsError, TemplateError
+from tessy_hf.journal import Counts, Journal
 from tests.worlds import R1_KEEPS, make_tokenizer
 
 
@@ -108,6 +110,22 @@ def test_the_longest_prompts_of_a_batch_come_first_but_not_in_a_pilot():
     with transform:
         assert transform(given) == columns
         assert [*begun] == ["a", "b", "c", "e", "f"]
+
+
+def test_a_journal_keeps_the_order_of_the_prompts_whichever_is_begun_first(tmp_path):
+    given = {"id": list("abcd"), "prompt": ["x" * n for n in (3, 9, 1, 12)]}
+    path = tmp_path / "rows.journal"
+    with scripted(lambda row: Script("okay", row), journal=str(path), rows_in_flight=1) as transform:
+        columns = transform(given)
+        fingerprint = transform.run_fingerprint
+    with contextlib.closing(Journal(path, fingerprint)) as journal:
+        assert [(key, row["answer"]) for key, row in journal.finished()] == list(
+            zip("abcd", columns["answer"], strict=True)
+        )
+        assert journal.fingerprints()[fingerprint] == Counts(done=4)
+        journal.enroll("ea")
+        assert journal.fingerprints()[fingerprint] == Counts(done=4, to_do=1)
+        assert journal.claim("e").status == "started" and journal.claim("a").status == "finished"
 
 
 def test_of_two_rows_with_one_id_the_second_fails_even_if_it_is_longer():
