@@ -1,8 +1,9 @@
 """How close any driver that asks for chunks could come to the raw engines: one that knows where each span ends.
 
 It asks once for each span of a finished row, and has no text to handle, no rollback and no provenance; what it still
-pays is that alternation is short requests, and that each author reads what the other wrote. Three of them, taken in
-turns with the bound and with TESSY of `speed.py`:
+pays is that alternation is short requests, and that each author reads what the other wrote. It begins rows as TESSY
+does, the longest prompts first and an empty window by halves. Three of them, taken in turns with the bound and with
+TESSY of `speed.py`:
 
 - **knows** asks for just a span's tokens;
 - **sees** for one more, the one at which a predictor can see that the span is over;
@@ -22,11 +23,12 @@ import time
 from typing import NamedTuple
 
 from datasets import disable_progress_bars
-from speed import bound, make, processor_seconds, tessy
+from speed import bound, longest_first, make, processor_seconds, tessy
 
 from tessy_hf import Speaker, demo
 from tessy_hf.boundary.predictor import window_start
 from tessy_hf.engines.base import Request
+from tessy_hf.window import Window
 
 
 class Span(NamedTuple):
@@ -39,9 +41,9 @@ class Span(NamedTuple):
 
 
 def spans(transform, prompts, rows):
-    """Return the spans of each row, in their order."""
+    """Return the spans of each row, in their order, for the rows with the longest prompts first."""
     speakers = {"teacher": transform.teacher, "student": transform.student}
-    return [list(row_spans(speakers, prompt["prompt"], row)) for prompt, row in zip(prompts, rows, strict=True)]
+    return [list(row_spans(speakers, prompts[row]["prompt"], rows[row])) for row in longest_first(prompts)]
 
 
 def row_spans(speakers, prompt, row):
@@ -67,21 +69,25 @@ def row_spans(speakers, prompt, row):
 
 async def write(planned, in_flight, extra, reads):
     """Ask for all spans, those of the thinking with `extra` tokens more, and read each where that is wanted."""
-    places = asyncio.Semaphore(in_flight)
+    window = Window(in_flight, guess=0, halves=True)
 
     async def one(number, row):
-        async with places:
-            for speaker, ids, tokens, window in row:
-                wanted = tokens + extra * (window is not None)
-                await speaker.engine.complete(
-                    Request(str(number), number, "thinking", ids, wanted, 0.0, 1.0, 0, frozenset())
-                )
-                if reads and window is not None:
-                    await speaker.boundary.labels(window, max(0, len(window) - tokens))
-            for engine in {span.speaker.engine for span in row}:
-                engine.release(str(number))
+        for speaker, ids, tokens, read in row:
+            wanted = tokens + extra * (read is not None)
+            await speaker.engine.complete(
+                Request(str(number), number, "thinking", ids, wanted, 0.0, 1.0, 0, frozenset())
+            )
+            if reads and read is not None:
+                await speaker.boundary.labels(read, max(0, len(read) - tokens))
+            window.part()
+        for engine in {span.speaker.engine for span in row}:
+            engine.release(str(number))
+        window.leave()
 
-    await asyncio.gather(*(one(number, row) for number, row in enumerate(planned)))
+    async with asyncio.TaskGroup() as rows:
+        for number, row in enumerate(planned):
+            await window.enter()
+            rows.create_task(one(number, row))
 
 
 ORACLES = {"knows": (0, False), "sees": (1, False), "reads": (1, True)}
@@ -109,7 +115,7 @@ def main():
         assert abs(asked / accepted - 1) < 0.01, f"the spans have {asked} tokens, the rows {accepted}"
 
         def once():
-            limit, cpu = bound(transform, prompts, rows, arguments.in_flight)
+            limit, cpu = bound(transform, prompts, range(len(rows)), rows, arguments.in_flight)
             figure = {"bound_tokens_per_second": limit, "bound_cpu_us_per_token": cpu}
             for name, (extra, reads) in ORACLES.items():
                 begin, before = time.perf_counter(), processor_seconds()

@@ -185,13 +185,15 @@ def tessy(transform, prompts, free=False):
     }
 
 
-def bound(transform, prompts, rows, in_flight, longest_first=False):
+def longest_first(prompts):
+    """Return the numbers of the prompts, the longest first, as TESSY begins them."""
+    return sorted(range(len(prompts)), key=lambda row: len(prompts[row]["prompt"]), reverse=True)
+
+
+def bound(transform, prompts, order, rows, in_flight):
     """Generate the same tokens plainly, with the same engines and rows in flight. Returns tokens per second."""
     window = asyncio.Semaphore(in_flight)
     speakers = (transform.student, transform.teacher)
-    order = list(range(len(rows)))
-    if longest_first:
-        order.sort(key=lambda row: len(prompts[row]["prompt"]), reverse=True)
 
     async def one(number, messages, wanted):
         async with window:
@@ -272,8 +274,8 @@ def measure(mode, prompts, reference, urls, groups, arguments):
         assert not wrong, f"{mode}: {wrong} rows differ from those of the first mode"
         for _ in range(arguments.repeats):
             with paused(idle):
-                limit, cpu = bound(transform, prompts, rows, arguments.in_flight)
-                ordered, ordered_cpu = bound(transform, prompts, rows, arguments.in_flight, longest_first=True)
+                limit, cpu = bound(transform, prompts, range(len(rows)), rows, arguments.in_flight)
+                ordered, ordered_cpu = bound(transform, prompts, longest_first(prompts), rows, arguments.in_flight)
                 again, figure = tessy(transform, prompts)
                 free, without = tessy(transform, prompts, free=True)
             assert texts(again) == texts(free) == texts(rows), f"{mode}: rows differ between two runs"
