@@ -29,6 +29,8 @@ import psutil
 from datasets import disable_progress_bars
 from lockstep import LockStep
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`, which start the servers here as well
+
 from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, TransformersEngine, VLLMEngine, demo
 from tessy_hf.engines.base import Request
 
