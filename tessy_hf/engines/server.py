@@ -23,8 +23,8 @@ import re
 import time
 import zlib
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -68,6 +68,9 @@ LOOK_SECONDS = 10.0
 
 JOIN_SECONDS = 30.0
 """How long a server that came may take to show that it can be used, before the list is read again."""
+
+POOL = 8
+"""Requests that share a pool of connections: httpcore2 looks at each idle connection of a pool for each request."""
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +304,14 @@ class _Censor(logging.Filter):
         return True
 
 
+@dataclass
+class _Pool:
+    """Connections to any replica, and how many requests are under way on them."""
+
+    client: httpx2.AsyncClient
+    requests: int = 0
+
+
 class _Live:
     """Open connections to the replicas, and what is known of them."""
 
@@ -310,14 +321,8 @@ class _Live:
         self._last_id = max(engine.tokenizer.get_vocab().values())
         self._key = _key(engine._api_key_env)
         self._censor = _Censor(self._key)
-        self._client = httpx2.AsyncClient(  # httpx 0.28 looks through all connections, squared, for each request
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx2.Timeout(engine._timeout, connect=min(10.0, engine._timeout)),
-            limits=httpx2.Limits(
-                max_keepalive_connections=engine._max_connections * len(engine._addresses.fixed) or None,
-                keepalive_expiry=3.0,  # uvicorn's servers hang up after 5: a request must not cross with that
-            ),
-        )
+        self._trusted = httpx2.create_ssl_context()
+        self._pools: list[_Pool] = []
         self._replicas = [_Replica(url, engine._max_connections) for url in engine._addresses.fixed]
         self._answered = 0.0
         self.context_length = 0
@@ -331,8 +336,31 @@ class _Live:
         self.checked.cancel()
         if self._watching is not None:
             self._watching.cancel()
-        await self._client.aclose()
+        for pool in self._pools:
+            await pool.client.aclose()
         self._censor.end()
+
+    @contextmanager
+    def _client(self) -> Iterator[httpx2.AsyncClient]:
+        """Lend what a request is sent with, until its answer has come: of the first pool that has room."""
+        pool = next((pool for pool in self._pools if pool.requests < POOL), None)
+        if pool is None:
+            pool = _Pool(self._open())
+            self._pools.append(pool)
+        pool.requests += 1
+        try:
+            yield pool.client
+        finally:
+            pool.requests -= 1
+
+    def _open(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(  # httpx 0.28 looks through all connections, squared, for each request
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=httpx2.Timeout(self._engine._timeout, connect=min(10.0, self._engine._timeout)),
+            # uvicorn's servers hang up after 5: a request must not cross with that
+            limits=httpx2.Limits(max_keepalive_connections=None, keepalive_expiry=3.0),
+            verify=self._trusted,
+        )
 
     # --- before the run
 
@@ -364,7 +392,8 @@ class _Live:
     async def _cache_of(self, replica: _Replica) -> int | None:
         """Return how many tokens a replica's cache holds, where it tells it among its metrics, as vLLM does."""
         try:
-            answer = await self._client.get(replica.root + "/metrics")
+            with self._client() as client:
+                answer = await client.get(replica.root + "/metrics")
         except httpx2.HTTPError:
             return None
         found = re.search(r"^vllm:cache_config_info\{(.*)\}", answer.text, re.MULTILINE)
@@ -719,25 +748,27 @@ class _Live:
 
     async def _send(self, replica: _Replica, method: str, url: str, body: Any = None) -> Any:
         """Send one request and return the JSON that comes back; tell what may pass from what may not."""
-        answer = await self._within(replica, self._client.request(method, url, json=body))
+        with self._client() as client:
+            answer = await self._within(replica, client.request(method, url, json=body))
         answer.encoding = "utf-8"  # as JSON is, whatever the server calls it
         self._check_status(replica, answer)
         return _json(answer.text, replica)
 
     async def _events(self, replica: _Replica, url: str, body: Any) -> AsyncGenerator[list[Any], None]:
         """Send one request and yield the events that come back, those that came together in one list."""
-        request = self._client.build_request("POST", url, json=body)
-        answer = await self._within(replica, self._client.send(request, stream=True))
-        answer.encoding = "utf-8"
-        try:
-            if answer.status_code != 200:
-                await self._within(replica, answer.aread())
-            self._check_status(replica, answer)
-            events = _together(answer.aiter_text())
-            while (data := await self._within(replica, anext(events, None))) is not None:
-                yield [_json(event, replica) for event in data]
-        finally:
-            await answer.aclose()
+        with self._client() as client:
+            request = client.build_request("POST", url, json=body)
+            answer = await self._within(replica, client.send(request, stream=True))
+            answer.encoding = "utf-8"
+            try:
+                if answer.status_code != 200:
+                    await self._within(replica, answer.aread())
+                self._check_status(replica, answer)
+                events = _together(answer.aiter_text())
+                while (data := await self._within(replica, anext(events, None))) is not None:
+                    yield [_json(event, replica) for event in data]
+            finally:
+                await answer.aclose()
 
     async def _within(self, replica: _Replica, sent: Awaitable[T]) -> T:
         """Wait for what a server sends, as long as it may take."""
