@@ -28,6 +28,7 @@ from pathlib import Path
 import psutil
 from datasets import disable_progress_bars
 from lockstep import LockStep
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`, which start the servers here as well
 
@@ -81,7 +82,8 @@ class Meter:
         self.reset()
 
     def reset(self):
-        self.requests = self.generated = self.read = 0
+        self.requests = self.generated = 0
+        self.read = None  # until the engine tells, which servers do not
         self.busy, self.begun = Busy(), {}
 
     def __getattr__(self, name):
@@ -89,7 +91,8 @@ class Meter:
 
     def _count(self, completion):
         self.generated += len(completion.token_ids)
-        self.read += completion.prompt_tokens_read or 0
+        if completion.prompt_tokens_read is not None:
+            self.read = (self.read or 0) + completion.prompt_tokens_read
         return completion
 
     def _note(self, request):
@@ -173,12 +176,14 @@ def tessy(transform, prompts, free=False):
     meters = [speaker.engine for speaker in speakers.values()]
     accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in rows)
     last = max(meters[1].begun.values())
+    told = all(meter.read is not None for meter in meters)
+    read = {"prompt_tokens_read_per_accepted": sum(meter.read for meter in meters) / accepted} if told else {}
     return rows, {
         "cpu_us_per_accepted": 1e6 * (processor_seconds() - all_cpu) / accepted,
         "accepted_tokens_per_second": accepted / wall,
         "generated_per_accepted": sum(meter.generated for meter in meters) / accepted,
         "requests_per_1000_accepted": 1000 * sum(meter.requests for meter in meters) / accepted,
-        "prompt_tokens_read_per_accepted": sum(meter.read for meter in meters) / accepted,
+        **read,
         "predictor_share": max(speaker.boundary.busy.seconds for speaker in speakers.values()) / wall,
         "host_cpu_us_per_accepted": 1e6 * cpu / accepted,
         "teacher_idle_share": 1 - meters[0].busy.seconds / wall,
@@ -331,6 +336,7 @@ def main():
     logging.disable(logging.WARNING)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     disable_progress_bars()
+    disable_progress_bar()  # of weights
     prompts = demo.prompts(arguments.rows, seed=77)
     results, reference = {}, None
     with servers(
