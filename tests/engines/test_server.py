@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from tessy_hf import Speaker, TessyTransform, TransformersEngine, demo
-from tessy_hf.engines.server import WAYS, ServerEngine, _Replica
+from tessy_hf.engines.server import POOL, WAYS, ServerEngine, _Replica
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 from tests.engines import servers
 from tests.engines.contract import VOCABULARY, EngineContract, ModelContract, request
@@ -304,6 +304,19 @@ def test_connections_are_used_again():
     with FakeServer() as server:
         run(engine(server), then=then)
         assert server.accepted == 1
+
+
+def test_many_requests_at_once_share_pools_whose_connections_are_used_again():
+    many = 2 * POOL + 4
+
+    async def then(live):
+        for _ in range(3):
+            await together(live.complete(request(f"r{i}")) for i in range(many))
+        return [pool.requests for pool in live._live._pools]
+
+    with FakeServer() as server:
+        assert run(engine(server), then=then) == [0, 0, 0]
+        assert server.accepted <= many
 
 
 # --- replicas
