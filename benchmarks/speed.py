@@ -83,7 +83,7 @@ class Meter:
 
     def reset(self):
         self.requests = self.generated = 0
-        self.read = None  # until the engine tells, which servers do not
+        self.read = None  # until the engine tells, which not all servers do
         self.busy, self.begun = Busy(), {}
 
     def __getattr__(self, name):
@@ -312,7 +312,14 @@ def servers(wanted, compiled):
         return
     from tests.engines.servers import processes, vllm
 
-    options = ("--enable-scale-out", "--scheduling-policy", "priority", "--max-model-len", "1024")
+    options = (
+        "--enable-scale-out",
+        "--enable-prompt-tokens-details",
+        "--scheduling-policy",
+        "priority",
+        "--max-model-len",
+        "1024",
+    )
     options += ("--no-enforce-eager",) if compiled else ()
     with tempfile.TemporaryDirectory() as logs:
         described = [vllm(*options, author=author) for author in ("teacher", "student")]

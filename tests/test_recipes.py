@@ -67,7 +67,9 @@ def test_each_served_model_has_its_command():
     }
     assert len(served) == 3
     for model, port in served:
-        assert re.search(rf"vllm serve {re.escape(model)} --port {port} --enable-scale-out", text), model
+        assert re.search(
+            rf"vllm serve {re.escape(model)} --port {port} --enable-scale-out --enable-prompt-tokens-details", text
+        ), model
 
 
 def test_the_recipes_for_clusters_say_what_they_take_and_where_rows_go():
@@ -132,7 +134,9 @@ def test_a_server_is_listed_for_as_long_as_it_answers(tmp_path):
     task = run_script("servers.sh", servers, port, "me/model", "--dtype", "half", path=tmp_path, environment=given)
     wait_until(lambda: len(servers.read_text().splitlines()) == 2)
     assert servers.read_text() == f"http://other:8000/v1\nhttp://localhost:{port}/v1\n"
-    assert (tmp_path / "asked").read_text() == f"serve me/model --port {port} --enable-scale-out --dtype half\n"
+    assert (
+        tmp_path / "asked"
+    ).read_text() == f"serve me/model --port {port} --enable-scale-out --enable-prompt-tokens-details --dtype half\n"
     task.terminate()
     assert task.wait(60) != 0 and servers.read_text() == "http://other:8000/v1\n"
     with pytest.raises(ConnectionRefusedError):

@@ -664,7 +664,7 @@ class _Live:
     async def _ask(self, replica: _Replica, way: Way, request: Request) -> Completion:
         answer = await self._send(replica, "POST", _path(replica, way), self._body(way, request))
         read = self._read_ids if way in _ID_WAYS else self._read_text
-        return read(_choice(answer, replica), request, replica)
+        return replace(read(_choice(answer, replica), request, replica), prompt_tokens_read=_prompt_read(answer))
 
     async def _pieces(self, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream and pass on what comes, all that came at once in one piece."""
@@ -830,6 +830,21 @@ def _choice(answer: Any, replica: _Replica) -> Mapping[str, Any]:
     if len(choices) != 1 or not isinstance(choices[0], Mapping):
         raise _PassingError(f"the server at {replica.url} sent {len(choices)} choices, not one.")
     return choices[0]
+
+
+def _prompt_read(answer: Mapping[str, Any]) -> int | None:
+    """Return how many tokens of the prompt were not in the server's cache, where it tells.
+
+    vLLM does with ``--enable-prompt-tokens-details``, SGLang with ``--enable-cache-report``; of a stream only at its
+    end, which the row does not wait for.
+    """
+    usage = answer.get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    tokens = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    if type(tokens) is not int or type(cached) is not int or not 0 <= cached <= tokens:
+        return None
+    return tokens - cached
 
 
 def _key(name: str) -> str:

@@ -159,15 +159,25 @@ class FakeServer:
         paths: What to do to every request to a path, where no fault comes first.
         models: What `/v1/models` says.
         tokenize: Turns text into ids, as `/tokenize` shows them; ``None`` where there is no such path.
+        usage: What it says of the tokens of a request, if anything.
         at: The host and port to listen at; by default any free port.
     """
 
     def __init__(
-        self, *, ways=("generate", "ids"), faults=(), paths=None, models=None, tokenize="own", at=("127.0.0.1", 0)
+        self,
+        *,
+        ways=("generate", "ids"),
+        faults=(),
+        paths=None,
+        models=None,
+        tokenize="own",
+        usage=None,
+        at=("127.0.0.1", 0),
     ):
         self.ways, self.faults, self.paths = ways, deque(faults), paths or {}
         self.models = [{"id": "student", "max_model_len": 2048}] if models is None else models
         self.tokenize = VOCABULARY.encode_template if tokenize == "own" else tokenize
+        self.usage = usage
         self.requests, self.connections, self.accepted = [], set(), 0
         self.closing = threading.Event()
         self.lock = threading.Lock()
@@ -305,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             self.stream(choice)
         else:
-            self.reply({"choices": [choice]})
+            self.reply({"choices": [choice], "usage": self.server.fake.usage})
 
     def stream(self, choice, events=1000):
         """Send a choice in events of three tokens, and no more of these than so many."""

@@ -237,6 +237,35 @@ def test_a_stop_that_the_server_leaves_in_the_text_is_taken_out():
     assert VOCABULARY.decode(completion.token_ids) == " okay\n" and completion.stop_id is not None
 
 
+def usage(tokens, cached):
+    return {"prompt_tokens": tokens, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (usage(40, 32), 8),
+        (usage(40, 0), 40),
+        (usage(40, 41), None),
+        (usage(40, -1), None),
+        (usage(40, "32"), None),
+        (usage(40.0, 32), None),
+        (usage(True, True), None),
+        ({"prompt_tokens": 40}, None),
+        ({"prompt_tokens": 40, "prompt_tokens_details": None}, None),
+        ({"prompt_tokens_details": {"cached_tokens": 32}}, None),
+        ([40, 32], None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("ways", [("generate",), ("text",)])
+def test_what_was_not_in_the_cache_is_known_where_the_server_tells(said, read, ways):
+    with FakeServer(ways=ways, usage=said) as server:
+        (completion,) = run(engine(server), request())
+    assert completion.prompt_tokens_read == read
+    assert list(completion.token_ids) == expected(request())
+
+
 def test_an_end_that_only_the_server_knows_is_no_text():
     with FakeServer(faults=[servers.choosing(token_ids=[304, 7], finish_reason="stop")]) as server:
         (completion,) = run(engine(server), request())
@@ -687,7 +716,7 @@ slow = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def vllm_replicas(tmp_path_factory):
     """Two real vLLM servers, as (address, process)."""
-    described = [servers.vllm("--enable-scale-out")] * 2
+    described = [servers.vllm("--enable-scale-out", "--enable-prompt-tokens-details")] * 2
     with servers.processes(*described, logs=tmp_path_factory.mktemp("vllm"), health="/health") as running:
         yield running
 
@@ -715,6 +744,11 @@ class VLLMContract(ModelContract):
 
     def test_is_asked_in_the_best_way_offered(self, live):
         assert {replica.way for replica in live._live._replicas} == {self.engine._ways[0]}
+
+    def test_tells_how_much_of_a_prompt_was_not_in_the_cache(self, ask):
+        ids = VOCABULARY.encode(" ".join([self.engine.__name__, *map(str, range(40))])).ids  # one for each class
+        (first,), (again,) = ask(request(self.engine.__name__, ids=ids)), ask(request(self.engine.__name__, ids=ids))
+        assert first.prompt_tokens_read > 32 >= again.prompt_tokens_read > 0
 
 
 @needs_vllm
