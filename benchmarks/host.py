@@ -1,7 +1,8 @@
 """What the method itself costs as rows grow: scripted engines without latency, and a predictor that is a table.
 
 Prints, for rows of 1k, 10k and 40k tokens, the processor time per accepted token of all but engines and predictors,
-and the memory of a row under way per token. Neither is to depend on how long the row is::
+and the memory that a further row under way takes per token. Neither is to depend on how long the row is. What a run
+takes besides its rows, once, is told apart::
 
     python benchmarks/host.py [--tokens 1000 10000 40000]
 """
@@ -104,9 +105,9 @@ def run(tokens, rows, seen=None):
     return finished, seconds
 
 
-def memory(tokens, rows=2):
-    """Return the bytes that rows under way take near their end, for each of their tokens; scripts left out."""
-    lengths, requests, found = {}, 0, 0.0
+def memory(tokens, rows):
+    """Return the bytes that a run takes when its rows are near their end, scripts left out, and the rows' tokens."""
+    lengths, requests, found = {}, 0, (0, 0)
 
     def count(request):
         nonlocal requests
@@ -121,7 +122,7 @@ def memory(tokens, rows=2):
                 [tracemalloc.Filter(False, f"*{name}", all_frames=True) for name in ("scripted.py", "tracemalloc.py")]
             )
             under_way = sorted(lengths)[-rows:]  # not the row that loads what is loaded once
-            found = sum(trace.size for trace in own.traces) / sum(lengths[order] for order in under_way)
+            found = sum(trace.size for trace in own.traces), sum(lengths[order] for order in under_way)
 
     run(tokens, rows, count)
     last = requests // 20
@@ -136,11 +137,14 @@ def measure(tokens, rows):
     """Return the figures of rows of a length."""
     finished, seconds = run(tokens, rows)
     accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in finished)
+    (few, few_tokens), (many, many_tokens) = memory(tokens, 2), memory(tokens, 6)
+    each = (many - few) / (many_tokens - few_tokens)
     return {
         "tokens_per_row": accepted // rows,
         "spans_per_row": len(finished[0]["spans"]),
         "host_cpu_us_per_accepted": 1e6 * seconds / accepted,
-        "bytes_per_token_in_flight": memory(tokens),
+        "bytes_per_token_in_flight": each,
+        "kib_of_the_run": (few - each * few_tokens) / 1024,
     }
 
 

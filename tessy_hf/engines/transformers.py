@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 ROUND_TOKENS = 32
 """Most tokens generated before new requests may join. Longer requests go on in the next round."""
 
+PASS_TOKENS = 512
+"""What a forward pass costs besides what it reads, in tokens read."""
+
 PIECE_TOKENS = 6
 """Tokens of a stream that come at once. What is written while a piece is judged may be in vain."""
 
@@ -248,6 +251,26 @@ class _Slot(NamedTuple):
     ids: array[int]
 
 
+class _Batch(NamedTuple):
+    """Rows laid out for the network.
+
+    Attributes:
+        ids: What is to be read, of shape (rows, width).
+        positions: Their positions, of the same shape.
+        attention: Which columns of the cache are a row's own.
+        cache: Keys and values, those that were kept first.
+        begin: The column of each row's first new id.
+        edge: The column of what is generated first.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    attention: torch.Tensor
+    cache: Any
+    begin: np.ndarray[Any, Any]
+    edge: int
+
+
 class _Live:
     """The loaded model, one worker thread, and the pool of keys and values."""
 
@@ -386,36 +409,27 @@ class _Live:
         all_ids = [job.ids for job in jobs]
         slots = [self._slot(job.request.row) for job in jobs]
         kept = np.array([_common(slot.ids, ids) for slot, ids in zip(slots, all_ids, strict=True)])
+        read = np.array([len(ids) for ids in all_ids]) - kept
+        kept = kept + self._read_apart(all_ids, slots, kept, read)
         fresh = np.array([len(ids) for ids in all_ids]) - kept
         wanted = np.array([job.wanted for job in jobs])
         steps = int(min(ROUND_TOKENS, wanted.max()))
-        longest, width = int(kept.max()), int(fresh.max())
-
-        # Columns of the batch: the kept ids from the left, then the new ids up to a common right edge, then what is
-        # generated. Everything between is masked; positions are given, not counted.
-        columns = np.arange(longest + width + steps)
-        mask = (columns < kept[:, None]) | (columns >= longest + width - fresh[:, None])
-        ids = np.zeros((len(jobs), width), dtype=np.int64)
-        for row, new in enumerate(all_ids):
-            ids[row, width - fresh[row] :] = new[kept[row] :]
-        positions = np.maximum(kept[:, None] + np.arange(width) - (width - fresh[:, None]), 0)
-        cache = self._pool.gather([slot.place for slot in slots], longest)
-        attention = torch.from_numpy(mask).to(device).long()
+        batch = self._lay_out(all_ids, slots, kept, fresh, steps)
         pick = _Sampler(torch, device, [job.request for job in jobs], kept + fresh)
         stops = _StopIds(
             torch, device, [job.request for job in jobs], self.network.config.get_text_config().vocab_size
         )
 
-        step_ids, step_positions = torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device)
+        step_ids, step_positions = batch.ids, batch.positions
         limit = torch.from_numpy(wanted).to(device)
         done = torch.zeros(len(jobs), dtype=torch.bool, device=device)
         written = []
         for step in range(steps):
             output = self.network(
                 input_ids=step_ids,
-                attention_mask=attention[:, : longest + width + step],
+                attention_mask=batch.attention[:, : batch.edge + step],
                 position_ids=step_positions,
-                past_key_values=cache,
+                past_key_values=batch.cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -426,7 +440,69 @@ class _Live:
                 break
             step_ids, step_positions = token[:, None], step_positions[:, -1:] + 1
         tokens = torch.stack(written, 1).cpu().numpy()
-        return self._keep(jobs, all_ids, slots, kept, fresh, tokens, cache, longest + width)
+        return self._keep(jobs, all_ids, slots, kept, read, tokens, batch)
+
+    def _read_apart(
+        self,
+        all_ids: list[array[int]],
+        slots: list[_Slot],
+        kept: np.ndarray[Any, Any],
+        fresh: np.ndarray[Any, Any],
+    ) -> np.ndarray[Any, Any]:
+        """Read the prompts of rows that begin, all but their last id, before the others join.
+
+        In one batch with them all rows would be as wide as the longest prompt. Returns how much was read of each row.
+        """
+        count = np.zeros_like(fresh)
+        while len(apart := _apart(fresh - count)):
+            count[apart] = fresh[apart] - 1
+            own_slots = [slots[row] for row in apart]
+            batch = self._lay_out([all_ids[row] for row in apart], own_slots, kept[apart], count[apart])
+            self.network(
+                input_ids=batch.ids,
+                attention_mask=batch.attention,
+                position_ids=batch.positions,
+                past_key_values=batch.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self._store(own_slots, kept[apart], count[apart], batch)
+        return count
+
+    def _lay_out(
+        self,
+        all_ids: list[array[int]],
+        slots: list[_Slot],
+        kept: np.ndarray[Any, Any],
+        fresh: np.ndarray[Any, Any],
+        steps: int = 0,
+    ) -> _Batch:
+        """Make a batch of the ids after the kept ones, with room for ``steps`` more.
+
+        Its columns: the kept ids from the left, then the new ids up to a common right edge, then what is generated.
+        Everything between is masked; positions are given, not counted.
+        """
+        longest, width = int(kept.max()), int(fresh.max())
+        columns = np.arange(longest + width + steps)
+        begin = longest + width - fresh
+        mask = (columns < kept[:, None]) | (columns >= begin[:, None])
+        ids = np.zeros((len(all_ids), width), dtype=np.int64)
+        for row, new in enumerate(all_ids):
+            ids[row, width - fresh[row] :] = new[kept[row] : kept[row] + fresh[row]]
+        positions = np.maximum(kept[:, None] + np.arange(width) - (width - fresh[:, None]), 0)
+        cache = self._pool.gather([slot.place for slot in slots], longest)
+        tensors = (self._torch.from_numpy(each).to(self._device) for each in (ids, positions, mask))
+        step_ids, step_positions, attention = tensors
+        return _Batch(step_ids, step_positions, attention.long(), cache, begin, longest + width)
+
+    def _store(
+        self, slots: list[_Slot], kept: np.ndarray[Any, Any], count: np.ndarray[Any, Any], batch: _Batch
+    ) -> None:
+        """Write ``count`` new keys and values of each row back, behind the kept ones."""
+        rows = np.repeat(np.arange(len(slots)), count)
+        offset = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+        places = np.array([slot.place for slot in slots])
+        self._pool.scatter(batch.cache, places[rows], kept[rows] + offset, rows, batch.begin[rows] + offset)
 
     def _keep(
         self,
@@ -434,34 +510,23 @@ class _Live:
         all_ids: list[array[int]],
         slots: list[_Slot],
         kept: np.ndarray[Any, Any],
-        fresh: np.ndarray[Any, Any],
+        read: np.ndarray[Any, Any],
         tokens: np.ndarray[Any, Any],
-        cache: Any,
-        edge: int,
+        batch: _Batch,
     ) -> list[Completion]:
         """Write new keys and values back and read off what each job got."""
         completions: list[Completion] = []
-        into_rows, into_places, from_rows, from_columns = [], [], [], []
+        count = np.empty_like(kept)
         for row, (job, ids, slot) in enumerate(zip(jobs, all_ids, slots, strict=True)):
             new = array("i", tokens[row, : job.wanted].astype(np.int32).tobytes())
             stop_at = next((at for at, token in enumerate(new) if token in job.request.stop_ids), None)
             stop_id = None if stop_at is None else new[stop_at]
             new = new[:stop_at]
+            count[row] = len(ids) - kept[row] + min(len(new), tokens.shape[1] - 1)
             ids.extend(new)
-            count = int(fresh[row]) + min(len(new), tokens.shape[1] - 1)
-            into_rows.append(np.full(count, slot.place))
-            into_places.append(kept[row] + np.arange(count))
-            from_rows.append(np.full(count, row))
-            from_columns.append(edge - fresh[row] + np.arange(count))
-            self._slots[job.request.row] = _Slot(slot.place, ids[: int(kept[row]) + count])
-            completions.append(Completion(new, stop_id, int(fresh[row])))
-        self._pool.scatter(
-            cache,
-            np.concatenate(into_rows),
-            np.concatenate(into_places),
-            np.concatenate(from_rows),
-            np.concatenate(from_columns),
-        )
+            self._slots[job.request.row] = _Slot(slot.place, ids[: int(kept[row] + count[row])])
+            completions.append(Completion(new, stop_id, int(read[row])))
+        self._store(slots, kept, count, batch)
         return completions
 
     def _slot(self, row: str) -> _Slot:
@@ -477,6 +542,15 @@ def _common(held: array[int], ids: array[int]) -> int:
         return max(length, 0)
     differ = np.frombuffer(held, np.int32, length) != np.frombuffer(ids, np.int32, length)
     return int(differ.argmax())
+
+
+def _apart(fresh: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return which rows, of those with so many ids to read, are better read before the others join them."""
+    order = np.argsort(-fresh, kind="stable")
+    widths, apart = fresh[order], np.arange(len(fresh))
+    cost = apart * widths[0] + len(fresh) * widths + PASS_TOKENS * (apart > 0)
+    best: np.ndarray[Any, Any] = order[: int(cost.argmin())]
+    return best
 
 
 class _Pool:

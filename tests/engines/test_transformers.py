@@ -1,6 +1,7 @@
 import asyncio
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -51,20 +52,48 @@ class TestTransformersEngine(ModelContract):
         monkeypatch.setattr(module, "ROUND_TOKENS", 3)
         assert ask(request("parts", tokens=20)) == [whole]
 
-    def test_a_continued_row_reads_only_what_is_new(self, ask, live, monkeypatch):
-        widths = []
+    @pytest.fixture
+    def shapes(self, live, monkeypatch):
+        """What was read, as the shapes of the batches."""
+        shapes = []
         forward = live._live.network.forward
 
         def counting(*args, **kwargs):
-            widths.append(kwargs["input_ids"].shape[1])
+            shapes.append(tuple(kwargs["input_ids"].shape))
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(live._live.network, "forward", counting)
+        return shapes
+
+    def test_a_continued_row_reads_only_what_is_new(self, ask, shapes):
         first = request("new", tokens=4)
         (written,) = ask(first)
         ask(request("new", ids=[*first.prompt_ids, *written.token_ids], tokens=4))
         # The fourth token's keys were not computed yet: one id to read.
-        assert widths == [len(first.prompt_ids), 1, 1, 1, 1, 1, 1, 1]
+        assert shapes == [(1, len(first.prompt_ids)), *[(1, 1)] * 7]
+
+    def test_long_prompts_are_read_before_rows_that_go_on_join_them(self, ask, shapes):
+        long = [request(f"long {i}", ids=[*[300 + i] * (400 + i), *request().prompt_ids], tokens=3) for i in range(2)]
+        alone = [completion for asked in long for completion in ask(replace(asked, row=f"{asked.row} alone"))]
+        rows = [request(str(i), prompt=i, tokens=2) for i in range(6)]
+        begun = ask(*rows)
+        going = [replace(row, prompt_ids=[*row.prompt_ids, *c.token_ids]) for row, c in zip(rows, begun, strict=True)]
+        expected = [ask(request(f"{i} alone", ids=asked.prompt_ids, tokens=2))[0] for i, asked in enumerate(going)]
+        shapes.clear()
+        together = ask(*going, *long)
+        assert shapes[:2] == [(2, len(long[1].prompt_ids) - 1), (8, 1)]
+        assert [list(c.token_ids) for c in together] == [list(c.token_ids) for c in (*expected, *alone)]
+        assert [c.prompt_tokens_read for c in together] == [*[1] * 6, *(len(asked.prompt_ids) for asked in long)]
+
+
+def test_rows_are_read_apart_where_that_spares_more_than_a_pass():
+    def apart(*fresh):
+        return sorted(module._apart(np.array(fresh)).tolist())
+
+    assert apart(3, 800, 5, 700, 4) == [1, 3]
+    assert apart(3, 60, 5, 50, 4) == []  # not worth a pass
+    assert apart(800, 800, 800) == [] and apart(5000) == []  # nobody to wait for them
+    assert apart(3000, *[300] * 10, *[2] * 50) == [0] and apart(1, *[300] * 10, *[2] * 50) == list(range(1, 11))
 
 
 def run(engine, *requests):
