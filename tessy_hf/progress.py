@@ -75,7 +75,7 @@ class Progress:
         return (
             f"{self.in_flight} in flight{self._window.reason}, {self.failed} failed, "
             f"teacher {teacher / seconds:.0f} tok/s, student {student / seconds:.0f} tok/s, "
-            f"teacher share {share:.0%}{self._bottleneck(seconds)}"
+            f"teacher share of rows {share:.0%}{self._bottleneck(seconds)}"
         )
 
     def _bottleneck(self, seconds: float) -> str:

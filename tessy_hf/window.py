@@ -106,10 +106,10 @@ class Window:
         self._finished += 1
         self._sum += tokens
         self._squares += tokens**2
-        if read_again - self._read_again > TOLERATED * tokens:
-            self._share = max(0.8 * self._share, 1 / MOST_ROWS)
-        else:
+        if read_again - self._read_again <= TOLERATED * tokens:
             self._share = min(1.0, 1.02 * self._share)
+        elif self.rows <= self.limit:  # else it closed before, and rows that came in earlier still overflow the caches
+            self._share = max(0.8 * self._share, 1 / MOST_ROWS)
         self._read_again = read_again
         self._changed.set()
 

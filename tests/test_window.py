@@ -112,6 +112,21 @@ def test_the_window_closes_while_rows_are_read_again_and_opens_slowly_after():
     assert rows.limit == 90
 
 
+def test_the_window_does_not_close_again_before_it_has_emptied_to_what_it_closed_to():
+    async def use():
+        rows = window(100_000)
+        for _ in range(90):
+            await rows.enter()
+        limits = []
+        for ended in range(34):
+            rows.learn(1000, 5000 * (ended + 1))
+            rows.leave()
+            limits.append(rows.limit)
+        assert limits == [72] * 18 + [57] * 15 + [46]
+
+    asyncio.run(use())
+
+
 class SmallCache(ScriptedEngine):
     """A scripted engine that keeps the least recently used rows only as long as its cache holds them."""
 
