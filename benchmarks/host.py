@@ -137,7 +137,7 @@ def measure(tokens, rows):
     """Return the figures of rows of a length."""
     finished, seconds = run(tokens, rows)
     accepted = sum(row["teacher_tokens"] + row["student_tokens"] for row in finished)
-    (few, few_tokens), (many, many_tokens) = memory(tokens, 2), memory(tokens, 6)
+    (few, few_tokens), (many, many_tokens) = memory(tokens, 1), memory(tokens, 3)
     each = (many - few) / (many_tokens - few_tokens)
     return {
         "tokens_per_row": accepted // rows,
