@@ -41,6 +41,15 @@ and the model is not spread over several processes, that costs a fifth of the pr
 TAILS = "tessy_hf.engines.vllm_tails"
 """What keeps incomplete blocks on a CPU, unless the user gives a ``kv_transfer_config``, or ``None`` for nothing."""
 
+SOON = 16
+"""Tokens. Of a request for no more the end can be waited for."""
+
+MANY = 16
+"""How many requests that end soon are a group."""
+
+LEFT = 0.7
+"""What part of a group is still under way when the next requests are taken in."""
+
 
 class Ready(NamedTuple):
     """The engine has started.
@@ -145,6 +154,52 @@ class Wire:
         return bool(self._poll.poll(0))
 
 
+class Waiting:
+    """Requests that came, and those that the engine has.
+
+    Rows that meet in one engine leave together, and the other author's engine is idle until they come: a step costs
+    little more for all rows than for half of them, so nothing parts them again. Therefore what comes while a group is
+    under way waits until that has begun to leave. (``benchmarks/README.md`` has what else was measured.)
+
+    Args:
+        apart: Whether groups are kept apart; else all that came is taken in before each step.
+
+    Attributes:
+        going: What the engine has, and whether it ends soon.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        self.going: dict[str, bool] = {}
+        self._apart, self._group = apart, 0
+        self._came: dict[str, Ask] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._came or self.going)
+
+    def add(self, asked: Ask) -> None:
+        """Note a request that came."""
+        self._came[asked.name] = asked
+
+    def end(self, name: str) -> None:
+        """Forget a request that was answered or broken off."""
+        self._came.pop(name, None)
+        self.going.pop(name, None)
+
+    def take(self) -> list[Ask]:
+        """Return what the engine is to take in before its next step."""
+        if not self._came or (self._apart and self._group >= MANY and self._soon > LEFT * self._group):
+            return []
+        taken, self._came = list(self._came.values()), {}
+        self.going.update((asked.name, asked.params.get("max_tokens", 1) <= SOON) for asked in taken)
+        self._group = self._soon
+        return taken
+
+    @property
+    def _soon(self) -> int:
+        return sum(self.going.values())
+
+
 def main(descriptor: int) -> None:
     """Start the engine that the first message describes, and serve it until the other end closes or is gone."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -220,23 +275,27 @@ def _serve(engine: LLMEngine, wire: Wire) -> None:
     """
     from vllm.exceptions import VLLMClientError
 
-    going: set[str] = set()
+    waiting = Waiting(apart=engine.vllm_config.device_config.device_type == "cpu")
     while True:
-        answers: list[Answer] = []
-        while not (going or answers) or wire.waiting():
+        while not waiting or wire.waiting():
             for message in wire.receive():
                 if isinstance(message, Abort):
-                    going.discard(message.name)
+                    waiting.end(message.name)
                     engine.abort_request([message.name])
-                    continue
-                try:
-                    _add(engine, message)
-                    going.add(message.name)
-                except (ValueError, VLLMClientError) as error:
-                    answers.append(Answer(message.name, [], "refused", refusal=str(error)))
-        if going:
+                else:
+                    waiting.add(message)
+        answers: list[Answer] = []
+        for asked in waiting.take():
+            try:
+                _add(engine, asked)
+            except (ValueError, VLLMClientError) as error:
+                answers.append(Answer(asked.name, [], "refused", refusal=str(error)))
+                waiting.end(asked.name)
+        if waiting.going:
             answers += [_answer(output) for output in engine.step()]
-        going.difference_update(answer.name for answer in answers if answer.finish is not None)
+        for answer in answers:
+            if answer.finish is not None:
+                waiting.end(answer.name)
         if answers:
             wire.send(answers)
 
