@@ -54,7 +54,8 @@ class VLLMEngine:
             ``gpu_memory_utilization=0.45`` or ``max_model_len=49152``. For gpt-oss leave
             ``prefix_cache_retention_interval`` at ``None``: else only the last prompt's end is kept of its
             sliding-window layers. On a CPU incomplete blocks are kept too (:mod:`tessy_hf.engines.vllm_tails`),
-            unless a ``kv_transfer_config`` is passed, if only ``None``.
+            unless a ``kv_transfer_config`` is passed, if only ``None``, and groups of short requests are taken in one
+            after another (:class:`tessy_hf.engines.vllm_worker.Waiting`).
 
     Raises:
         SettingsError: Copies of the model are asked for.
