@@ -55,7 +55,8 @@ class VLLMEngine:
             ``prefix_cache_retention_interval`` at ``None``: else only the last prompt's end is kept of its
             sliding-window layers. On a CPU incomplete blocks are kept too (:mod:`tessy_hf.engines.vllm_tails`),
             unless a ``kv_transfer_config`` is passed, if only ``None``, and groups of short requests are taken in one
-            after another (:class:`tessy_hf.engines.vllm_worker.Waiting`).
+            after another (:class:`tessy_hf.engines.vllm_worker.Waiting`). vLLM's own statistics are not logged,
+            whatever ``disable_log_stats`` is.
 
     Raises:
         SettingsError: Copies of the model are asked for.

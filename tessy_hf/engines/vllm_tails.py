@@ -132,10 +132,10 @@ class Tails(KVConnectorBase_V1):  # type: ignore[misc]
         assert isinstance(kv_connector_metadata, Copies)
         kept, wanted = kv_connector_metadata.kept, kv_connector_metadata.wanted
         for cache, own in self._layers:
-            if kept:
-                own[list(kept)] = cache[list(kept.values())]
-            if wanted:
-                cache[list(wanted)] = own[list(wanted.values())]
+            for slot, block in kept.items():  # one by one: numpy would gather all elsewhere first
+                own[slot] = cache[block]
+            for block, slot in wanted.items():
+                cache[block] = own[slot]
 
     def start_load_kv(self, forward_context: ForwardContext, **_: Any) -> None:
         """All is copied by then."""
