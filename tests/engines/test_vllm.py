@@ -78,6 +78,11 @@ class TestVLLMEngine(ModelContract):
         assert isinstance(refused, RequestError) and "1024" in str(refused)
         assert other.token_ids == healthy.token_ids
 
+    def test_a_stream_brings_its_first_token_at_once_and_then_four_together(self, stream):
+        ((first, *middle, last),) = stream(request("r", tokens=22))
+        assert [len(piece.token_ids) for piece in (first, *middle)] == [1, *[4] * len(middle)]
+        assert len(middle) > 1 and len(last.token_ids) <= 4
+
     def test_a_killed_child_is_replaced_until_it_is_too_often(self, loop, monkeypatch):
         monkeypatch.setattr(module, "MOST_RESTARTS", 1)
         another = self.make()
