@@ -38,11 +38,11 @@ def test_tokens_and_requests_are_scaled_up_exactly():
 
 
 def test_time_goes_where_the_latency_is():
-    """One row at a time, so both engines' times add up and are known: 12 times 0.09 s and 0.03 s."""
-    with transform(0.09, 0.03, rows_in_flight=1, journal=None) as run:
-        found = estimate(run, PROMPTS, rows=12, gpus={"teacher": 8})
+    """One row at a time, so both engines' times add up and are known: six times 0.36 s and 0.12 s."""
+    with transform(0.36, 0.12, rows_in_flight=1, journal=None) as run:
+        found = estimate(run, PROMPTS, rows=6, gpus={"teacher": 8})
     assert found.bottleneck == "teacher" and found.waiting["teacher"] == pytest.approx(0.75, abs=0.05)
-    assert 12 * 0.09 <= found.teacher.hours * 3600 < 12 * 0.09 * 1.3
+    assert 12 * 0.36 <= found.teacher.hours * 3600 < 12 * 0.36 * 1.3
     assert found.teacher.gpu_hours == 8 * found.teacher.hours and found.student.gpu_hours == found.student.hours
     assert found.hours >= found.teacher.hours + found.student.hours
     ratio = found.replicas["teacher"] / found.replicas["student"]

@@ -190,7 +190,7 @@ def test_a_server_that_is_gone_ends_the_run(mishap):
 
 def test_a_row_that_hangs_does_not_end_the_run_while_others_are_answered():
     with FakeServer(faults=[servers.hang] * 2) as server:
-        live = engine(server, timeout=0.5, patience=0.2)
+        live = engine(server, timeout=2, patience=0.2)
 
         async def session():
             await live.start()
