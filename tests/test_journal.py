@@ -471,7 +471,12 @@ def poll_until(condition, seconds=60):
 
 
 def test_runs_that_are_killed_again_and_again_write_every_piece_once(opened, path):
+    """Killed while it takes the step after the line that was read: runs wait after each line, and never run ahead."""
     body = """
+        def tell(*words):
+            say(*words)
+            sys.stdin.readline()
+
         journal = Journal(sys.argv[1], "run")
         for n in range(12):
             claim = journal.claim(f"r{n}")
@@ -480,14 +485,14 @@ def test_runs_that_are_killed_again_and_again_write_every_piece_once(opened, pat
                 for piece in range(begun, 5):
                     journal.append(f"r{n}", [Span(("student", "teacher")[piece % 2], "thinking", f"{piece}|")])
                     journal.flush()
-                    say("piece", n, piece)
+                    tell("piece", n, piece)
                 spans = [span.text for span in claim.spans]
                 journal.finish(f"r{n}", {"finish_reason": "stop", "begun": begun, "spans": spans})
                 journal.flush()
-                say("finish", n)
+                tell("finish", n)
             else:
-                say(claim.status, n)
-        say("end")
+                tell(claim.status, n)
+        tell("end")
     """
     chance, lines, runs = random.Random(1), [], 0
     while "end" not in lines:
@@ -497,6 +502,8 @@ def test_runs_that_are_killed_again_and_again_write_every_piece_once(opened, pat
             lines.append(process.stdout.readline().strip())
             if lines[-1] in ("end", ""):
                 break
+            process.stdin.write("\n")
+            process.stdin.flush()
         kill(process) if lines[-1] != "end" else result_of(process)
     assert runs > 2
     assert "" not in lines and not any(line.startswith("busy") for line in lines)
