@@ -396,7 +396,7 @@ def test_an_interrupt_ends_the_run_and_all_its_processes(num_proc):
         assert process.stdout.readline() == "started\n"
         family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
-        assert process.wait(timeout=300) != 0  # rows last an hour: this is no end of theirs, however slow the machine
+        assert process.wait(timeout=300) != 0  # rows last an hour: they do not end by themselves
     assert not [pid for pid in family if psutil.pid_exists(pid)]
 
 

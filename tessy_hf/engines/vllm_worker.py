@@ -17,11 +17,15 @@ import sys
 import threading
 import time
 from array import array
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm import EngineArgs, LLMEngine
+    from vllm.v1.request import Request
 
 CPU_DEFAULTS: dict[str, Any] = {
     "block_size": 32,  # the CPU backend's own 128 reads up to 127 tokens of each chunk's prompt again
@@ -52,6 +56,9 @@ MANY = 16
 LEFT = 0.7
 """What part of a group is still under way when the next requests are taken in."""
 
+MOST_ROWS = 1024
+"""Of how many rows blocks' hashes are kept; those asked for longest ago give way."""
+
 
 class Ready(NamedTuple):
     """The engine has started.
@@ -69,7 +76,7 @@ class Ask(NamedTuple):
     """A request.
 
     Attributes:
-        name: Its name, for the answers.
+        name: Its name, for the answers: its row's, a dash, a number.
         kind: Whether all is wanted at once, or as it comes, or one label for each token.
         ids: The prompt.
         params: Of ``vllm.SamplingParams``, or of ``vllm.PoolingParams`` for labels.
@@ -81,6 +88,11 @@ class Ask(NamedTuple):
     ids: array[int]
     params: dict[str, Any]
     priority: int = 0
+
+    @property
+    def row(self) -> str:
+        """The name of the row that it belongs to."""
+        return self.name.rpartition("-")[0]
 
 
 class Abort(NamedTuple):
@@ -302,6 +314,44 @@ def _serve(engine: LLMEngine, wire: Wire) -> None:
             wire.send(answers)
 
 
+class Hashes:
+    """vLLM's hashes of full blocks, kept by row.
+
+    vLLM knows blocks again by their hashes, and hashes the whole prompt of each request: most of what it costs to take a
+    long one in (``benchmarks/chunk.py``). But a row's prompt begins with the row's last prompt. What is kept takes some
+    7 bytes a token.
+
+    Args:
+        engine: Whose hashes these are.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        core = engine.engine_core.engine_core
+        self._hash: Callable[[Request], list[bytes]]
+        if core.request_block_hasher is not None:  # vLLM caches prefixes
+            self._hash, core.request_block_hasher = core.request_block_hasher, self._begun
+        self._rows: OrderedDict[str, tuple[array[int], list[bytes]]] = OrderedDict()
+        self._coming: Ask | None = None
+
+    def expect(self, asked: Ask) -> None:
+        """Note the request that vLLM is given next."""
+        self._coming = asked
+
+    def _begun(self, request: Request) -> list[bytes]:
+        """Return the hashes that the request has not yet, as vLLM's own function does, from what is known."""
+        asked, self._coming = self._coming, None
+        if asked is None:  # it goes on
+            return self._hash(request)
+        before, known = self._rows.pop(asked.row, (asked.ids, []))
+        if asked.ids[: len(before)] == before:
+            request.block_hashes += known
+        new = self._hash(request)
+        self._rows[asked.row] = asked.ids, [*request.block_hashes, *new]
+        if len(self._rows) > MOST_ROWS:
+            self._rows.popitem(last=False)
+        return new
+
+
 @dataclass(slots=True)
 class _Text:
     """What came of a request and is not told yet: it is with ``enough`` tokens, and at the end."""
@@ -329,6 +379,7 @@ class Texts:
         kept = config.kv_transfer_config
         self._tails = kept is not None and kept.kv_connector_module_path == TAILS
         self._going: dict[str, _Text] = {}
+        self._hashes = Hashes(engine)
 
     def add(self, asked: Ask) -> None:
         """Hand a request to the engine.
@@ -348,9 +399,10 @@ class Texts:
         else:
             params = SamplingParams(**asked.params, detokenize=False, skip_clone=True)  # nobody else's
             if self._tails:
-                params.extra_args = {"kv_transfer_params": {"row": asked.name.rpartition("-")[0]}}
+                params.extra_args = {"kv_transfer_params": {"row": asked.row}}
         prompt = tokens_input(asked.ids.tolist())
         request = self._processor.process_inputs(asked.name, prompt, params, self._tasks, priority=asked.priority)
+        self._hashes.expect(asked)
         self._core.add_request(request)
         self._going[asked.name] = _Text(enough=1 if asked.kind == "stream" else math.inf)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from array import array
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from datasets import Dataset
 from tessy_hf import BoundaryPredictor, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines import vllm as module
 from tessy_hf.engines.vllm import VLLMEngine
+from tessy_hf.engines.vllm_worker import MOST_ROWS, Ask, Hashes
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.methods import write
 from tessy_hf.settings import Settings
@@ -215,6 +217,54 @@ def test_nothing_is_kept_of_a_full_block_nor_of_a_prompt_that_was_not_read(tails
     stale.num_in_flight_tokens = 2  # of a step that had begun
     made.request_finished(stale, [1, 2])
     assert made.build_connector_meta(None).kept == {}
+
+
+@pytest.fixture
+def begin():
+    """Begin a request, in blocks of four tokens. Returns it, and the blocks that are hashed for it as it goes on."""
+    from vllm import SamplingParams  # warns of itself
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    def counted(block):
+        hashed.append(list(block[1]))
+        return sha256(block)
+
+    def made(name, ids, hasher):
+        return Request(name, list(ids), SamplingParams(max_tokens=9), None, block_hasher=hasher)
+
+    def begun(name, ids):
+        hashes.expect(Ask(name, "complete", array("i", ids), {}))
+        hashed.clear()
+        request = made(name, ids, core.request_block_hasher)
+        assert request.block_hashes == made(name, ids, get_request_block_hasher(4, sha256)).block_hashes
+        return request, hashed
+
+    init_none_hash(sha256)
+    hashed, core = [], SimpleNamespace(request_block_hasher=get_request_block_hasher(4, counted))
+    hashes = Hashes(SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)))
+    return begun
+
+
+def test_only_blocks_that_are_new_in_a_row_are_hashed(begin):
+    request, hashed = begin("row-0", [*range(10)])
+    assert hashed == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    request.append_output_token_ids([90, 91])  # of which the row keeps the first
+    assert hashed[2:] == [[8, 9, 90, 91]] and len(request.block_hashes) == 3
+    assert begin("row-1", [*range(10), 90, 11, 12])[1] == [[8, 9, 90, 11]]
+    assert begin("row-2", [*range(10), 90, 11, 12])[1] == []
+    assert begin("another-3", [*range(8)])[1] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert begin("row-4", [*range(5), 0, 0, 0, 0])[1] == [[0, 1, 2, 3], [4, 0, 0, 0]]  # begun anew
+    assert begin("row-5", [*range(3)])[1] == []
+
+
+def test_hashes_of_rows_asked_for_longest_ago_are_forgotten(begin):
+    for row in range(MOST_ROWS):
+        begin(f"{row}-0", [row] * 4)
+    assert begin("0-1", [0] * 4)[1] == []
+    assert begin("new-0", [7] * 4)[1] == [[7] * 4]
+    assert begin("0-2", [0] * 4)[1] == [] and begin("1-1", [1] * 4)[1] == [[1] * 4]
 
 
 def test_a_start_that_is_broken_off_leaves_no_process_behind():
