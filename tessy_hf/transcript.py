@@ -7,6 +7,7 @@ boundaries or engines.
 
 from __future__ import annotations
 
+import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from tessy_hf.trajectory import Author
-from tessy_hf.vocabulary import Encoding, Vocabulary, words
+from tessy_hf.vocabulary import Encoding, Vocabulary
+
+_BEFORE_LAST_WORD = re.compile(r".*\S(?=\s+\S)", re.DOTALL)
+"""Ends where the whitespace before a text's last word begins, unless the text has no other word."""
 
 
 class Preview(NamedTuple):
@@ -215,10 +219,11 @@ class TokenList:
 
     def _move_seam(self, text: str, encoded: Encoding) -> None:
         """Let the tail begin at the last word that no token straddles into."""
-        ends = [end for _, end in encoded.offsets]
-        for start, _ in reversed(words(text)):
+        ends, stop = [end for _, end in encoded.offsets], len(text)
+        while (found := _BEFORE_LAST_WORD.match(text, 0, stop)) is not None:
+            start = stop = found.end()
             index = bisect_right(ends, start)
-            if text[start].isspace() and start > 0 and index < len(ends) and encoded.offsets[index][0] >= start:
+            if index < len(ends) and encoded.offsets[index][0] >= start:
                 self._tail, self._tail_tokens = text[start:], len(ends) - index
                 return
         self._tail, self._tail_tokens = text, len(ends)
