@@ -317,9 +317,9 @@ def _serve(engine: LLMEngine, wire: Wire) -> None:
 class Hashes:
     """vLLM's hashes of full blocks, kept by row.
 
-    vLLM knows blocks again by their hashes, and hashes the whole prompt of each request: most of what it costs to take a
-    long one in (``benchmarks/chunk.py``). But a row's prompt begins with the row's last prompt. What is kept takes some
-    7 bytes a token.
+    vLLM knows blocks again by their hashes, and hashes the whole prompt of each request: most of what it costs to take
+    in a long one (``benchmarks/chunk.py``). But a row's prompt begins with the row's last prompt. What is kept takes
+    some 7 bytes a token.
 
     Args:
         engine: Whose hashes these are.
