@@ -339,9 +339,10 @@ class Hashes:
 
     def _begun(self, request: Request) -> list[bytes]:
         """Return the hashes that the request has not yet, as vLLM's own function does, from what is known."""
-        asked, self._coming = self._coming, None
-        if asked is None:  # it goes on
+        asked = self._coming
+        if asked is None or asked.name != request.request_id:  # it goes on
             return self._hash(request)
+        self._coming = None
         before, known = self._rows.pop(asked.row, (asked.ids, []))
         if asked.ids[: len(before)] == before:
             request.block_hashes += known

@@ -234,9 +234,11 @@ def begin():
     def made(name, ids, hasher):
         return Request(name, list(ids), SamplingParams(max_tokens=9), None, block_hasher=hasher)
 
-    def begun(name, ids):
+    def begun(name, ids, comes=True):
         hashes.expect(Ask(name, "complete", array("i", ids), {}))
         hashed.clear()
+        if not comes:
+            return None, hashed
         request = made(name, ids, core.request_block_hasher)
         assert request.block_hashes == made(name, ids, get_request_block_hasher(4, sha256)).block_hashes
         return request, hashed
@@ -257,6 +259,13 @@ def test_only_blocks_that_are_new_in_a_row_are_hashed(begin):
     assert begin("another-3", [*range(8)])[1] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert begin("row-4", [*range(5), 0, 0, 0, 0])[1] == [[0, 1, 2, 3], [4, 0, 0, 0]]  # begun anew
     assert begin("row-5", [*range(3)])[1] == []
+
+
+def test_a_request_that_vllm_refuses_is_not_taken_for_one_that_goes_on(begin):
+    request, _ = begin("row-0", [*range(8)])
+    _, hashed = begin("row-1", [*range(9)], comes=False)
+    request.append_output_token_ids([8, 9, 10, 11])
+    assert hashed == [[8, 9, 10, 11]] and len(request.block_hashes) == 3
 
 
 def test_hashes_of_rows_asked_for_longest_ago_are_forgotten(begin):
