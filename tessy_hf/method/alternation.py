@@ -183,7 +183,7 @@ class Written(NamedTuple):
         ends: Where each token's text ends in it.
         words: Where each of its words begins and ends.
         begins: Which token has each word's first letter, behind the whitespace.
-        spelled: Each word as every model reads it.
+        spelled: Each word as it was written, the row's first without the whitespace before it.
         closed: Whether the author ended the thinking after it.
     """
 
@@ -367,7 +367,7 @@ class Row:
         spans, first = words(text), not self.trajectory.spans
         plain = [text[start:end] for start, end in spans]
         begins = [bisect_right(ends, end - len(word.lstrip())) for word, (_, end) in zip(plain, spans, strict=True)]
-        spelled = [self.transcript.spell(word, first=first and not i) for i, word in enumerate(plain)]
+        spelled = [plain[0].lstrip(), *plain[1:]] if first and plain else plain
         return Written(text, ends, spans, begins, spelled, closed)
 
     # --- judging
@@ -416,11 +416,13 @@ class Row:
         """
         reader, shift = self.transcript.reader(predictor.vocabulary), predictor.label_shift
         before = list(accumulate(map(len, written.spelled), initial=0))
-        whole, settled = "".join(written.spelled), bool(self.trajectory.spans)
+        whole = "".join(written.spelled)
         if shift:
             parts = {i: written.spelled[i] for i in asked}
         else:
-            parts = {i: self.transcript.spell(written.part(i), first=not settled and not i) for i in asked}
+            parts = {i: written.part(i) for i in asked}
+            if not self.trajectory.spans and 0 in parts:
+                parts[0] = parts[0].lstrip()
         last = asked[-1]
         shared = reader.preview(whole[: before[last]] + parts[last])
         token_ends = set(shared.ends)
