@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tessy_hf.cli import app
+from tessy_hf.cli.main import app
 from tests.readme import runnable_blocks
 
 pytestmark = pytest.mark.slow
