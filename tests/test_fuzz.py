@@ -225,6 +225,7 @@ YAML = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*the small one that comes with tessy-hf:UserWarning")
 @settings(max_examples=200)
 @given(text=YAML)

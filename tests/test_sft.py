@@ -20,6 +20,8 @@ from tests.hub_server import HubServer, clients_of
 from tests.rows.test_columns import HARMONY, as_row, trajectory
 from tests.worlds import R1, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "dataset_cards" / "miniature" / "data" / "train-00000.parquet"
 QUICK = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "seed": 0, "disable_tqdm": True}

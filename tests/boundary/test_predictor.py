@@ -346,6 +346,7 @@ print(statistics.median(seen), seen)  # a median: the heap grows at first, and o
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_forward_pass_gets_the_memory_of_the_one_before_unless_the_user_says_otherwise():
     def faults(**environment):

@@ -17,6 +17,8 @@ from tessy_hf.boundary_training.segments import read_segments
 from tessy_hf.boundary_training.train import train_boundary
 from tests.worlds import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 EXCERPT = ROOT / "tests" / "data" / "traces_excerpt.jsonl"
 TRACES = {row["problem_id"]: row for row in map(json.loads, EXCERPT.read_text("utf-8").rstrip("\n").split("\n"))}

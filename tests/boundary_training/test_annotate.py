@@ -279,6 +279,7 @@ annotate(traces(12), Speaker(Killed()), sys.argv[1], rows_in_flight=3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

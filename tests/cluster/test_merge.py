@@ -209,6 +209,7 @@ def test_the_command_finds_a_planted_missing_row_and_a_planted_duplicate(hosts, 
     assert code == 0 and rows["id"] == [f"r{i}" for i in range(40)] and rows[5]["answer"] == "the answer is r5 ."
 
 
+@pytest.mark.slow
 def test_shards_of_the_command_make_the_whole(tessy, tmp_path):
     """What a SLURM array does, with the miniature models: shards into one folder of parts, then a merge."""
     from tessy_hf import demo

@@ -134,6 +134,7 @@ def test_a_replica_that_goes_ends_what_it_has_and_is_asked_for_nothing_more(file
     assert [list(each.token_ids) for each in answers] == 2 * [expected(request(prompt=i)) for i in range(6)]
 
 
+@pytest.mark.slow
 def test_replicas_come_and_go_in_mid_run_and_no_row_is_lost(file):
     def change(at, *listed):
         def mishap(handler, body):

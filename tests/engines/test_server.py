@@ -142,6 +142,7 @@ WRONG_TEXT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", [*LOST.values(), *DOWN.values(), *WRONG.values()], ids=[*LOST, *DOWN, *WRONG])
 def test_a_server_that_fails_for_a_while_is_asked_again(mishap):
     with FakeServer(faults=[mishap, mishap]) as server:
@@ -153,6 +154,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(mishap):
 STREAMS = {**LOST, **DOWN, **WRONG, "breaks off": servers.break_off}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [("generate",), ("ids",)])
 @pytest.mark.parametrize("mishap", STREAMS.values(), ids=STREAMS)
 def test_a_stream_that_fails_goes_on_after_what_came(mishap, ways):

@@ -19,6 +19,7 @@ class TestTransformersEngine(ModelContract):
     def make():
         return TransformersEngine(demo.STUDENT)
 
+    @pytest.mark.slow
     def test_sampling_follows_the_models_distribution(self, ask):
         """The first token over many seeds is distributed as softmax(logits / T) says."""
         drawn = ask(

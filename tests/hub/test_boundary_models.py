@@ -52,6 +52,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.mark.slow
 def test_a_pushed_predictor_is_one_commit_and_loads_with_the_same_logits(folder, hub, tmp_path):
     commit = push_boundary(folder, "ada/tiny", tag="v1", license="mit", datasets=["ada/spans"])
     repo = hub.repos["models", "ada/tiny"]

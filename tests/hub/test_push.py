@@ -51,6 +51,7 @@ def manifest_at(hub, revision):
     return Manifest.model_validate_json(hub.read(REPO, revision, MANIFEST))
 
 
+@pytest.mark.slow
 def test_parts_of_several_hosts_become_one_release(hub, tmp_path):
     for host in range(2):
         with scripted(parts=str(tmp_path / "parts")) as transform:
@@ -65,6 +66,7 @@ def test_parts_of_several_hosts_become_one_release(hub, tmp_path):
     assert told.settings == record.settings and told.teacher == record.teacher
 
 
+@pytest.mark.slow
 def test_a_stream_becomes_one_tagged_release(hub, monkeypatch):
     monkeypatch.setattr(shards, "BATCH_ROWS", 64)
     rows, transform = stream(1000)
@@ -134,6 +136,7 @@ def test_versions_only_grow_and_look_like_versions(hub):
         push(finished(8), "2.0.0", config_name="other")
 
 
+@pytest.mark.slow
 def test_a_major_version_replaces_and_the_old_one_stays_as_it_was(hub):
     push(finished(40))
     old = hub.paths(REPO, "v1.0.0")
@@ -147,6 +150,7 @@ def test_a_major_version_replaces_and_the_old_one_stays_as_it_was(hub):
     assert len(load_dataset(REPO, revision="v1.0.0", split="failures")) == 4
 
 
+@pytest.mark.slow
 def test_a_minor_version_adds_the_rows_that_are_new(hub):
     push(finished(40))
     begun = len(hub.requests)
@@ -236,6 +240,7 @@ def test_no_token_is_ever_written_down(hub, caplog):
 # --- Hubs that differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"regular_parquet": True}, {"initial_commit": False}], ids=str)
 def test_servers_may_differ_in_what_is_not_documented(tmp_path, monkeypatch, kind):
     with HubServer(tmp_path / "s", **kind) as server, clients_of(server, tmp_path / "home", monkeypatch):

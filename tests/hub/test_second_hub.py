@@ -27,7 +27,10 @@ from tests.second_hub import SecondHub
 from tests.test_transform import prompts, scripted
 
 # The client's own upload speaks to httpx2 in a deprecated way.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
+]
 
 READ = """
 import json, sys

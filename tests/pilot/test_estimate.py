@@ -83,6 +83,7 @@ def test_the_pilot_leaves_the_journal_alone(tmp_path):
         assert run.plan(PROMPTS).to_do == 12
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_object(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     demo.prompts(5, seed=1).to_json(prompts)

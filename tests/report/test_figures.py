@@ -69,6 +69,7 @@ def test_tokens_by_part_are_drawn_with_their_totals(summary):
     assert f"{sum(expected[:2]):,}" in texts(figure) and f"{sum(expected[4:]):,}" in texts(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", figures.NAMES)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_figure_has_a_title_units_a_legend_and_the_same_bytes_again(summary, name, theme):

@@ -52,6 +52,7 @@ def test_columns_of_lists_stand_among_a_row_s_details(rows):
     assert details[0]["tests"] == '["assert True"]' and "tests" not in details[1] and "prompt" not in details[0]
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_file_that_needs_no_other(tessy, tmp_path, rows):
     rows.to_parquet(tmp_path / "a.parquet")
     code, printed = tessy(tmp_path / "a.parquet", "--out", tmp_path / "r.html", "--rows", 10)
@@ -65,6 +66,7 @@ def test_the_command_writes_one_file_that_needs_no_other(tessy, tmp_path, rows):
     assert "Problem 0" not in page  # no text of a row stands in the page as such
 
 
+@pytest.mark.slow
 def test_a_dataset_on_the_hub_is_read_at_its_version(tessy, tmp_path, rows):
     push = (
         "import sys\nfrom datasets import Dataset\nfrom huggingface_hub import HfApi\n"
@@ -86,6 +88,7 @@ def test_a_dataset_on_the_hub_is_read_at_its_version(tessy, tmp_path, rows):
             assert code == 1 and f"'{source}' cannot be read" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_told(tessy, tmp_path, rows):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "rows.txt").write_text("text")

@@ -57,6 +57,7 @@ MATH = [
 ]
 
 
+@pytest.mark.slow
 def test_math_verify():
     pytest.importorskip("math_verify")
     MathVerify().check()
