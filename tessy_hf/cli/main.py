@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tessy_hf.errors import DatasetError, SettingsError, TessyError
+from tessy_hf.errors import SettingsError, TessyError
 
 if TYPE_CHECKING:
     from tessy_hf.cluster.merge import Report
@@ -29,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
 JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_default=False)]
 
 
@@ -42,8 +40,8 @@ def synthesize(
     data: Annotated[
         str,
         typer.Argument(
-            help="Prompts: a .jsonl, .json, .csv or .parquet file, or a dataset on the Hub, user/name or "
-            "user/name@revision."
+            help="Prompts: a file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a prompt per line; also "
+            "compressed), a saved folder, or a dataset on the Hub, user/name or user/name@revision."
         ),
     ],
     out: Annotated[
@@ -72,7 +70,7 @@ def synthesize(
     with _transform(recipe, change or [], run) as transform:
         if out is None and transform.settings.parts is None:
             raise SettingsError("No place is named for the rows. Name a file, or pass --set parts= with a folder.")
-        prompts = _shard(_load(data, split, config), shard)
+        prompts = _shard(_prompts(data, split, config), shard)
         if ray:
             _synthesize_on_ray(prompts, transform, out, recipe, change or [])
             return
@@ -128,7 +126,7 @@ def plan(
     """Estimate what a run costs, from a short pilot whose rows are thrown away."""
     from tessy_hf.pilot.estimate import estimate
 
-    given = _load(data, split, config, streaming=prompts is not None)
+    given = _prompts(data, split, config, streaming=prompts is not None)
     gpus = {"teacher": teacher_gpus, "student": student_gpus}
     with _transform(recipe, change or [], None) as transform:
         found = estimate(transform, given, prompts, rows, gpus)
@@ -223,7 +221,9 @@ def merge(
     from tessy_hf.cluster.merge import Merge
 
     settings = _transform(recipe, change or [], run).settings if recipe is not None else None
-    merged = Merge(sources, _load(data, split, config), settings=settings, run=run, first=first, incomplete=incomplete)
+    merged = Merge(
+        sources, _prompts(data, split, config), settings=settings, run=run, first=first, incomplete=incomplete
+    )
     _tell_merge(merged.report, as_json)
     merged.check()
     if out is not None:
@@ -380,7 +380,7 @@ def report(
     rows: Annotated[int, typer.Option(help="Show so many rows at most. The numbers are of all.")] = 10_000,
 ) -> None:
     """Write one HTML file with a dataset's numbers, its figures and its rows coloured by author."""
-    from tessy_hf.report import write_report
+    from tessy_hf.report.page import write_report
 
     shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
     size = out.stat().st_size / 1e6
@@ -411,15 +411,16 @@ def analyze(
     nll_rows: Annotated[int, typer.Option(help="How many rows of each dataset the student reads.")] = 200,
 ) -> None:
     """Compare datasets of the same prompts: similarity, lengths, authors, words, and the student's own view."""
+    from tessy_hf.engines.scoring import load_student
     from tessy_hf.report import compare_page as analysis
-    from tessy_hf.report import open_dataset, short_names
     from tessy_hf.report.compare import analyze as compare
+    from tessy_hf.rows.loading import load, short_names
 
     if student is None and tokenizer is None:
         raise SettingsError("No tokenizer is named. Pass --student or --tokenizer with the model to be trained.")
-    vocabulary, model = _student(tokenizer or str(student), student)
-    datasets = {name: open_dataset(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
-    told = compare(datasets, vocabulary, limit=limit, student=model, nll_rows=nll_rows)
+    vocabulary, scorer = load_student(tokenizer or str(student), student)
+    datasets = {name: load(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
+    told = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
     if as_json:
         typer.echo(json.dumps(told))
         return
@@ -429,37 +430,20 @@ def analyze(
     Console().print(f"{told['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
 
 
-def _student(tokenizer: str, student: str | None) -> tuple[Any, Any]:
-    """Load the student's tokenizer, and the student if it is to read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tessy_hf.vocabulary import Vocabulary
-
-    try:
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(tokenizer), tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(student, use_safetensors=True) if student else None
-    except (OSError, ValueError) as error:
-        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SettingsError(
-            f"{student or tokenizer!r} cannot be loaded: {seen}. A folder or a Hub id with a tokenizer (for --student "
-            "with weights as safetensors too) is expected; check the name and HF_TOKEN."
-        ) from error
-    return vocabulary, model.eval() if model is not None else None
-
-
 def _finished(rows: str, split: str) -> Any:
     """Open what is to be pushed."""
     from tessy_hf.rows.columns import schema
+    from tessy_hf.rows.loading import ending, load
 
-    if Path(rows).suffix in _KINDS:
-        dataset = _load(rows, "train", streaming=False)
+    if ending(rows):
+        dataset = load(rows)
         message = dataset.features.get("messages")
         keys = getattr(message, "feature", {})
         typed = {name: kind for name, kind in schema("thinking" not in keys).items() if name in dataset.features}
         return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
     if Path(rows).exists() or rows.count("/") != 1:
         return Path(rows)
-    return _load(rows, split, streaming=False)
+    return load(rows, split)
 
 
 @app.command()
@@ -475,11 +459,12 @@ def annotate(
     """Let a model mark the style spans in segments of reasoning traces."""
     from tessy_hf.boundary_training import annotate as annotation
     from tessy_hf.recipe import read_annotation
+    from tessy_hf.rows.loading import load
 
     annotator, settings = read_annotation(recipe)
     settings |= {} if limit is None else {"limit": limit}
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    found = annotation.annotate(_load(traces, split), annotator, out, **settings)
+    found = annotation.annotate(load(traces, split, streaming=True), annotator, out, **settings)
     table = Table("answers", "")
     for outcome, count in found.counts.items():
         table.add_row(outcome, str(count))
@@ -514,8 +499,10 @@ def train_boundary(
 
 
 def _chain(places: str | list[str], split: str) -> Iterator[Any]:
+    from tessy_hf.rows.loading import load
+
     for place in [places] if isinstance(places, str) else places:
-        yield from _load(place, split)
+        yield from load(place, split, streaming=True)
 
 
 @app.command("push-boundary")
@@ -553,8 +540,9 @@ def evaluate_boundary(
     from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
     from tessy_hf.boundary_training import metrics
     from tessy_hf.boundary_training.segments import read_segments
+    from tessy_hf.rows.loading import load
 
-    segments = read_segments(_load(data, split))
+    segments = read_segments(load(data, split, streaming=True))
     stated: Any = {"label_shift": label_shift, "style_label": style_label, "window": window}
     predictor = BoundaryPredictor.from_pretrained(model or SHIPPED, revision=revision, **stated)
     evaluation = metrics.evaluate(predictor, segments)
@@ -601,16 +589,10 @@ def _iterate(rows: Any) -> Iterator[Any]:
     yield from rows
 
 
-def _load(data: str, split: str, config: str | None = None, *, streaming: bool = True) -> Any:
-    from datasets import load_dataset
+def _prompts(data: str, split: str, config: str | None, *, streaming: bool = True) -> Any:
+    from tessy_hf.rows.loading import load
 
-    kind = _KINDS.get(Path(data).suffix)
-    if kind is None:
-        name, _, revision = data.partition("@")
-        return load_dataset(name, config, split=split, revision=revision or None, streaming=streaming)
-    if not any(mark in data for mark in ("://", "*")) and not Path(data).is_file():
-        raise DatasetError(f"There is no file {data!r}. Check the path, or name a dataset on the Hub.")
-    return load_dataset(kind, data_files=data, split=split, streaming=streaming)
+    return load(data, split, config, streaming=streaming, line_column="prompt")
 
 
 def _writer(out: Path) -> str:
