@@ -111,6 +111,11 @@ class TokenList:
         """How many ids the model has written since others last did, tentative ones included."""
         return len(self.ids) - self._turn.begin
 
+    @property
+    def tentative_tokens(self) -> int:
+        """How many ids are tentative."""
+        return self._tentative
+
     # --- what others wrote
 
     def append(self, text: str) -> None:

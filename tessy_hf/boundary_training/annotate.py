@@ -37,8 +37,9 @@ from tessy_hf.dialects import Dialect, detect
 from tessy_hf.engines.base import Request, derive_seed
 from tessy_hf.errors import BoundaryError, RequestError, SettingsError
 from tessy_hf.errors import TemplateError as ChatTemplateError
-from tessy_hf.method.alternation import Plan, synthesize
+from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
+from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.vocabulary import Vocabulary, words
 
@@ -279,7 +280,8 @@ def _align(segment: Segment, drawn: Mapping[str, Any], settings: AnnotationSetti
         if starts:
             start, begins = Random(f"{settings.seed} {drawn['id']}").choice(starts), "span"
     ends = [start + end for _, end in words(segment.text[start:])]
-    return segment.part(start, ends[min(settings.words, len(ends)) - 1]), begins
+    end = ends[min(settings.words, len(ends)) - 1] if ends else len(segment.text)  # white space has no words
+    return segment.part(start, end), begins
 
 
 # --- the folder

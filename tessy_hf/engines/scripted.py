@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os.path import commonprefix
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request
@@ -23,6 +24,9 @@ from tessy_hf.vocabulary import Vocabulary, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MINIATURE_STUDENT = Path(__file__).parent.parent / "demo" / "models" / "student"
+"""Only its tokenizer is read."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,7 @@ class ScriptedEngine:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            from tessy_hf.demo import STUDENT
-
-            self._tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+            self._tokenizer = AutoTokenizer.from_pretrained(_MINIATURE_STUDENT)
         return self._tokenizer
 
     @property

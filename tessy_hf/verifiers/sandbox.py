@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -54,6 +53,11 @@ def run(
     """
     from tessy_hf.errors import SandboxError
 
+    if not hasattr(os, "fork"):
+        raise SandboxError(
+            f"Programs are run in processes of their own on Linux and macOS, not on {sys.platform}. Run there, or use "
+            "a verifier that runs no program."
+        )
     with tempfile.TemporaryDirectory(prefix="tessy-sandbox-", ignore_cleanup_errors=True) as folder:
         for name, text in files.items():
             (Path(folder) / name).write_bytes(text.encode("utf-8", "replace"))
@@ -101,6 +105,8 @@ def _run(folder: str, stdin: str, limits: list[str], seconds: float) -> tuple[in
 
 def _enter(cpu_seconds: int, memory_mb: int, network: bool) -> None:
     """Replace this process by ``main.py``, within limits and in namespaces of its own."""
+    import resource  # not on Windows, where the rest of the package works
+
     libc = ctypes.CDLL(None, use_errno=True)
     isolated = _unshare(libc, network)
     if not isolated and not network:

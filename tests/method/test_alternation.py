@@ -679,6 +679,22 @@ def test_an_endless_word_is_cut_off():
     assert (row.finish_reason, row.text("thinking")) == ("repetition", "all")
 
 
+@pytest.mark.parametrize("text", ["all " + "10" * 9000, "all of" + "\n" * 9000, "all 1,2" + ",1,2" * 4000])
+@pytest.mark.parametrize("method", ["alternate", "student"])
+@pytest.mark.parametrize("k", [1, 8, "stream"])
+def test_the_thinking_budget_binds_where_no_word_ends(text, method, k):
+    row = write(
+        CannedEngine(),
+        scripted([text]),
+        both(always_style),
+        chunk_tokens=k,
+        thinking=method,
+        max_thinking_tokens=50,
+    )
+    assert (row.finish_reason, row.text("thinking")) == ("length", "all")
+    assert row.generated["student"] <= 2 * 50 + 20
+
+
 def test_an_answer_that_goes_round_in_circles_is_called_repetition():
     answer, budget = "again " * 600, len(ids_of("again " * 550))
     row = write(CannedEngine(), scripted(Script(["all"], answer)), both(always_style), max_answer_tokens=budget)
