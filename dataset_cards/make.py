@@ -26,7 +26,8 @@ from tessy_hf.manifest import (
     now,
     record,
 )
-from tessy_hf.report import figures, summarise
+from tessy_hf.report import figures
+from tessy_hf.report.statistics import summarize
 from tessy_hf.rows.parquet import Rows
 
 HERE = Path(__file__).parent
@@ -46,7 +47,7 @@ def make_miniature(rows: int = 256) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(path)
     size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    summary = summarise(dataset)
+    summary = summarize(dataset)
     manifest = Manifest(
         version="1.0.0",
         runs=[run],
@@ -75,7 +76,7 @@ def make_miniature(rows: int = 256) -> None:
 
 def miniature_card() -> str:
     """Render the card of the miniature dataset from its rows and its manifest."""
-    summary = summarise(Dataset.from_parquet(str(MINIATURE / ROWS)))
+    summary = summarize(Dataset.from_parquet(str(MINIATURE / ROWS)))
     manifest = Manifest.model_validate_json((MINIATURE / "manifest.json").read_text(encoding="utf-8"))
     shown = {f"figures/{name}.png": figures.describe(name, summary) for name in figures.NAMES}
     return str(cards.dataset_card(summary, manifest, "tessy-hf/miniature", figures=shown))
@@ -95,7 +96,7 @@ def render() -> None:
     """Write the cards and the figures anew."""
     for folder, card in CARDS.items():
         (folder / "README.md").write_text(card(), encoding="utf-8")
-    figures.write(summarise(Dataset.from_parquet(str(MINIATURE / ROWS))), MINIATURE / "figures")
+    figures.write(summarize(Dataset.from_parquet(str(MINIATURE / ROWS))), MINIATURE / "figures")
 
 
 if __name__ == "__main__":

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from tessy_hf.errors import DatasetError, TessyError
-
-if TYPE_CHECKING:
-    pass
+from tessy_hf.errors import TessyError
 
 
-KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File endings and the `datasets` builders that read them."""
+def load(
+    data: str, split: str, config: str | None = None, *, streaming: bool = True, line_column: str = "text"
+) -> Any:
+    """Load prompts, traces or rows by name, see :func:`tessy_hf.rows.loading.load`."""
+    from tessy_hf.rows import loading
 
-
-def load(data: str, split: str, config: str | None = None, *, streaming: bool = True) -> Any:
-    """Load prompts, traces or rows: a file, or a dataset on the Hub as ``user/name`` or ``user/name@revision``."""
-    from datasets import load_dataset
-
-    kind = KINDS.get(Path(data).suffix)
-    if kind is None:
-        name, _, revision = data.partition("@")
-        return load_dataset(name, config, split=split, revision=revision or None, streaming=streaming)
-    if not any(mark in data for mark in ("://", "*")) and not Path(data).is_file():
-        raise DatasetError(f"There is no file {data!r}. Check the path, or name a dataset on the Hub.")
-    return load_dataset(kind, data_files=data, split=split, streaming=streaming)
+    return loading.load(data, split, config, streaming=streaming, line_column=line_column)
 
 
 def check_output(out: Path) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tessy_hf.cli.files import KINDS, load
+from tessy_hf.cli.files import load
 
 if TYPE_CHECKING:
     pass
@@ -71,8 +71,9 @@ def push(
 def _finished(rows: str, split: str) -> Any:
     """Open the rows to push."""
     from tessy_hf.rows.columns import schema
+    from tessy_hf.rows.loading import ending
 
-    if Path(rows).suffix in KINDS:
+    if ending(rows):
         dataset = load(rows, "train", streaming=False)
         message = dataset.features.get("messages")
         keys = getattr(message, "feature", {})

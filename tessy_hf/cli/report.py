@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from tessy_hf.errors import SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 
 def report(
@@ -31,8 +28,8 @@ def report(
     config_name: Annotated[str | None, typer.Option("--config", help="Which configuration, on the Hub.")] = None,
     rows: Annotated[int, typer.Option(help="The most rows to show; the numbers cover all rows.")] = 10_000,
 ) -> None:
-    """Write one HTML file with a dataset's numbers, its figures and its rows coloured by author."""
-    from tessy_hf.report import write_report
+    """Write one HTML file with a dataset's statistics, figures and rows colored by author."""
+    from tessy_hf.report.page import write_report
 
     shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
     size = out.stat().st_size / 1e6
@@ -63,37 +60,20 @@ def analyze(
     nll_rows: Annotated[int, typer.Option(help="Rows of each dataset that the student reads.")] = 200,
 ) -> None:
     """Compare datasets of the same prompts: similarity, lengths, authors, words, and likelihood under the student."""
-    from tessy_hf.report import compare_page as analysis
-    from tessy_hf.report import open_dataset, short_names
+    from tessy_hf.engines.scoring import load_student
+    from tessy_hf.report import compare_page
     from tessy_hf.report.compare import analyze as compare
+    from tessy_hf.rows.loading import load, short_names
 
     if student is None and tokenizer is None:
         raise SettingsError("No tokenizer given. Pass --student or --tokenizer with the model to be trained.")
-    vocabulary, model = _student(tokenizer or str(student), student)
-    datasets = {name: open_dataset(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
-    result = compare(datasets, vocabulary, limit=limit, student=model, nll_rows=nll_rows)
+    vocabulary, scorer = load_student(tokenizer or str(student), student)
+    datasets = {name: load(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
+    result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
     if as_json:
         typer.echo(json.dumps(result))
         return
-    analysis.write(out, result)
+    compare_page.write(out, result)
     for one in result["similarity"]:
         Console().print(f"{' and '.join(one['of'])}: similarity {one['mean']:.3f}", markup=False, soft_wrap=True)
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
-
-
-def _student(tokenizer: str, student: str | None) -> tuple[Any, Any]:
-    """Load the student's tokenizer and, if named, the student."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tessy_hf.vocabulary import Vocabulary
-
-    try:
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(tokenizer), tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(student, use_safetensors=True) if student else None
-    except (OSError, ValueError) as error:
-        seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SettingsError(
-            f"{student or tokenizer!r} cannot be loaded: {seen}. A folder or a Hub id with a tokenizer (for --student "
-            "with weights as safetensors too) is expected; check the name and HF_TOKEN."
-        ) from error
-    return vocabulary, model.eval() if model is not None else None

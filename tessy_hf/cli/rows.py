@@ -76,7 +76,8 @@ def merge(
     from tessy_hf.cluster.merge import Merge
 
     settings = open_transform(recipe, change or [], run).settings if recipe is not None else None
-    merged = Merge(sources, load(data, split, config), settings=settings, run=run, first=first, incomplete=incomplete)
+    prompts = load(data, split, config, line_column="prompt")
+    merged = Merge(sources, prompts, settings=settings, run=run, first=first, incomplete=incomplete)
     _print_report(merged.report, as_json)
     merged.check()
     if out is not None:

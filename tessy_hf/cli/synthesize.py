@@ -26,8 +26,8 @@ def synthesize(
     data: Annotated[
         str,
         typer.Argument(
-            help="Prompts: a .jsonl, .json, .csv or .parquet file, or a dataset on the Hub, user/name or "
-            "user/name@revision."
+            help="Prompts: a file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a prompt per line; also "
+            "compressed), a saved folder, or a dataset on the Hub, user/name or user/name@revision."
         ),
     ],
     out: Annotated[
@@ -56,7 +56,7 @@ def synthesize(
     with open_transform(recipe, change or [], run) as transform:
         if out is None and transform.settings.parts is None:
             raise SettingsError("No output path given. Pass a .parquet or .jsonl file, or --set parts=FOLDER.")
-        prompts = _shard(load(data, split, config), shard)
+        prompts = _shard(load(data, split, config, line_column="prompt"), shard)
         if ray:
             _synthesize_on_ray(prompts, transform, out, recipe, change or [])
             return
@@ -124,7 +124,7 @@ def plan(
     """Estimate the cost of a run from a short pilot, whose rows are discarded."""
     from tessy_hf.pilot.estimate import estimate
 
-    given = load(data, split, config, streaming=prompts is not None)
+    given = load(data, split, config, streaming=prompts is not None, line_column="prompt")
     gpus = {"teacher": teacher_gpus, "student": student_gpus}
     with open_transform(recipe, change or [], None) as transform:
         found = estimate(transform, given, prompts, rows, gpus)

@@ -142,7 +142,7 @@ def test_labels_of_which_none_is_called_style_are_refused_with_what_to_state(tmp
     folder = save(tmp_path, num_labels=3)
     with pytest.raises(BoundaryError) as caught:
         BoundaryPredictor.from_pretrained(folder, label_shift=0, device="cpu")
-    for shown in (folder, "LABEL_2", "none is called 'style'", "style_label=1"):
+    for shown in (folder, "LABEL_2", "none is named 'style'", "style_label=1"):
         assert shown in str(caught.value)
     assert load(folder, label_shift=0, style_label=2).live.convention.style_label == 2
     with pytest.raises(BoundaryError, match="style_label"):

@@ -14,10 +14,11 @@ from datasets import Dataset, load_dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker
 from tessy_hf.boundary_training import annotate as module
-from tessy_hf.boundary_training.annotate import AnnotationSettings, annotate
+from tessy_hf.boundary_training.annotate import annotate
 from tessy_hf.boundary_training.answers import locate
-from tessy_hf.boundary_training.sampling import Drawing, draw
+from tessy_hf.boundary_training.sampling import draw
 from tessy_hf.boundary_training.segments import Segment, span_starts
+from tessy_hf.boundary_training.settings import AnnotationSettings, Drawing
 from tessy_hf.errors import BoundaryError, EngineDeadError, RequestError, SettingsError
 from tests.worlds import CHATML, make_tokenizer
 

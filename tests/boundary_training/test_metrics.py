@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_fscore_support
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
-from tessy_hf.boundary_training.metrics import Reading, evaluate, evaluate_readings, is_causal, plot, read
+from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings, plot
+from tessy_hf.boundary_training.readings import Reading, is_causal, read
 from tessy_hf.boundary_training.segments import Segment
 from tests.boundary.test_predictor import NAMED, save
 from tests.rules import vocabulary

@@ -145,9 +145,9 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
     )
     for told in (
         "200 rows of reasoning",
-        f"| `stop` | {stop} | {stop / 2:.1f} % |",
+        f"| `stop` | {stop} | {stop / 2:.1f}% |",
         f"{200 - stop} of 200 rows",
-        f"{discarded:,} | {100 * discarded / (discarded + kept):.1f} % | {100 * discarded / cost:.1f} % |",
+        f"{discarded:,} | {100 * discarded / (discarded + kept):.1f}% | {100 * discarded / cost:.1f}% |",
         f"| teacher | {len(lengths)} | {sum(lengths) / len(lengths):.1f} |",
         "| `Row …: the engine answered HTTP ….` |",
         "[`openai/gpt-oss-120b`](https://huggingface.co/openai/gpt-oss-120b)",
