@@ -33,7 +33,7 @@ from tessy_hf.boundary_training.segments import (
 )
 from tessy_hf.boundary_training.warm_up import WarmUp, warm_up
 from tessy_hf.errors import BoundaryError, SettingsError
-from tessy_hf.hub.boundary_models import render_card
+from tessy_hf.boundary_training.card import render_card
 from tessy_hf.vocabulary import Vocabulary, words
 
 if TYPE_CHECKING:
