@@ -20,7 +20,7 @@ from tessy_hf import manifest as provenance
 from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
 from tessy_hf.errors import SettingsError
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.rows import columns
+from tessy_hf.rows import columns, prompt_source
 from tessy_hf.rows import datasets_internals as typed_streams
 from tessy_hf.run.runner import RUNS, Batch, Run, count
 from tessy_hf.settings import Settings
@@ -119,7 +119,7 @@ class TessyTransform(functools.partial[Any]):
             DatasetError: The prompt column is missing, or a column would be overwritten.
         """
         features = columns.features(dataset, self.settings.prompt_column, self.student.dialect)
-        self.source = provenance.source(dataset)
+        self.source = prompt_source.source(dataset)
         return features
 
     def record(self) -> provenance.RunRecord:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
+from tessy_hf.boundary_training.card import render_card
 from tessy_hf.boundary_training.examples import cut
 from tessy_hf.boundary_training.fit import fit, load_base, save, tune_bias
 from tessy_hf.boundary_training.metrics import Evaluation, evaluate
@@ -23,7 +24,6 @@ from tessy_hf.boundary_training.segments import Segment, read_segments, split_by
 from tessy_hf.boundary_training.settings import TrainingSettings
 from tessy_hf.boundary_training.warm_up import warm_up
 from tessy_hf.errors import SettingsError
-from tessy_hf.hub.boundary_models import render_card
 from tessy_hf.vocabulary import Vocabulary
 
 Rows = str | Path | Iterable[Mapping[str, Any] | Segment]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Features
+    from datasets import Dataset, Features, IterableDataset
 
 
 def install(is_ours: Callable[[Any], bool]) -> None:
@@ -65,3 +65,32 @@ def table(rows: Iterable[Mapping[str, Any]], features: Features) -> pa.Table:
 
     encoded = [features.encode_example(cast_to_python_objects(row)) for row in rows]
     return pa.Table.from_pylist(encoded, schema=features.arrow_schema)
+
+
+# --- private names that the Hub and the record of the prompts need
+
+
+def features_to_yaml(features: Features) -> list[Any]:
+    """Return columns and types as in a dataset card's ``dataset_info``."""
+    return features._to_yaml_list()  # type: ignore[no-any-return]
+
+
+def features_from_yaml(listed: list[Any]) -> Features:
+    """Return the columns and types that a dataset card's ``dataset_info`` states."""
+    from datasets import Features
+
+    return Features._from_yaml_list(listed)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Return the hash by which ``datasets`` knows the rows of a dataset."""
+    return str(dataset._fingerprint)
+
+
+def stream_steps(stream: IterableDataset) -> Iterator[Any]:
+    """Iterate over the steps a stream is made of, the last first."""
+    steps = [stream._ex_iterable]
+    for step in steps:
+        if step is not None:
+            yield step
+            steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
