@@ -295,7 +295,7 @@ class Replicas:
     async def _enter(self, row: str) -> tuple[Replica, int]:
         while True:
             replica = self._route(row)
-            if replica.error is not None and self.given_up:
+            if replica.error is not None and replica.pause and self.given_up:
                 raise ReplicaError(str(replica.error), replica.error.kind, 0.0)
             if (number := await replica.enter()) is not None:
                 return replica, number
