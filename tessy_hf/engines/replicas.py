@@ -1,0 +1,350 @@
+"""The servers of a model: which one serves a row, how many requests at once, which are left alone, come or go.
+
+A row's key goes in; a turn at a server comes out. A row stays with its server, for that server's prefix cache, until
+it fails the row; a new row goes to the server with the fewest. Servers that are down or ask for less are left alone as
+a whole, so that a run waits for them and not each row by itself. Knows no HTTP library, JSON or retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tessy_hf.engines.connections import ReplicaError
+from tessy_hf.errors import RequestError
+from tessy_hf.retries import RetryPolicy
+
+if TYPE_CHECKING:
+    from tessy_hf.engines.completions_api import Protocol
+
+MOVE_SECONDS = 2.0
+"""So long a row waits for its own server rather than go to another one, which would have to read its prompt again."""
+
+PROBE_SECONDS = 12.0
+"""So long a server that was down gets one request at a time: longer than it may take to refuse a connection, but not
+as long as it may take to answer."""
+
+BACKOFF = RetryPolicy(first_pause=0.1, longest_pause=10.0)
+"""How long a server that failed is left alone."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a server was found to offer.
+
+    Attributes:
+        protocol: How it is asked.
+        exact: Whether ids go in and come out, so that it can stream.
+        context_length: Most tokens of prompt and completion.
+        cache_tokens: How many tokens its cache holds, where it tells.
+    """
+
+    protocol: Protocol
+    exact: bool
+    context_length: int
+    cache_tokens: int | None
+
+
+@dataclass(eq=False)
+class Replica:
+    """One server: its rows, its turns, and until when it is left alone.
+
+    Attributes:
+        url: Its address.
+        service: What it offers.
+        most: Most requests at once.
+        rows: The rows it has.
+        down: Whether nothing served there when it was last asked.
+        error: How it was found to be down or busy when it was last asked, or ``None``.
+        failing_since: When it began to be so, by ``time.monotonic()``.
+    """
+
+    url: str
+    service: Service
+    most: int
+    rows: set[str] = field(default_factory=set)
+    down: bool = False
+    error: ReplicaError | None = None
+    failing_since: float = 0.0
+    _limit: float = field(init=False)
+    _running: int = 0
+    _probing: bool = False
+    _waiting: deque[asyncio.Future[int | None]] = field(default_factory=deque)
+    _failures: int = 0
+    _turns: int = 0
+    _turns_at_failure: int = 0
+    _closed_until: float = 0.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        self._limit = float(self.most)
+
+    @property
+    def pause(self) -> float:
+        """For how many more seconds it is left alone."""
+        return max(0.0, self._closed_until - time.monotonic())
+
+    async def enter(self) -> int | None:
+        """Wait for a turn.
+
+        Returns:
+            Its number; ``None`` where the row is to be routed again.
+        """
+        if not self._waiting and self._open:
+            return self._begin()
+        turn: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and (number := turn.result()) is not None:
+                self.leave(number)
+            raise
+
+    def leave(self, turn: int, *, answered: bool = False) -> None:
+        """End a turn; a request that was answered lets a little more be asked at once."""
+        self._running -= 1
+        if answered:
+            self._limit = min(float(self.most), self._limit + 1 / self._limit)
+        if turn > self._turns_at_failure:
+            self._probing = False
+        self._admit()
+
+    def answered(self, turn: int) -> None:
+        """Note an answer to a request: the server serves."""
+        if turn > self._turns_at_failure:  # requests sent before the last failure say nothing new
+            self.down, self.error, self._failures = False, None, 0
+            self._reopen()
+
+    def failed(self, turn: int, error: ReplicaError) -> None:
+        """Leave the server alone for a while, or ask it for half as much at once, where it is down or busy.
+
+        Requests sent before the last failure say nothing new.
+        """
+        if turn <= self._turns_at_failure:
+            return
+        self.failing_since = self.failing_since if self.error is not None else time.monotonic()
+        self.error, self._failures, self._turns_at_failure = error, self._failures + 1, self._turns
+        if error.kind == "busy":
+            self._limit = max(1.0, self._limit / 2)
+        self.down, self._probing = error.kind == "down", False
+        pause = BACKOFF.pause(self._failures, error)
+        self._closed_until = time.monotonic() + pause
+        self._set_timer(pause, self._reopen)
+
+    def turn_away(self) -> None:
+        """Let the rows that wait for a turn be routed again."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+
+    def stop_timer(self) -> None:
+        """Forget the end of the pause."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def _open(self) -> bool:
+        most = self._running < max(1, int(self._limit)) and not (self.down and self._probing)
+        return most and not self.pause
+
+    def _begin(self) -> int:
+        self._running, self._turns = self._running + 1, self._turns + 1
+        self._probing = self.down  # one request finds out whether it serves again
+        if self._probing:
+            self._set_timer(PROBE_SECONDS, self._serves)
+        return self._turns
+
+    def _serves(self) -> None:
+        self.down = self._probing = False
+        self._admit()
+
+    def _set_timer(self, seconds: float, then: Callable[[], None]) -> None:
+        self.stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, then)
+
+    def _reopen(self) -> None:
+        self._closed_until = 0.0
+        self.stop_timer()
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._open:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(self._begin())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn at a server: where to send one request to."""
+
+    url: str
+    service: Service
+    answered: Callable[[], None]
+    """To be called while parts of the answer arrive; the end of the turn tells by itself."""
+
+
+class Replicas:
+    """The servers there are now, and which of them has which row.
+
+    Args:
+        outage_seconds: So long may none of them answer, once one was down or busy, before rows are given up.
+
+    Attributes:
+        answered_at: When any of them last answered, by ``time.monotonic()``; 0 before.
+        missed: Set when one is found to be down.
+    """
+
+    def __init__(self, outage_seconds: float) -> None:
+        self._all: list[Replica] = []
+        self._homes: dict[str, Replica] = {}
+        self._outage_seconds = outage_seconds
+        self._idle_until = 0.0
+        self.answered_at = 0.0
+        self.missed = asyncio.Event()
+
+    def __iter__(self) -> Iterator[Replica]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the first of them may be asked again."""
+        return min((replica.pause for replica in self._all), default=0.0)
+
+    @property
+    def all_down(self) -> bool:
+        """Whether none serves."""
+        return all(replica.down for replica in self._all)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether all of them are down or busy and have been for too long, pauses that have begun included."""
+        if not all(replica.error for replica in self._all):
+            return False
+        since = max(self.answered_at, self._idle_until, *(replica.failing_since for replica in self._all))
+        return time.monotonic() + self.pause - since > self._outage_seconds
+
+    def idle(self) -> None:
+        """Note that no row has been asking: the time until now was no outage."""
+        self._idle_until = time.monotonic()
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of them take and give ids."""
+        return all(replica.service.exact for replica in self._all)
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """How many tokens their caches hold together, where all of them tell."""
+        known = [replica.service.cache_tokens for replica in self._all]
+        return sum(one or 0 for one in known) if known and all(known) else None
+
+    def change(self, replicas: Sequence[Replica]) -> None:
+        """Replace the servers: those that are gone finish what they have; rows that wait are routed again."""
+        before, self._all = self._all, list(replicas)
+        for replica in before:
+            if replica not in self._all or replica.pause:
+                replica.turn_away()
+
+    @asynccontextmanager
+    async def turn(self, row: str) -> AsyncIterator[Turn]:
+        """Wait for a turn at the row's server; where the request fails in it, the next one may be elsewhere."""
+        replica, number = await self._enter(row)
+        answered = False
+        try:
+            yield Turn(replica.url, replica.service, partial(self._answered, replica, number))
+            answered = True
+        except ReplicaError as error:
+            self._failed(row, replica, number, error)
+            answered = error.kind == "invalid"
+            raise
+        except RequestError:
+            answered = True
+            raise
+        finally:
+            if answered:
+                self._answered(replica, number)
+            replica.leave(number, answered=answered)
+
+    def release(self, row: str) -> None:
+        """Forget which server has a row."""
+        home = self._homes.pop(row, None)
+        if home is not None:
+            home.rows.discard(row)
+
+    def close(self) -> None:
+        """End all pauses."""
+        for replica in self._all:
+            replica.stop_timer()
+
+    async def _enter(self, row: str) -> tuple[Replica, int]:
+        while True:
+            replica = self._route(row)
+            if replica.error is not None and replica.pause and self.given_up:
+                raise ReplicaError(str(replica.error), replica.error.kind, 0.0)
+            if (number := await replica.enter()) is not None:
+                return replica, number
+
+    def _answered(self, replica: Replica, turn: int) -> None:
+        was_down, self.answered_at = replica.down, time.monotonic()
+        replica.answered(turn)
+        if was_down and not replica.down:
+            logger.info("The server at %s serves again.", replica.url)
+            for other in self._all:
+                if other.pause:
+                    other.turn_away()
+
+    def _failed(self, row: str, replica: Replica, turn: int, error: ReplicaError) -> None:
+        if error.kind in ("lost", "invalid"):
+            self._place(row, avoid=replica)
+            return
+        was_down = replica.down
+        replica.failed(turn, error)
+        error.retry_after = 0.0  # the server is left alone; others may be asked at once
+        if replica.down:
+            self.missed.set()
+        if self.given_up:
+            for each in self._all:
+                each.turn_away()
+        elif self._away(replica):
+            replica.turn_away()
+        if replica.down and not was_down and not self.all_down:
+            logger.warning("%s Its rows go to the other servers until it serves again.", error)
+
+    def _route(self, row: str) -> Replica:
+        """Return the row's server, or another where it has none, or one that went or is left alone."""
+        home = self._homes.get(row)
+        return home if home is not None and home in self._all and not self._away(home) else self._place(row)
+
+    def _away(self, replica: Replica) -> bool:
+        """Whether a server's rows had better go to another one."""
+        if not replica.pause:
+            return False
+        best = self.pause
+        return replica.pause - best > (0.0 if replica.down and not best else MOVE_SECONDS)
+
+    def _place(self, row: str, avoid: Replica | None = None) -> Replica:
+        """Give a row one of the servers with the fewest rows."""
+        others = [replica for replica in self._all if replica is not avoid] or self._all
+        there = [replica for replica in others if not self._away(replica)] or others
+        name = row.encode("utf-8", "surrogatepass")
+        self.release(row)
+        home = min(there, key=lambda one: (len(one.rows), zlib.crc32(name, zlib.crc32(one.url.encode()))))
+        home.rows.add(row)
+        self._homes[row] = home
+        return home
