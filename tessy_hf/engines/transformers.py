@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import json
 import os
 from array import array
 from collections.abc import AsyncGenerator
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tessy_hf.engines.base import Completion, Request, load_tokenizer
-from tessy_hf.engines.forward import forward
+from tessy_hf.engines.forward import forward, takes
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ PIECE_TOKENS = 6
 
 CACHE_SHARE = 0.2
 """The part of the memory that is planned for one engine's keys and values."""
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Types of layers whose whole state is a key and a value per token, so that a row can be rolled back."""
+
+NOT_IDENTITY = frozenset(
+    "cache_dir device_map force_download local_files_only low_cpu_mem_usage max_memory offload_buffers offload_folder "
+    "offload_state_dict proxies token".split()
+)
+"""Options of ``from_pretrained`` that say where a model comes from or lies, not what it writes. Some are secret."""
 
 _forked = False
 
@@ -110,8 +120,15 @@ class TransformersEngine:
         dtype: Precision, such as ``"bfloat16"``; ``"auto"`` takes the checkpoint's.
         device: Torch device; by default CUDA, then MPS, then CPU.
         max_batch: Most rows in one forward pass.
-        context_length: Most tokens of prompt and completion; by default what the model's config says.
-        **options: Passed to ``AutoModelForCausalLM.from_pretrained``.
+        context_length: Most tokens of prompt and completion; by default what the model's config says. Models whose
+            rotary frequencies change with the longest row of a batch (``longrope``, ``dynamic``) take no more than
+            they read with the first frequencies, else a row would depend on its company.
+        **options: Passed to ``AutoModelForCausalLM.from_pretrained``, such as ``attn_implementation`` or
+            ``quantization_config``. Keys and values are always kept in the model's precision: a
+            ``cache_implementation`` in the checkpoint is for ``generate``.
+
+    Raises:
+        SettingsError: An option is out of range, or would run code that comes with the model.
     """
 
     def __init__(
@@ -129,6 +146,11 @@ class TransformersEngine:
             raise SettingsError(
                 f"max_batch is {max_batch}; at least one row must fit. Pass for instance max_batch=64."
             )
+        if options.get("trust_remote_code"):
+            raise SettingsError(
+                "trust_remote_code=True is not supported: code of a checkpoint is never run. Use an architecture that "
+                "transformers has, or serve the model with vLLM (ServerEngine)."
+            )
         self.model = str(model)
         self._revision = revision
         self._dtype = dtype
@@ -142,8 +164,10 @@ class TransformersEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, revision and precision."""
-        return {"engine": "transformers", "model": self.model, "revision": self._revision, "dtype": self._dtype}
+        """Model, revision, precision, and each option that may change the text, such as the quantization."""
+        options = {name: _plain(value) for name, value in self._options.items() if name not in NOT_IDENTITY}
+        identity = {"engine": "transformers", "model": self.model, "revision": self._revision}
+        return {**identity, "dtype": str(self._dtype), **({"options": options} if options else {})}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,19 +180,25 @@ class TransformersEngine:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and completion."""
-        if self._context_length is not None:
-            return self._context_length
-        assert self._live is not None, "start() comes first"
-        return self._live.context_length
+        if self._live is not None:
+            return self._live.context_length
+        assert self._context_length is not None, "start() comes first"
+        return self._context_length
 
     @property
     def cache_tokens(self) -> int | None:
         """How many tokens of keys and values fit into the memory it may take, a part of what there is."""
         assert self._live is not None, "start() comes first"
-        return self._live.cache_tokens()
+        return self._live.cache_tokens
 
     async def start(self) -> None:
-        """Load the model."""
+        """Load the model.
+
+        Raises:
+            EngineDeadError: The model cannot be loaded.
+            SettingsError: A row would not be what it is alone: the model keeps more of a text than keys and values
+                (linear attention, state space), or ``context_length`` passes what its rotary frequencies hold for.
+        """
         if self._live is None:
             self._live = _Live(self)
 
@@ -199,6 +229,74 @@ class TransformersEngine:
 
     def __repr__(self) -> str:
         return f"TransformersEngine({self.model!r})"
+
+
+def _plain(value: Any) -> Any:
+    """Return an option's value as plain data, the same in every process."""
+    return json.loads(json.dumps(value, default=lambda it: it.to_dict() if hasattr(it, "to_dict") else str(it)))
+
+
+def _context_length(model: str, config: Any, asked: int | None) -> int:
+    """Return how many tokens a row may have, with the same rotary frequencies whatever rows share its batch.
+
+    Raises:
+        SettingsError: More are asked for.
+    """
+    length = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    steady = min((_steady_length(rope, length) for rope in _rope_parameters(config)), default=asked or length)
+    if asked is not None and asked > steady:
+        raise SettingsError(
+            f"context_length is {asked}, but {model!r} changes its rotary frequencies for a whole batch once a row in "
+            f"it passes {steady} tokens. At most {steady} is expected. Leave context_length out, or serve the model "
+            "with vLLM (ServerEngine, VLLMEngine), where a row does not depend on its company."
+        )
+    return asked if asked is not None else min(length, steady)
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the parameters of rotary embeddings that depend on the length of a batch: a config has one or several."""
+    given = getattr(config, "rope_parameters", None) or {}
+    several = [given, *(value for value in given.values() if isinstance(value, dict))]
+    return [rope for rope in several if rope.get("rope_type") in ("longrope", "dynamic")]
+
+
+def _steady_length(rope: dict[str, Any], length: int) -> int:
+    return int(rope.get("original_max_position_embeddings") or length) if rope["rope_type"] == "longrope" else length
+
+
+def _token_bytes(model: str, network: Any) -> int:
+    """Return the bytes of one token's keys and values, by reading one.
+
+    Raises:
+        SettingsError: The model keeps something else of a text.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    def refuse(seen: str) -> SettingsError:
+        return SettingsError(
+            f"{model!r} ({type(network).__name__}) {seen}. TransformersEngine expects attention layers, which keep a "
+            "key and a value per token and nothing else: only those can be rolled back to a boundary and read beside "
+            "other rows. Serve this model with vLLM: ServerEngine or VLLMEngine."
+        )
+
+    types = set(getattr(network.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
+    if types:
+        raise refuse(f"has layers of type {', '.join(sorted(map(repr, types)))}")
+    model_class: Any = type(network)
+    if not takes(model_class, "position_ids"):
+        raise refuse("takes no position_ids")
+    zero = torch.zeros((1, 1), dtype=torch.long, device=network.device)
+    cache = DynamicCache()
+    try:
+        with torch.inference_mode():
+            forward(network, zero, cache, attention_mask=zero + 1, position_ids=zero, logits_to_keep=1)
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise refuse(f"cannot read a token with a cache of keys and values: {error!r}") from error
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    if not tensors or any(tensor is None or tensor.ndim != 4 or tensor.shape[2] != 1 for tensor in tensors):
+        raise refuse("does not keep a key and a value for each token in each layer")
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 @dataclass
@@ -259,8 +357,8 @@ class _Batch(NamedTuple):
         ids: What is to be read, of shape (rows, width).
         positions: Their positions, of the same shape.
         attention: Which columns of the cache are a row's own.
-        cache: Keys and values, those that were kept first.
-        begin: The column of each row's first new id.
+        cache: Kept keys and values, aligned at the right.
+        begin: The column of each row's first id.
         edge: The column of what is generated first.
     """
 
@@ -290,13 +388,15 @@ class _Live:
                 use_safetensors=True,
                 **engine._options,
             )
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, TypeError, ValueError) as error:
             raise EngineDeadError(
                 f"The model {engine.model!r} could not be loaded: {error} A Hub id or a folder with config.json and "
-                "safetensors is expected; check the name, and HF_TOKEN for gated models."
+                "safetensors is expected, and options of AutoModelForCausalLM.from_pretrained; check the name, and "
+                "HF_TOKEN for gated models."
             ) from error
-        self.network = network.to(self._device).eval()
-        self.context_length = int(getattr(network.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        self.network = (network if "device_map" in engine._options else network.to(self._device)).eval()
+        self.context_length = _context_length(engine.model, network.config.get_text_config(), engine._context_length)
+        token_bytes = _token_bytes(engine.model, self.network)
         self._torch = torch
         self._max_batch = engine._max_batch
         self._waiting: list[_Job] = []
@@ -304,19 +404,13 @@ class _Live:
         self._slots: dict[str, _Slot] = {}
         self._pool = _Pool(torch, self._device)
         self._released: list[str] = []
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-transformers", initializer=share_cores)
-
-    def cache_tokens(self) -> int:
-        """Return how many tokens fit. A row takes as much as the longest does, and the pool grows by being copied."""
-        config = self.network.config.get_text_config()
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * head * self.network.dtype.itemsize
         if self._device.startswith("cuda"):
-            free = self._torch.cuda.mem_get_info(self._device)[0]
+            free = torch.cuda.mem_get_info(self._device)[0]
         else:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(CACHE_SHARE * free / token)
+        # A row takes as much as the longest does, and the pool grows by being copied.
+        self.cache_tokens = int(CACHE_SHARE * free / token_bytes)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-transformers", initializer=share_cores)
 
     # --- on the event loop
 
@@ -478,23 +572,27 @@ class _Live:
         fresh: np.ndarray[Any, Any],
         steps: int = 0,
     ) -> _Batch:
-        """Make a batch of the ids after the kept ones, with room for ``steps`` more.
+        """Make a batch that ends in the ids after the kept ones, with room for ``steps`` more.
 
-        Its columns: the kept ids from the left, then the new ids up to a common right edge, then what is generated.
-        Everything between is masked; positions are given, not counted.
+        Rows are aligned at their last id, with padding in front and nowhere else, so that distances between columns
+        are distances between positions: sliding windows and chunks of attention count columns. All rows read as
+        many ids as the one with the most new ones; the others read some of their kept ids again.
         """
-        longest, width = int(kept.max()), int(fresh.max())
-        columns = np.arange(longest + width + steps)
-        begin = longest + width - fresh
-        mask = (columns < kept[:, None]) | (columns >= begin[:, None])
+        ends, width = kept + fresh, int(fresh.max())
+        cached = np.maximum(ends - width, 0)
+        longest = int(cached.max())
+        edge = longest + width
+        begin = edge - ends
+        columns = np.arange(edge + steps)
+        mask = columns >= begin[:, None]
         ids = np.zeros((len(all_ids), width), dtype=np.int64)
-        for row, new in enumerate(all_ids):
-            ids[row, width - fresh[row] :] = new[kept[row] : kept[row] + fresh[row]]
-        positions = np.maximum(kept[:, None] + np.arange(width) - (width - fresh[:, None]), 0)
-        cache = self._pool.gather([slot.place for slot in slots], longest)
+        for row, own in enumerate(all_ids):
+            ids[row, width - (ends[row] - cached[row]) :] = own[cached[row] : ends[row]]
+        positions = np.maximum(columns[longest:edge] - begin[:, None], 0)
+        cache = self._pool.gather([slot.place for slot in slots], cached)
         tensors = (self._torch.from_numpy(each).to(self._device) for each in (ids, positions, mask))
         step_ids, step_positions, attention = tensors
-        return _Batch(step_ids, step_positions, attention.long(), cache, begin, longest + width)
+        return _Batch(step_ids, step_positions, attention.long(), cache, begin, edge)
 
     def _store(
         self, slots: list[_Slot], kept: np.ndarray[Any, Any], count: np.ndarray[Any, Any], batch: _Batch
@@ -503,7 +601,8 @@ class _Live:
         rows = np.repeat(np.arange(len(slots)), count)
         offset = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
         places = np.array([slot.place for slot in slots])
-        self._pool.scatter(batch.cache, places[rows], kept[rows] + offset, rows, batch.begin[rows] + offset)
+        position = kept[rows] + offset
+        self._pool.scatter(batch.cache, places[rows], position, rows, batch.begin[rows] + position)
 
     def _keep(
         self,
@@ -581,19 +680,18 @@ class _Pool:
             grown.append((bigger[0], bigger[1]))
         self._layers, self._slots, self._places = grown, slots, places
 
-    def gather(self, slots: list[int], places: int) -> Any:
-        """Return a `transformers` cache with the first ``places`` of some slots."""
+    def gather(self, slots: list[int], counts: np.ndarray[Any, Any]) -> Any:
+        """Return a `transformers` cache with the first keys and values of some slots, aligned at the right."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        if places:
-            index = self._torch.tensor(slots, device=self._device)
+        longest = int(counts.max())
+        if longest:
+            places = np.maximum(np.arange(longest) - (longest - counts)[:, None], 0)
+            index = self._torch.tensor(slots, device=self._device)[:, None]
+            columns = self._torch.from_numpy(places).to(self._device)
             for layer, (keys, values) in enumerate(self._layers):
-                cache.update(
-                    keys[:, :places].index_select(0, index).transpose(1, 2),
-                    values[:, :places].index_select(0, index).transpose(1, 2),
-                    layer,
-                )
+                cache.update(keys[index, columns].transpose(1, 2), values[index, columns].transpose(1, 2), layer)
         return cache
 
     def scatter(

@@ -1,10 +1,11 @@
 import asyncio
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from tessy_hf import TransformersEngine, demo
 from tessy_hf.engines import transformers as module
@@ -139,3 +140,26 @@ def test_a_model_that_is_not_there_is_told(tmp_path):
 def test_an_impossible_batch_is_refused():
     with pytest.raises(SettingsError, match="max_batch"):
         TransformersEngine(demo.STUDENT, max_batch=0)
+
+
+def test_options_that_change_the_text_are_part_of_the_identity():
+    def identity(**options):
+        return TransformersEngine("m", **options).identity
+
+    plain = identity()
+    assert plain == {"engine": "transformers", "model": "m", "revision": None, "dtype": "auto"}
+    assert identity(device="cpu", max_batch=3, token="secret", device_map="auto", cache_dir="/tmp") == plain
+    quantization = FineGrainedFP8Config()
+    assert identity(attn_implementation="eager") == {**plain, "options": {"attn_implementation": "eager"}}
+    options = json.loads(json.dumps(identity(quantization_config=quantization)["options"]))
+    assert options["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_code_of_a_checkpoint_is_not_run():
+    with pytest.raises(SettingsError, match="trust_remote_code"):
+        TransformersEngine("m", trust_remote_code=True)
+
+
+def test_an_option_that_transformers_does_not_know_is_a_dead_engine():
+    with pytest.raises(EngineDeadError, match="could not be loaded.*no_such_option"):
+        run(TransformersEngine(demo.STUDENT, no_such_option=1))
