@@ -20,7 +20,6 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of the argument that takes keys and values, newest first."""
 
 
-@memoized
 def takes(model_class: Any, name: str) -> bool:
     """Return whether a model's ``forward`` declares an argument."""
     return name in inspect.signature(model_class.forward).parameters
