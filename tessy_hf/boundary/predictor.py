@@ -223,13 +223,11 @@ class TorchReader:
     def __init__(self, network: PreTrainedModel, style_label: int, device: str | None) -> None:
         import torch
 
-        from tessy_hf.engines.transformers import keep_freed_memory, pick_device, share_cores
+        from tessy_hf.engines.devices import pick_device, share_cores
 
         self._torch = torch
         self._style_label = style_label
         self._device = pick_device(device)
-        if self._device == "cpu":
-            keep_freed_memory()
         # Half precision is slow on a CPU, and its rounding depends on the batch.
         self._network = (network.float() if self._device == "cpu" else network.to(self._device)).eval()
         self._network.config.use_cache = False
