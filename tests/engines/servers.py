@@ -19,7 +19,6 @@ import httpx2
 import psutil
 
 from tessy_hf import demo
-from tessy_hf.engines.vllm_worker import IN_ONE_PROCESS
 from tests.engines.contract import TOKENIZER, VOCABULARY
 
 # --- real servers
@@ -118,7 +117,8 @@ def vllm(*options, author="student"):
     path = demo.TEACHER if author == "teacher" else demo.STUDENT
     model = ["--model", str(path), "--served-model-name", author, "--dtype", "float32"]
     cpu = ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "16384"]
-    cpu += ["--distributed-executor-backend", IN_ONE_PROCESS]  # its workers never sleep, which others' tests feel
+    # A worker process of its own would poll without a pause, which other tests feel.
+    cpu += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
