@@ -737,7 +737,7 @@ class _Live:
         text = text[: min(found)] if found else text.rstrip("\ufffd")  # part of a character that was cut
         if not text and not stopped:
             raise _PassingError(f"the server at {replica.url} answered with an empty text.")
-        ids = self._vocabulary.encode(text).ids
+        ids = self._vocabulary.encode(text, request.prompt_ids[-1]).ids
         if len(ids) > request.max_tokens:
             return Completion(ids[: request.max_tokens], None)
         return Completion(ids, self._any_stop(request) if stopped else None)
