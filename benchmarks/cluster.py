@@ -28,7 +28,7 @@ import httpx2
 from datasets import Dataset, disable_progress_bars
 
 from tessy_hf import ServerEngine, Speaker, TessyTransform, demo
-from tessy_hf.distributed import Placement, synthesize
+from tessy_hf.cluster.ray import Placement, synthesize
 from tests import ray_cluster  # sets what Ray reads when it is imported
 from tests.engines import servers
 
@@ -187,7 +187,7 @@ def killer(cluster, rows, deaths):
     """Return what begins to kill an actor and then a node in the course of a run, told the folder of its parts."""
 
     def kill(parts):
-        from tessy_hf.parts import ParquetFiles, file_system, listed
+        from tessy_hf.run.shared_rows import ParquetFiles, file_system, listed
 
         for share, death in ((0.3, cluster.kill_actor), (0.6, cluster.kill_node)):
             count = 0

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tessy_hf.journal import Journal
-from tessy_hf.run import LONGEST_REST, REST
+from tessy_hf.run.journal import Journal
+from tessy_hf.run.runner import LONGEST_REST, REST
 from tessy_hf.trajectory import Span
 
 SPANS_PER_SECOND, SPANS_PER_ROW, ROWS_IN_FLIGHT, SYNC_SECONDS, TICK = 2_000, 400, 64, 0.5, 0.005

@@ -11,8 +11,8 @@ import httpx2
 import tenacity
 import torch
 
-from tessy_hf import columns
 from tessy_hf.dialects import render
+from tessy_hf.rows import columns
 from tessy_hf.trajectory import Trajectory
 
 STEP = {"student": 5, "teacher": 10}

@@ -28,7 +28,7 @@ from speed import bound, longest_first, make, processor_seconds, tessy
 from tessy_hf import Speaker, demo
 from tessy_hf.boundary.predictor import window_start
 from tessy_hf.engines.base import Request
-from tessy_hf.window import Window
+from tessy_hf.run.window import Window
 
 
 class Span(NamedTuple):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from tessy_hf import cards, demo
-from tessy_hf.provenance import (
+from tessy_hf import demo
+from tessy_hf.hub import cards
+from tessy_hf.manifest import (
     Counts,
     Licence,
     Manifest,
@@ -26,7 +27,7 @@ from tessy_hf.provenance import (
     record,
 )
 from tessy_hf.report import figures, summarise
-from tessy_hf.shards import Rows
+from tessy_hf.rows.parquet import Rows
 
 HERE = Path(__file__).parent
 MINIATURE, STYLE_SPANS = HERE / "miniature", HERE / "style-spans"

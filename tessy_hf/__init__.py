@@ -9,10 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tessy_hf.boundary.annotate import annotate as annotate
     from tessy_hf.boundary.predictor import BoundaryPredictor as BoundaryPredictor
-    from tessy_hf.boundary.publish import push_boundary as push_boundary
-    from tessy_hf.boundary.train import train_boundary as train_boundary
+    from tessy_hf.boundary_training.annotate import annotate as annotate
+    from tessy_hf.boundary_training.train import train_boundary as train_boundary
     from tessy_hf.engines.base import Completion as Completion
     from tessy_hf.engines.base import Engine as Engine
     from tessy_hf.engines.base import Request as Request
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
     from tessy_hf.engines.transformers import TransformersEngine as TransformersEngine
     from tessy_hf.engines.vllm import VLLMEngine as VLLMEngine
     from tessy_hf.errors import TessyError as TessyError
-    from tessy_hf.hub import push_to_hub as push_to_hub
+    from tessy_hf.hub.boundary_models import push_boundary as push_boundary
+    from tessy_hf.hub.push import push_to_hub as push_to_hub
+    from tessy_hf.method.speaker import Speaker as Speaker
     from tessy_hf.settings import Settings as Settings
-    from tessy_hf.speaker import Speaker as Speaker
     from tessy_hf.transform import TessyTransform as TessyTransform
 
 __version__ = "0.1.0"
@@ -38,15 +38,15 @@ _HOMES = {
     "ScriptedEngine": "tessy_hf.engines.scripted",
     "ServerEngine": "tessy_hf.engines.server",
     "Settings": "tessy_hf.settings",
-    "Speaker": "tessy_hf.speaker",
+    "Speaker": "tessy_hf.method.speaker",
     "TessyError": "tessy_hf.errors",
     "TessyTransform": "tessy_hf.transform",
     "TransformersEngine": "tessy_hf.engines.transformers",
     "VLLMEngine": "tessy_hf.engines.vllm",
-    "push_to_hub": "tessy_hf.hub",
-    "annotate": "tessy_hf.boundary.annotate",
-    "push_boundary": "tessy_hf.boundary.publish",
-    "train_boundary": "tessy_hf.boundary.train",
+    "push_to_hub": "tessy_hf.hub.push",
+    "annotate": "tessy_hf.boundary_training.annotate",
+    "push_boundary": "tessy_hf.hub.boundary_models",
+    "train_boundary": "tessy_hf.boundary_training.train",
 }
 
 __all__ = [*_HOMES, "__version__", "demo"]  # noqa: PLE0604 - computed from one table

@@ -30,8 +30,8 @@ from tessy_hf.engines.server import ServerEngine
 from tessy_hf.engines.transformers import TransformersEngine
 from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import SettingsError
+from tessy_hf.method.speaker import Speaker
 from tessy_hf.settings import Settings
-from tessy_hf.speaker import Speaker
 
 Read = TypeVar("Read", bound=BaseModel)
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
-from tessy_hf import verifiers
-from tessy_hf.alternate import Plan
 from tessy_hf.errors import SettingsError
+from tessy_hf.method.alternation import Plan
+from tessy_hf.verifiers import verifiers
 
 FORMAT = 3
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
@@ -78,7 +78,7 @@ class Settings(BaseModel):
     """The most candidates to write for a row: by default 5 for ``teacher-score``, else 1. The teacher scores all of
     its 5; a verifier's are written one after the other, until it finds one right."""
     verifier: Any = None
-    """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers`, a mapping with
+    """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers.verifiers`, a mapping with
     its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
     system_prompt: str | None = None
     """A system message for both models, put before each prompt."""

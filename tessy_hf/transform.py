@@ -1,7 +1,7 @@
 """The object given to ``Dataset.map``: batches of prompts in, batches of columns out.
 
 All rows of a run, whatever batch they came in, pass in order through one window of ``rows_in_flight`` rows on one
-background loop (:mod:`tessy_hf.run`); so no batch waits for another and none has a tail of its own.
+background loop (:mod:`tessy_hf.run.runner`); so no batch waits for another and none has a tail of its own.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf import columns, provenance, typed_streams
+from tessy_hf import manifest as provenance
 from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
 from tessy_hf.errors import SettingsError
-from tessy_hf.run import RUNS, Batch, Run, count
+from tessy_hf.method.speaker import Speaker
+from tessy_hf.rows import columns
+from tessy_hf.rows import datasets_internals as typed_streams
+from tessy_hf.run.runner import RUNS, Batch, Run, count
 from tessy_hf.settings import Settings
-from tessy_hf.speaker import Speaker
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-    from tessy_hf.journal import Counts
-    from tessy_hf.waits import Load
+    from tessy_hf.run.journal import Counts
+    from tessy_hf.run.metering import Load
 
 TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
 """Those in this process, so that rows that carry only a fingerprint find what wrote them."""

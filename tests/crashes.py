@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines.scripted import _Play
-from tessy_hf.journal import Journal
+from tessy_hf.run.journal import Journal
 from tests.rules import RulePredictor, by_first_letter, vocabulary
 from tests.worlds import make_tokenizer
 

@@ -4,7 +4,7 @@
 
     python -m tests.hub_sweep [--shards 3] [--step 1]
 
-``tests/test_hub_faults.py`` takes a sample of it.
+``tests/hub/test_hub_faults.py`` takes a sample of it.
 """
 
 import argparse
@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset, List, disable_progress_bars
 
-from tessy_hf import columns, push_to_hub, shards
-from tessy_hf.provenance import Manifest
-from tessy_hf.statistics import Statistics
+from tessy_hf import push_to_hub
+from tessy_hf.manifest import Manifest
+from tessy_hf.report.statistics import Statistics
+from tessy_hf.rows import columns
+from tessy_hf.rows import parquet as shards
 from tests.hub_server import HubServer, clients_of
 
 REPO = "ada/rows"

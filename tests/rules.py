@@ -6,10 +6,10 @@ from array import array
 from dataclasses import replace
 from functools import cache
 
-from tessy_hf.alternate import Plan, synthesize
 from tessy_hf.engines.base import Completion
 from tessy_hf.engines.scripted import ScriptedEngine
-from tessy_hf.speaker import Speaker
+from tessy_hf.method.alternation import Plan, synthesize
+from tessy_hf.method.speaker import Speaker
 from tessy_hf.trajectory import Prompt
 from tessy_hf.vocabulary import Vocabulary, words
 from tests.worlds import make_tokenizer

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tessy_hf import Script, ScriptedEngine, ServerEngine, Speaker, TessyTransform, VLLMEngine, demo
+from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import SettingsError
-from tessy_hf.merge import Merge
 from tessy_hf.recipe import Placement, read, read_placement
 from tests.engines.servers import free_ports
 from tests.worlds import R1, make_tokenizer
@@ -104,7 +104,7 @@ def test_the_tasks_of_a_slurm_array_make_the_whole(tmp_path):
     """The script itself with the miniature models, in the environment that SLURM gives to tasks; one runs twice."""
     demo.prompts(7, seed=8).to_json(tmp_path / "prompts.jsonl")
     (tmp_path / "bin").mkdir()
-    command(tmp_path / "bin" / "tessy", f'exec "{sys.executable}" -m tessy_hf.cli "$@"')
+    command(tmp_path / "bin" / "tessy", f'exec "{sys.executable}" -m tessy_hf.cli.main "$@"')
     recipe = RECIPES / "miniature" / "tessy.yaml"
     for task, count in ((0, 2), (1, 2), (1, 1)):
         slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": str(count)}

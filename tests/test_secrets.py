@@ -12,7 +12,7 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 from tessy_hf import Speaker, TessyTransform, demo
-from tessy_hf.cli import app
+from tessy_hf.cli.main import app
 from tessy_hf.engines.server import ServerEngine
 from tessy_hf.errors import EngineDeadError, SettingsError
 from tests.engines import servers

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from tessy_hf.errors import SettingsError, TessyError
 from tessy_hf.settings import Settings
-from tessy_hf.verifiers import Number
+from tessy_hf.verifiers.verifiers import Number
 
 SPEAKERS = {"teacher": {"engine": {"model": "t"}}, "student": {"engine": {"model": "s"}}}
 

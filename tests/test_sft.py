@@ -14,10 +14,10 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
 
 from tessy_hf import demo, push_to_hub
-from tessy_hf.columns import assistant_text
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
+from tessy_hf.rows.columns import assistant_text
 from tests.hub_server import HubServer, clients_of
-from tests.test_columns import HARMONY, as_row, trajectory
+from tests.rows.test_columns import HARMONY, as_row, trajectory
 from tests.worlds import R1, make_tokenizer
 
 ROOT = Path(__file__).parent.parent

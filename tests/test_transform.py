@@ -16,9 +16,9 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform, demo
-from tessy_hf.columns import COLUMNS
 from tessy_hf.errors import BoundaryError, DatasetError, EngineDeadError, RequestError, SettingsError, TemplateError
-from tessy_hf.journal import Counts, Journal
+from tessy_hf.rows.columns import COLUMNS
+from tessy_hf.run.journal import Counts, Journal
 from tests.worlds import R1_KEEPS, make_tokenizer
 
 

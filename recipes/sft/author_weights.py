@@ -15,8 +15,8 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
-from tessy_hf.columns import assistant_text
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
+from tessy_hf.rows.columns import assistant_text
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def transform(engine: str = "transformers", student: Path = STUDENT, **overrides
     """
     from tessy_hf.engines.transformers import TransformersEngine
     from tessy_hf.engines.vllm import VLLMEngine
-    from tessy_hf.speaker import Speaker
+    from tessy_hf.method.speaker import Speaker
 
     engines: dict[str, Any] = {
         "transformers": TransformersEngine,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pyarrow.lib import ArrowException
 
 from tessy_hf.errors import DatasetError, SettingsError
-from tessy_hf.statistics import NEEDED, Statistics
-from tessy_hf.tables import Table, comparison, count, percent, tables
+from tessy_hf.report.statistics import NEEDED, Statistics
+from tessy_hf.report.tables import Table, comparison, count, percent, tables
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,7 +120,7 @@ def _load(source: str, split: str, config_name: str | None) -> Dataset:
 
 
 def summarise(dataset: Dataset) -> dict[str, Any]:
-    """Return the numbers of a dataset, see :meth:`tessy_hf.statistics.Statistics.summary`."""
+    """Return the numbers of a dataset, see :meth:`tessy_hf.report.statistics.Statistics.summary`."""
     statistics = Statistics()
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         statistics.add(table)

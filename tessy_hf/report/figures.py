@@ -1,4 +1,4 @@
-"""The figures of a dataset: a summary of :class:`tessy_hf.statistics.Statistics` goes in, matplotlib figures come out.
+"""The figures of a dataset: a summary of :class:`tessy_hf.report.statistics.Statistics` goes in, matplotlib figures come out.
 
 Knows nothing of rows or of the Hub, and draws without pyplot, so that no window system and no global state is touched.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tessy_hf.errors import TessyError
-from tessy_hf.statistics import AUTHORS
+from tessy_hf.report.statistics import AUTHORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tessy_hf.columns import assistant_text, content_text
 from tessy_hf.report import figures
-from tessy_hf.statistics import AUTHORS, PARTS
+from tessy_hf.report.statistics import AUTHORS, PARTS
+from tessy_hf.rows.columns import assistant_text, content_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +50,7 @@ def write(
     Args:
         out: The HTML file.
         title: The dataset's name.
-        rows: The rows to show, each with its place in the dataset, with the columns of :mod:`tessy_hf.columns`.
+        rows: The rows to show, each with its place in the dataset, with the columns of :mod:`tessy_hf.rows.columns`.
         summary: The numbers of the whole dataset, from which the figures are drawn.
         against: Name and rows of a second dataset; a row stands beside the one with the same prompt.
         head: What else the template shows: ``subtitle``, ``tiles``, ``tables``.

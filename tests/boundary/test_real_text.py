@@ -11,10 +11,10 @@ from datasets import load_dataset
 
 from benchmarks.replay import check, turns
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform
-from tessy_hf.boundary.metrics import read
 from tessy_hf.boundary.predictor import SHIPPED, is_shipped
-from tessy_hf.boundary.segments import read_segments
-from tessy_hf.boundary.train import train_boundary
+from tessy_hf.boundary_training.metrics import read
+from tessy_hf.boundary_training.segments import read_segments
+from tessy_hf.boundary_training.train import train_boundary
 from tests.worlds import make_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent

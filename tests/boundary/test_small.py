@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard
 from transformers import pipeline
 
 import tessy_hf
-from tessy_hf.boundary.metrics import evaluate
 from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
-from tessy_hf.boundary.segments import read_segments
+from tessy_hf.boundary_training.metrics import evaluate
+from tessy_hf.boundary_training.segments import read_segments
 
 FOLDER = Path(tessy_hf.__file__).parent / "boundary" / "small"
 RECIPE = Path(__file__).parents[2] / "recipes" / "boundary" / "small"

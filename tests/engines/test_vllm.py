@@ -24,7 +24,7 @@ from tessy_hf.engines import vllm as module
 from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.engines.vllm_worker import MOST_ROWS, Ask, Hashes
 from tessy_hf.errors import EngineDeadError, RequestError
-from tessy_hf.methods import write
+from tessy_hf.method.methods import write
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Draft, Prompt
 from tests.engines.contract import ModelContract, request

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from tessy_hf.errors import TessyError
 from tessy_hf.report import figures
-from tessy_hf.statistics import Statistics
+from tessy_hf.report.statistics import Statistics
 from tests.finished import FEATURES, finished
 
 
@@ -117,6 +117,8 @@ def test_without_matplotlib_one_is_told_what_to_install(summary, monkeypatch):
 
 
 def test_the_package_loads_no_part_of_the_report():
-    ask = "import sys, tessy_hf, tessy_hf.cli; print(*sys.modules)"
+    ask = "import sys, tessy_hf, tessy_hf.cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
-    assert "tessy_hf.cli" in loaded and not {"matplotlib", "tessy_hf.report", "tessy_hf.statistics"} & set(loaded)
+    assert "tessy_hf.cli.main" in loaded and not {"matplotlib", "tessy_hf.report", "tessy_hf.report.statistics"} & set(
+        loaded
+    )

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tessy_hf.columns import schema
 from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.report import evenly, load, viewer, write_report
+from tessy_hf.rows.columns import schema
 from tests.finished import finished
 from tests.hub_server import HubServer
-from tests.test_columns import HARMONY, as_row, trajectory
+from tests.rows.test_columns import HARMONY, as_row, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def tessy(tmp_path):
     """Run the command."""
 
     def run(*words, env=None):
-        command = [sys.executable, "-m", "tessy_hf.cli", "report", *map(str, words)]
+        command = [sys.executable, "-m", "tessy_hf.cli.main", "report", *map(str, words)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=120, env=env, cwd=Path(__file__).parents[2]
         )

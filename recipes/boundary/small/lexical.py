@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.linear_model import LogisticRegression
 
-from tessy_hf.boundary.segments import Segment, word_kinds
+from tessy_hf.boundary_training.segments import Segment, word_kinds
 from tessy_hf.vocabulary import words
 
 Probabilities = NDArray[np.float64]

@@ -1,0 +1,1 @@
+"""How a boundary predictor is made: annotate, train, measure. Publishing is in `hub`."""

@@ -1,0 +1,1 @@
+"""The `tessy` command: arguments in, one call, words for people out."""

@@ -1,0 +1,1 @@
+"""The Hub: the only room that writes to it. Knows no engine."""

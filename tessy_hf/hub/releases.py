@@ -1,0 +1,291 @@
+"""Releases on the Hub, read back: what is in one, how to make it again, how two of them differ. Writes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tessy_hf.errors import HubError
+from tessy_hf.hub.repository import Repository
+from tessy_hf.manifest import Manifest, ModelRecord, RunRecord, SpeakerRecord
+from tessy_hf.rows import parquet as shards
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN = 5
+"""So many ids of rows are named in a difference."""
+
+
+@contextmanager
+def opened(name: str, token: str | None = None) -> Iterator[tuple[Repository, str]]:
+    """Open a release by name; give the repository and the release's commit.
+
+    Args:
+        name: ``user/name@v1.0.0``; without a tag, what is on ``main``. A branch or commit will do as well.
+        token: A token, where the repository is private and the environment has none.
+
+    Raises:
+        HubError: There is no such release.
+    """
+    repo_id, _, revision = name.partition("@")
+    with tempfile.TemporaryDirectory(prefix="tessy-read-") as folder:
+        repo = Repository(repo_id, Path(folder), token=token)
+        yield repo, repo.resolve(revision or "main")
+
+
+def manifests(name: str, token: str | None = None) -> list[Manifest]:
+    """Return the manifests of a release, one for each pushed split.
+
+    Raises:
+        HubError: There is no such release, or the repository holds none.
+    """
+    with opened(name, token) as (repo, commit):
+        return _manifests(repo, commit, name)
+
+
+def _manifests(repo: Repository, commit: str, name: str) -> list[Manifest]:
+    places = [path.split("/")[1:3] for path in repo.files(commit, "tessy") if path.endswith("/manifest.json")]
+    found = [repo.manifest(commit, config, split) for config, split in places]
+    if not found:
+        raise HubError(
+            f"{name} has no manifest. A release made by tessy_hf is expected; give one as user/name@v1.0.0."
+        )
+    return [manifest for manifest in found if manifest is not None]
+
+
+def run_of(name: str, fingerprint: str | None = None) -> RunRecord:
+    """Return the record of a release's run.
+
+    Args:
+        name: The release.
+        fingerprint: Which run, where it has several.
+
+    Raises:
+        HubError: It has none of that fingerprint, or several and none was named.
+    """
+    runs = {run.fingerprint: run for manifest in manifests(name) for run in manifest.runs}
+    chosen = [run for run in runs.values() if fingerprint in (None, run.fingerprint)]
+    if len(chosen) != 1:
+        raise HubError(
+            f"{name} has the runs {', '.join(runs) or 'none'}. One is to be made again; pass --run with one of them."
+        )
+    return chosen[0]
+
+
+def outline(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return what a reader wants to know first, as names and words."""
+    counts = manifest.counts
+    ends = ", ".join(f"{reason} {number}" for reason, number in counts.finish_reasons.items())
+    lines = [
+        ("version", manifest.version + (f", adds to {manifest.appends_to}" if manifest.appends_to else "")),
+        ("rows", f"{counts.rows}, and {counts.failed} failed or incomplete{_failures(manifest)}"),
+        ("ended", ends),
+        ("licence", manifest.licence.license_name or manifest.licence.license or "not stated"),
+        ("pushed", manifest.finished),
+    ]
+    for run in manifest.runs:
+        lines.append(("run", f"{run.fingerprint}, {run.method or 'method not known'}, begun {run.begun or '–'}"))
+        for author, speaker in (("teacher", run.teacher), ("student", run.student)):
+            if speaker is not None:
+                lines.append((author, f"{_model(speaker.model)}, engine {speaker.engine}"))
+                lines += [("  boundary", _model(speaker.boundary.model))] if speaker.boundary else []
+        if run.source is not None:
+            revision, fingerprint = run.source.revision or "–", run.source.fingerprint or "–"
+            lines.append(("prompts", f"{run.source.id or 'local'} at {revision}, fingerprint {fingerprint}"))
+        lines.append(("settings", ", ".join(f"{name}={value}" for name, value in run.settings.items())))
+        lines.append(("libraries", ", ".join(f"{name} {version}" for name, version in run.libraries.items())))
+    return lines
+
+
+def _failures(manifest: Manifest) -> str:
+    if not manifest.counts.failed:
+        return ""
+    return f", in split {manifest.failures_split}" if manifest.failures_split else ", left out"
+
+
+def _model(model: ModelRecord) -> str:
+    return f"{model.name} at {model.revision or model.digest or model.requested_revision or '–'}"
+
+
+# --- making it again
+
+
+def recipe(run: RunRecord) -> dict[str, Any]:
+    """Return a run's recipe, as :mod:`tessy_hf.recipe` reads it, with models at the commits that were used.
+
+    Raises:
+        HubError: The record does not tell the models.
+    """
+    if run.teacher is None or run.student is None:
+        raise HubError(
+            f"The record of run {run.fingerprint} does not tell its models. One made by a TessyTransform is expected; "
+            "ask the publisher for the recipe."
+        )
+    return {**run.settings, "teacher": _speaker(run.teacher), "student": _speaker(run.student)}
+
+
+def _speaker(speaker: SpeakerRecord) -> dict[str, Any]:
+    options = {**speaker.options, "revision": _revision(speaker.model)}
+    if speaker.tokenizer is not None:
+        options |= {"tokenizer": speaker.tokenizer.name, "revision": _revision(speaker.tokenizer)}
+    described: dict[str, Any] = {
+        "engine": speaker.engine,
+        "model": speaker.model.name,
+        "options": {name: value for name, value in options.items() if value is not None},
+        "chat_template": speaker.chat_template,
+        "template_options": speaker.template_options,
+    }
+    if speaker.boundary is not None:
+        stated = speaker.boundary.model_dump(exclude={"model"})
+        model = speaker.boundary.model
+        described["boundary"] = {"model": model.name, "revision": _revision(model), **stated}
+    return described
+
+
+def _revision(model: ModelRecord) -> str | None:
+    return model.revision or model.requested_revision
+
+
+def command(name: str, run: RunRecord, *, several: bool = False) -> str:
+    """Return the one command that makes a run's rows again.
+
+    Args:
+        name: The release, ``user/name@v1.0.0``.
+        run: The run.
+        several: Whether the release has several runs, so that this one has to be named.
+    """
+    source = run.source
+    prompts = "PROMPTS.jsonl" if source is None or source.id is None else source.id
+    if source is not None and source.id is not None and source.revision:
+        prompts += f"@{source.revision}"
+    words = ["tessy", "synthesize", name, prompts, "rows.parquet"]
+    if source is not None and source.split not in (None, "train"):
+        words += ["--split", str(source.split)]
+    if source is not None and source.config not in (None, "default"):
+        words += ["--config", str(source.config)]
+    words += ["--run", run.fingerprint] if several else []
+    for author, speaker in (("teacher", run.teacher), ("student", run.student)):
+        if speaker is not None and speaker.engine == "server":  # where models are served is nobody else's business
+            words += ["--set", f"{author}.options.base_url=http://HOST:8000/v1"]
+    return " ".join(map(shlex.quote, words))
+
+
+# --- differences
+
+
+@dataclass
+class Difference:
+    """How the rows and runs of one split differ between two releases.
+
+    Attributes:
+        config_name: The configuration.
+        split: The split, failures included where they were pushed.
+        rows: Rows before and after.
+        added: Ids of new rows (the first few) and their number; likewise the others.
+        removed: Rows that are gone.
+        changed: Rows whose content is another.
+        facts: What else differs, as name, before and after: settings, models, libraries, columns.
+    """
+
+    config_name: str
+    split: str
+    rows: tuple[int, int] = (0, 0)
+    added: tuple[list[Any], int] = ((), 0)  # type: ignore[assignment]
+    removed: tuple[list[Any], int] = ((), 0)  # type: ignore[assignment]
+    changed: tuple[list[Any], int] = ((), 0)  # type: ignore[assignment]
+    facts: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def diff(repo_id: str, before: str, after: str, token: str | None = None) -> list[Difference]:
+    """Compare two releases of a dataset. Of files that both have in common nothing is downloaded.
+
+    Args:
+        repo_id: The dataset.
+        before: A tag, branch or commit.
+        after: Another.
+        token: A token, where the repository is private and the environment has none.
+
+    Raises:
+        HubError: One of them is not there or has no manifest.
+    """
+    with opened(f"{repo_id}@{before}", token) as (repo, first):
+        second = repo.resolve(after)
+        old, new = (
+            {(manifest.config_name, manifest.split): manifest for manifest in _manifests(repo, commit, repo_id)}
+            for commit in (first, second)
+        )
+        return [
+            _difference(repo, (old.get(place), first), (new.get(place), second), place)
+            for place in sorted({*old, *new})
+        ]
+
+
+def _difference(
+    repo: Repository, old: tuple[Manifest | None, str], new: tuple[Manifest | None, str], place: tuple[str, str]
+) -> Difference:
+    told = Difference(*place)
+    told.rows = tuple(manifest.counts.rows if manifest else 0 for manifest in (old[0], new[0]))  # type: ignore[assignment]
+    common = {shard.sha256 for shard in _shards(old[0])} & {shard.sha256 for shard in _shards(new[0])}
+    rows = [_rows(repo, manifest, commit, common) for manifest, commit in (old, new)]
+    told.added = _some(key for key in rows[1] if key not in rows[0])
+    told.removed = _some(key for key in rows[0] if key not in rows[1])
+    told.changed = _some(key for key in rows[1] if key in rows[0] and rows[0][key] != rows[1][key])
+    told.facts = [
+        (name, before, after)
+        for name in sorted({*_facts(old[0]), *_facts(new[0])})
+        if (before := _facts(old[0]).get(name, "–")) != (after := _facts(new[0]).get(name, "–"))
+    ]
+    return told
+
+
+def _shards(manifest: Manifest | None) -> list[Any]:
+    return [shard for split in manifest.splits.values() for shard in split.shards] if manifest else []
+
+
+def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[Any, bytes]:
+    """Return a hash of each row by its key, but for the rows in files that both releases have."""
+    if manifest is None:
+        return {}
+    paths = [shard.path for shard in _shards(manifest) if shard.sha256 not in common]
+    id_column = next((run.settings.get("id_column") for run in manifest.runs if run.settings.get("id_column")), None)
+    return {key: digest for table in repo.tables(paths, commit) for key, digest in _hashed(table, id_column)}
+
+
+def _hashed(table: pa.Table, id_column: str | None) -> Iterator[tuple[Any, bytes]]:
+    for key, row in zip(shards.keys(table, id_column), table.to_pylist(), strict=True):
+        yield key, hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=12).digest()
+
+
+def _some(keys: Iterator[Any]) -> tuple[list[Any], int]:
+    found = list(keys)
+    return found[:SHOWN], len(found)
+
+
+def _facts(manifest: Manifest | None) -> dict[str, str]:
+    """Return what a reader may want compared, flat."""
+    if manifest is None:
+        return {}
+    facts: dict[str, Any] = {"version": manifest.version, "failed": manifest.counts.failed}
+    facts["columns"] = ", ".join(feature["name"] for feature in manifest.features)
+    facts["licence"] = manifest.licence.license
+    facts |= {f"rows: {reason}": count for reason, count in manifest.counts.finish_reasons.items()}
+    for number, run in enumerate(manifest.runs, start=1):
+        name = "run" if len(manifest.runs) == 1 else f"run {number}"
+        facts[name] = run.fingerprint
+        facts |= _flat(f"{name}: ", run.model_dump(exclude={"fingerprint", "begun", "hardware"}))
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _flat(prefix: str, value: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= _flat(f"{prefix}{name}.", inner) if isinstance(inner, dict) else {f"{prefix}{name}": inner}
+    return flat

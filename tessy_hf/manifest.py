@@ -1,0 +1,444 @@
+"""Where rows come from: a run's record and a release's manifest, as JSON that is readable in years.
+
+What is the same for all rows of a run goes in (speakers, settings, prompts, this machine), a :class:`RunRecord` comes
+out; a release on the Hub carries the records of its runs in its :class:`Manifest`, whose JSON Schema ships as
+``manifest.schema.json``. Knows nothing of the Hub's files and of how rows are written.
+
+Nothing secret or personal enters: no tokens, no server addresses, no host or user names, and of folders outside the
+working directory only their last name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from tessy_hf.method.speaker import Speaker
+    from tessy_hf.settings import Settings
+
+SCHEMA_VERSION: Literal[1] = 1
+"""Goes up when a manifest of this version could not be read by the code of the last."""
+
+SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
+"""The manifest's JSON Schema, as published with the package."""
+
+LIBRARIES = ("datasets", "huggingface-hub", "tessy-hf", "tokenizers", "torch", "transformers", "vllm")
+DIGEST_BYTES = 16 << 20
+SPEED = frozenset({"rows_in_flight", "journal", "parts", "max_attempts"})
+"""Settings that never change what is written."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRecord(_Record):
+    """A model, as exactly as it is known."""
+
+    name: str
+    """Hub id, or the folder's path below the working directory, else the folder's name."""
+    revision: str | None = None
+    """The commit on the Hub that was loaded; null where it is not known (a folder, a model behind a server)."""
+    requested_revision: str | None = None
+    """The branch, tag or commit that was asked for."""
+    digest: str | None = None
+    """For a folder: a SHA-256 of its weights and JSON files (of large ones, of their size, beginning and end)."""
+
+
+class BoundaryRecord(_Record):
+    """A boundary predictor and how its labels are read, where that was stated."""
+
+    model: ModelRecord
+    label_shift: int | None = None
+    style_label: int | None = None
+    window: int | None = None
+
+
+class SpeakerRecord(_Record):
+    """One of the two authors."""
+
+    engine: str
+    """``transformers``, ``vllm``, ``server`` or another engine's name."""
+    model: ModelRecord
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What else decides the engine's text, such as ``dtype`` and ``quantization``."""
+    tokenizer: ModelRecord | None = None
+    """Where it is not the model's own."""
+    boundary: BoundaryRecord | None = None
+    chat_template: str | None = None
+    """The template used in place of the tokenizer's own."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class SourceRecord(_Record):
+    """The prompts."""
+
+    id: str | None = None
+    """The dataset on the Hub, or the name of the files' format."""
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    """The commit on the Hub."""
+    fingerprint: str | None = None
+    """Of the rows as they went into the transform; null where a stream has none that repeats."""
+
+
+class HardwareRecord(_Record):
+    """The machine a run was started on."""
+
+    system: str
+    machine: str
+    python: str
+    cores: int
+    memory_gib: float | None = None
+    gpus: list[str] = Field(default_factory=list)
+
+
+class RunRecord(_Record):
+    """What is the same for all rows of one run."""
+
+    fingerprint: str
+    """The hash of all that decides the rows; the rows' ``run_fingerprint``."""
+    method: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """All settings that decide the rows, and ``rows_in_flight``."""
+    teacher: SpeakerRecord | None = None
+    """Null where only the fingerprint is known, as for rows of another process that come without a manifest."""
+    student: SpeakerRecord | None = None
+    source: SourceRecord | None = None
+    libraries: dict[str, str] = Field(default_factory=dict)
+    """Versions by distribution name."""
+    hardware: HardwareRecord | None = None
+    begun: str | None = None
+    """When the run, or its last continuation, began: UTC, ISO 8601."""
+
+
+class ShardRecord(_Record):
+    """One Parquet file of a release."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class SplitRecord(_Record):
+    """One split of a release."""
+
+    rows: int
+    bytes: int
+    """Of the Parquet files."""
+    uncompressed_bytes: int
+    """In memory, as Arrow."""
+    shards: list[ShardRecord]
+
+
+class Counts(_Record):
+    """How many rows there are and how they ended."""
+
+    rows: int
+    """In the pushed split."""
+    failed: int
+    """Failed or incomplete: in the split of failures, or left out, as ``Manifest.failures`` says."""
+    given: int = 0
+    """The rows this push was given, those included that were there already."""
+    unfinished: int = 0
+    """Begun in the journal but not done, hence in no split."""
+    finish_reasons: dict[str, int] = Field(default_factory=dict)
+    """Over all of these, failed ones included."""
+    runs: dict[str, int] = Field(default_factory=dict)
+    """Rows by run fingerprint, failed ones included."""
+
+
+class Licence(_Record):
+    """The licence, as the user gave it; the names are those of the Hub's card metadata."""
+
+    license: str | None = None
+    """An identifier the Hub knows, such as ``apache-2.0`` or ``other``."""
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+class Manifest(_Record):
+    """All that is known about one split of one release. Stored beside the data."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    version: str
+    """The release, ``1.0.0`` for the tag ``v1.0.0``."""
+    appends_to: str | None = None
+    """The release whose rows this one contains and adds to."""
+    config_name: str = "default"
+    split: str = "train"
+    failures_split: str | None = None
+    """Where failed and incomplete rows are, if there are any and they were kept."""
+    failures: Literal["split", "drop"] = "split"
+    """What was to be done with failed and incomplete rows."""
+    complete: list[str] = Field(default_factory=lambda: ["stop"])
+    """The finish reasons that count as complete."""
+    runs: list[RunRecord] = Field(default_factory=list)
+    """One, unless rows of several runs were put together."""
+    counts: Counts
+    splits: dict[str, SplitRecord]
+    """The split and, where there is one, that of its failures."""
+    features: list[Any] = Field(default_factory=list)
+    """The columns and their types, as in a dataset card's ``dataset_info``."""
+    licence: Licence = Field(default_factory=Licence)
+    begun: str
+    """When the push began: UTC, ISO 8601."""
+    finished: str
+    """When all rows were written."""
+    pushed_with: dict[str, str] = Field(default_factory=dict)
+    """Versions of the libraries that pushed."""
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """The fingerprints of the runs, sorted."""
+        return sorted(run.fingerprint for run in self.runs)
+
+    @property
+    def run(self) -> RunRecord | None:
+        """The one run, or ``None`` where there are several or none is known."""
+        return self.runs[0] if len(self.runs) == 1 else None
+
+    def to_json(self) -> str:
+        """Return the manifest as it is stored."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def failures_split(split: str) -> str:
+    """Return the name of the split for the failed and incomplete rows of a split."""
+    return "failures" if split == "train" else f"{split}_failures"
+
+
+def json_schema() -> str:
+    """Return the manifest's JSON Schema, as in :data:`SCHEMA_FILE`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Manifest.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def now() -> str:
+    """Return the time, to the second: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- the record of a run
+
+
+def record(
+    teacher: Speaker,
+    student: Speaker,
+    settings: Settings,
+    fingerprint: str,
+    source: SourceRecord | None = None,
+    begun: str | None = None,
+) -> RunRecord:
+    """Describe a run. Loads no model; revisions are those in the local cache, hence known once the models are loaded.
+
+    Args:
+        teacher: The strong model.
+        student: The model to be trained.
+        settings: The run's settings.
+        fingerprint: The run's fingerprint.
+        source: The prompts, where they are known.
+        begun: When it began, where it has.
+    """
+    return RunRecord(
+        fingerprint=fingerprint,
+        method=settings.method,
+        settings=settings.model_dump(exclude=set(SPEED) - {"rows_in_flight"}),
+        teacher=_speaker(teacher),
+        student=_speaker(student),
+        source=source,
+        libraries=libraries(),
+        hardware=hardware(),
+        begun=begun,
+    )
+
+
+def _speaker(speaker: Speaker) -> SpeakerRecord:
+    identity = dict(speaker.engine.identity)
+    name, revision = str(identity.pop("model", speaker.engine.model)), identity.pop("revision", None)
+    engine, tokenizer = str(identity.pop("engine", "unknown")), identity.pop("tokenizer", None)
+    served = engine == "server"  # the revision is the tokenizer's; what the server runs is the server's knowledge
+    model = ModelRecord(name=shown(name)) if served else _model(name, revision)
+    return SpeakerRecord(
+        engine=engine,
+        model=model,
+        options={key: value for key, value in identity.items() if value is not None},
+        tokenizer=_model(str(tokenizer), revision) if tokenizer is not None else None,
+        boundary=_boundary(speaker.boundary.identity) if speaker.boundary is not None else None,
+        chat_template=speaker.chat_template,
+        template_options=speaker.template_options,
+    )
+
+
+def _boundary(identity: dict[str, Any]) -> BoundaryRecord:
+    stated = {key: identity.get(key) for key in ("label_shift", "style_label", "window")}
+    return BoundaryRecord(model=_model(str(identity.get("model", "unnamed")), identity.get("revision")), **stated)
+
+
+def _model(name: str, revision: str | None) -> ModelRecord:
+    if Path(name).is_dir():
+        return ModelRecord(name=shown(name), requested_revision=revision, digest=_digest(Path(name)))
+    return ModelRecord(name=name, revision=_cached_commit(name, revision), requested_revision=revision)
+
+
+def shown(name: str) -> str:
+    """Return a model's name without what is private: a folder is named from the working directory, else by its end."""
+    if not Path(name).is_absolute():
+        return name
+    try:
+        return Path(name).resolve().relative_to(Path.cwd().resolve()).as_posix()
+    except ValueError:
+        return Path(name).name
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """Return the commit whose files are in the local cache: those that were loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except ValueError:  # no Hub id, such as the name of a scripted engine
+            return None
+        if isinstance(found, str):
+            return Path(found).relative_to(_snapshots(Path(found))).parts[0]
+    return None
+
+
+def _snapshots(file: Path) -> Path:
+    return next(folder for folder in file.parents if folder.name == "snapshots")
+
+
+def _digest(folder: Path) -> str:
+    """Hash the weights and JSON files of a folder: names, sizes, and both ends (:data:`DIGEST_BYTES`) of each."""
+    total = hashlib.sha256()
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            begin = file.read(DIGEST_BYTES)
+            file.seek(max(size - DIGEST_BYTES, len(begin)))
+            total.update(f"{path.name} {size} ".encode() + begin + file.read())
+    return f"sha256:{total.hexdigest()}"
+
+
+# --- the prompts
+
+_CACHED = re.compile(r"(?:([^/]+)___)?([^/]+)/([^/]+)/[^/]+/([0-9a-f]{40})/[^/]+\.arrow$")
+_STREAMED = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{40})/")
+
+
+def source(dataset: Dataset | IterableDataset) -> SourceRecord:
+    """Describe a dataset of prompts: where it is from on the Hub, at which commit, and the fingerprint of its rows."""
+    from datasets import Dataset
+
+    split = str(dataset.split) if dataset.split is not None else None
+    if isinstance(dataset, Dataset):
+        return _source_of_files(dataset, split)
+    chain = _chain(dataset)
+    files = [text for _, values in chain for text in values if isinstance(text, str)]
+    found = next(filter(None, map(_STREAMED.match, files)), None)
+    below = next((value for _, values in chain for value in values if isinstance(value, Dataset)), None)
+    if below is not None:
+        return _source_of_files(below, split).model_copy(update={"fingerprint": _hash_of(chain)})
+    if found is None:  # paths, generators: nothing tells whether they give the same again
+        return SourceRecord(config=dataset.config_name, split=split)
+    return SourceRecord(
+        id=found[1], config=dataset.config_name, split=split, revision=found[2], fingerprint=_hash_of(chain)
+    )
+
+
+def _source_of_files(dataset: Dataset, split: str | None) -> SourceRecord:
+    files = [Path(file["filename"]).as_posix() for file in dataset.cache_files]
+    found = next(filter(None, map(_CACHED.search, files)), None)
+    name = "/".join(filter(None, found.groups()[:2])) if found else None
+    config, revision = (found[3], found[4]) if found else (dataset.config_name, None)
+    return SourceRecord(id=name, config=config, split=split, revision=revision, fingerprint=dataset._fingerprint)
+
+
+def _chain(dataset: IterableDataset) -> list[tuple[str, list[Any]]]:
+    """Return the steps a stream is made of, last first, each with the plain values it was given.
+
+    `datasets` has no public way to ask; what cannot be read is left out.
+    """
+    chain, steps = [], [getattr(dataset, "_ex_iterable", None)]
+    for step in steps:
+        if step is not None:
+            values = {**vars(step), **(getattr(step, "kwargs", None) or {})}
+            chain.append((type(step).__name__, list(_plain(values))))
+            steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
+    return chain
+
+
+def _plain(values: Any) -> Iterator[Any]:
+    from datasets import Dataset
+
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from () if str(name).startswith("_") else _plain(value)
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _plain(value)
+    elif isinstance(values, (str, int, float, Dataset)):
+        yield values
+
+
+def _hash_of(chain: list[tuple[str, list[Any]]]) -> str:
+    told = [[name, [getattr(value, "_fingerprint", value) for value in values]] for name, values in chain]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+# --- the machine and what is installed on it
+
+
+def libraries() -> dict[str, str]:
+    """Return the installed versions of :data:`LIBRARIES` and Python's."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> HardwareRecord:
+    """Describe this machine, without its name."""
+    return HardwareRecord(
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        python=platform.python_version(),
+        cores=os.cpu_count() or 1,
+        memory_gib=_memory(),
+        gpus=_gpus(),
+    )
+
+
+def _memory() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
+def _gpus() -> list[str]:
+    """Name the GPUs if this process uses them: asking otherwise would take hold of them, which no fork survives."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    return [str(torch.cuda.get_device_name(number)) for number in range(torch.cuda.device_count())]

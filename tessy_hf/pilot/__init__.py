@@ -1,0 +1,1 @@
+"""What a run would cost, estimated from a pilot. Knows no Hub."""

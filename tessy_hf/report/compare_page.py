@@ -1,0 +1,255 @@
+"""What :func:`tessy_hf.report.compare.analyze` found, as figures and as one HTML page. Knows nothing of rows or models."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tessy_hf.report.figures import (
+    THEMES,
+    Kind,
+    Theme,
+    ThemeName,
+    name_axes,
+    put_legend,
+    save,
+    style,
+    thousands,
+)
+from tessy_hf.report.statistics import AUTHORS
+from tessy_hf.report.tables import Table, count, percent, share
+from tessy_hf.report.viewer import svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POINTS = 800
+"""So many texts of each dataset are drawn, evenly spaced; centres are of all."""
+_WIDE = (12.8, 3.4)  # inches
+
+
+def names(told: dict[str, Any]) -> list[str]:
+    """Return which figures there are: some need spans or a student."""
+    authors = ["authors"] if any(told["authors"].values()) else []
+    return ["map", "tokens", *authors, *(["nll"] if told["nll"] else []), "words"]
+
+
+def draw(name: str, told: dict[str, Any], theme: ThemeName = "light") -> Figure:
+    """Draw one figure.
+
+    Args:
+        name: One of :func:`names`.
+        told: What was found.
+        theme: The colours.
+
+    Raises:
+        TessyError: matplotlib is not installed.
+    """
+    with style(THEMES[theme]) as new_figure:
+        figure: Figure = new_figure(figsize=_WIDE) if name == "words" else new_figure()
+        _DRAW[name](figure, told, THEMES[theme])
+        return figure
+
+
+def image(name: str, told: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
+    """Draw one figure as a file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in SVG the page's own letters are used
+        return save(draw(name, told, theme), theme, kind)
+
+
+def describe(name: str, told: dict[str, Any]) -> str:
+    """Say in a sentence what a figure shows, for those who cannot see it."""
+    similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in told["similarity"])
+    words = told["words"]["words"]
+    return {
+        "map": f"The texts on their first two principal components. {similar}.",
+        "tokens": "Mean tokens of a text: "
+        + ", ".join(f"{name} {count(round(told['tokens'][name]['row']['mean'], 1))}" for name in told["names"])
+        + ".",
+        "authors": "Who wrote the tokens: "
+        + ", ".join(f"{name} {_teacher(told['authors'][name])} by the teacher" for name in told["names"])
+        + ".",
+        "nll": "The student's negative log-likelihood of a token, by who wrote it.",
+        "words": f"How often each dataset uses the words most typical of one of them: {', '.join(words)}.",
+    }[name]
+
+
+# --- the figures
+
+
+def _colours(theme: Theme, told: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(told["names"], (theme.teacher, theme.student, theme.third), strict=False))
+
+
+def _map(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    first, second = (f"component {at + 1} ({percent(part)})" for at, part in enumerate(told["pca"]["explained"]))
+    name_axes(axes, "Where the texts lie", first, second)
+    sides = list(zip(_colours(theme, told).items(), told["pca"]["points"], told["pca"]["centres"], strict=True))
+    for (name, colour), points, _ in sides:
+        some = points[:: -(-len(points) // POINTS)]
+        x, y = zip(*some, strict=True)
+        axes.scatter(x, y, s=7, color=colour, alpha=0.35, linewidths=0, label=name)
+    for size, ((_, colour), _, centre) in zip((260, 130, 50), sides, strict=False):  # rings, where they meet
+        axes.scatter([centre[0]], [centre[1]], s=size, color=colour, edgecolors=theme.text, linewidths=1.5, zorder=3)
+    axes.grid(visible=True, axis="both")
+    axes.set(xticks=[], yticks=[])
+    put_legend(axes)
+    legend: Any = axes.get_legend()
+    for handle in legend.legend_handles:
+        handle.set(alpha=1, sizes=[36])
+
+
+def _tokens(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
+    longest = max(told["tokens"][name]["row"]["mean"] for name in told["names"])
+    for at, (name, colour) in enumerate(_colours(theme, told).items()):
+        parts = told["tokens"][name]
+        thinking, answer = parts["thinking"]["mean"], parts["answer"]["mean"]
+        axes.barh(at, thinking, 0.5, color=colour)
+        axes.barh(at, answer, 0.5, left=thinking, color=colour, alpha=0.45)
+        _value(axes, thinking + answer, at, f"{thinking + answer:,.0f}", theme)
+        said = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
+        axes.annotate(said, (0, at), (0, -29), textcoords="offset points", va="center", color=theme.muted, size=8.5)
+    _rows(axes, told["names"], longest, theme)
+    axes.xaxis.set_major_formatter(thousands)
+
+
+def _authors(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
+    known = [name for name in told["names"] if told["authors"][name]]
+    for at, name in enumerate(known):
+        left = 0.0
+        for author in AUTHORS:
+            tokens = told["authors"][name]
+            part = 100 * (share(tokens[author], sum(tokens.values())) or 0)
+            axes.barh(at, part, 0.5, left=left, color=theme.of(author), label=author if not at else None)
+            left += part
+        _value(axes, 100, at, f"teacher {_teacher(told['authors'][name])}", theme)
+    _rows(axes, known, 112, theme)
+    axes.set_xticks(range(0, 101, 20))
+    put_legend(axes)
+
+
+def _nll(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    name_axes(axes, "How unlikely the student finds it", "negative log-likelihood (nats a token)", "")
+    bars = [(name, kind, one["nll"]) for name in told["names"] for kind, one in told["nll"][name].items()]
+    colours = _colours(theme, told)
+    for at, (name, kind, value) in enumerate(bars):
+        axes.barh(at, value, 0.7, color=colours[name], alpha=1 if kind == "all" else 0.5)
+        _value(axes, value, at, f"{value:.2f}", theme)
+    labels = [f"{name}: all" if kind == "all" else kind for name, kind, _ in bars]
+    _rows(axes, labels, max(value for *_, value in bars), theme)
+
+
+def _words(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes = figure.subplots()
+    axes.set_title("Words typical of one of them, in a thousand words", pad=12)
+    words, rates = told["words"]["words"], told["words"]["per_thousand"]
+    darkest = max(max(line) for line in rates) ** 0.5 or 1
+    for y, line in enumerate(rates):
+        for x, rate in enumerate(line):
+            strength = 0.75 * rate**0.5 / darkest
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=theme.teacher, alpha=strength, linewidth=0))
+            said = "" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+            axes.text(x, y, said, ha="center", va="center", size=8.5, color=theme.text)
+    axes.grid(visible=False)
+    axes.set(xlim=(-0.5, len(words) - 0.5), ylim=(len(rates) - 0.5, -0.5))
+    axes.set_xticks(range(len(words)), words, rotation=45, ha="right", rotation_mode="anchor", color=theme.text)
+    axes.set_yticks(range(len(rates)), told["names"], color=theme.text)
+    axes.tick_params(length=0)
+
+
+def _value(axes: Any, x: float, y: float, said: str, theme: Theme) -> None:
+    axes.annotate(said, (x, y), (6, 0), textcoords="offset points", va="center", color=theme.text, weight="bold")
+
+
+def _rows(axes: Any, labels: list[str], longest: float, theme: Theme) -> None:
+    axes.set_yticks(range(len(labels)), labels, color=theme.text)
+    axes.set(ylim=(len(labels) - 0.3, -0.5), xlim=(0, 1.17 * longest))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+
+
+_DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
+    "map": _map,
+    "tokens": _tokens,
+    "authors": _authors,
+    "nll": _nll,
+    "words": _words,
+}
+
+# --- the page
+
+
+def write(out: Path, told: dict[str, Any]) -> None:
+    """Write what was found as one HTML file that needs nothing else and runs no script."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    here = resources.files(__package__)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    page = environment.from_string((here / "compare.html").read_text("utf-8")).render(
+        title=" · ".join(told["names"]),
+        subtitle=f"{told['prompts']:,} prompts that all have; tokens by {told['tokenizer']}",
+        style=Markup((here / "viewer.css").read_text("utf-8")),  # noqa: S704 - our own
+        tiles=[(f"Similarity, {_pair(one)}", f"{one['mean']:.3f}", _beside(one)) for one in told["similarity"]],
+        figures=[
+            {"svg": Markup(svg(image(name, told))), "description": describe(name, told), "wide": name == "words"}  # noqa: S704
+            for name in names(told)
+        ],
+        tables=tables(told),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+
+
+def tables(told: dict[str, Any]) -> list[Table]:
+    """Return the numbers as tables of plain text."""
+    similar = [(_pair(one), f"{one['mean']:.3f}", f"{one['sd']:.3f}", f"{one['other_prompts']:.3f}")
+               for one in told["similarity"]]  # fmt: skip
+    note = (
+        "The cosine of two texts' TF-IDF vectors over the student's tokens, as in the paper's appendix A.6; 1 is the "
+        "same bag of tokens. The texts of different prompts show what any two texts share."
+    )
+    head = ("", "the same prompt, mean", "sd", "different prompts, mean")
+    made = [Table("Similarity", head, similar, note)]
+    lengths = [
+        (f"{name}, {part}", *(count(round(value, 1)) for value in told["tokens"][name][part].values()))
+        for name in told["names"]
+        for part in ("row", "thinking", "answer")
+    ]
+    made.append(Table("Tokens of a text", ("", "mean", "p5", "median", "p95"), lengths))
+    if told["nll"]:
+        lines = [
+            (f"{name}: {kind}", f"{one['nll']:.3f}", count(one["tokens"]))
+            for name in told["names"]
+            for kind, one in told["nll"][name].items()
+        ]
+        note = (
+            "After the prompt, in the student's own format. High values of style are style that is not the student's."
+        )
+        made.append(Table("Negative log-likelihood under the student", ("", "nats a token", "tokens"), lines, note))
+    return made
+
+
+def _pair(one: dict[str, Any]) -> str:
+    return " and ".join(one["of"])
+
+
+def _beside(one: dict[str, Any]) -> str:
+    return f"{one['other_prompts']:.3f} between texts of different prompts"
+
+
+def _teacher(tokens: dict[str, int] | None) -> str:
+    return percent(share(tokens["teacher"], sum(tokens.values()))) if tokens else "–"

@@ -1,0 +1,138 @@
+"""The numbers of a dataset as small tables of words, for its card and its report: a summary goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tessy_hf.report.statistics import AUTHORS, PARTS, QUANTILES
+
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text: nothing in it is escaped yet.
+
+    Attributes:
+        title: What it tells.
+        head: The columns' names.
+        lines: The cells, the first of each line being its name.
+        note: What one has to know to read it.
+    """
+
+    title: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def tables(summary: dict[str, Any]) -> dict[str, Table]:
+    """Return all tables of one dataset, by name."""
+    made = {
+        "finish_reasons": _finish_reasons(summary),
+        "teacher_share": _teacher_share(summary),
+        "tokens": _tokens(summary),
+        "lengths": _lengths(summary),
+        "spans": _spans(summary),
+    }
+    return {**made, "errors": _errors(summary)} if summary["failures"]["errors"] else made
+
+
+def comparison(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Table:
+    """Return two or more datasets side by side."""
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("rows", lambda s: count(s["rows"])),
+        ("ended by themselves", lambda s: percent(share(s["finish_reasons"].get("stop", 0), s["rows"]))),
+        ("teacher's share of a row, mean", lambda s: percent(s["teacher_share"]["row"]["mean"])),
+        ("tokens of a row, mean", lambda s: count(s["lengths"]["row"]["mean"])),
+        ("tokens of a row, median", lambda s: count(s["lengths"]["row"]["quantiles"]["0.5"])),
+        ("tokens of the thinking, mean", lambda s: count(s["lengths"]["thinking"]["mean"])),
+        ("tokens of the answer, mean", lambda s: count(s["lengths"]["answer"]["mean"])),
+        ("discarded, of all generated tokens", lambda s: percent(s["discarded"]["all"]["share_of_cost"])),
+    ]
+    lines = [(label, *(tell(summary) for summary in summaries)) for label, tell in rows]
+    return Table("Side by side", ("", *names), lines)
+
+
+def _finish_reasons(summary: dict[str, Any]) -> Table:
+    lines = [
+        (reason, count(rows), percent(share(rows, summary["rows"])))
+        for reason, rows in summary["finish_reasons"].items()
+    ]
+    return Table("Rows by finish reason", ("finish reason", "rows", "share"), lines)
+
+
+def _teacher_share(summary: dict[str, Any]) -> Table:
+    told = [("whole row", summary["teacher_share"]["row"]), ("thinking", summary["teacher_share"]["thinking"])]
+    lines = [
+        (part, percent(shares["mean"]), *(percent(shares["quantiles"][str(q)]) for q in QUANTILES))
+        for part, shares in told
+    ]
+    note = "Of the kept tokens, counted with the student's tokenizer; the student's share is the rest."
+    return Table("Teacher's share of the tokens", ("of the", "mean", *_QUANTILE_NAMES), lines, note)
+
+
+def _tokens(summary: dict[str, Any]) -> Table:
+    tokens, discarded = summary["tokens"], summary["discarded"]
+    lines = [
+        (author, *(count(tokens[part][author]) for part in PARTS), count(discarded[author]["tokens"]),
+         percent(discarded[author]["share_of_own"]), percent(discarded[author]["share_of_cost"]))
+        for author in AUTHORS
+    ]  # fmt: skip
+    both = [count(sum(tokens[part][author] for author in AUTHORS)) for part in PARTS]
+    thrown = discarded["all"]
+    lines.append(("both", *both, count(thrown["tokens"]), *[percent(thrown["share_of_cost"])] * 2))
+    head = ("tokens", *PARTS, "discarded", "of its own tokens", "of the cost")
+    note = (
+        "Discarded tokens were generated and rolled back. The cost is all generated tokens, kept and discarded. Kept "
+        "tokens are counted with the student's tokenizer, discarded ones with that of their author."
+    )
+    return Table("Tokens", head, lines, note)
+
+
+def _lengths(summary: dict[str, Any]) -> Table:
+    lines = [(part, *_measured(summary["lengths"][part])) for part in ("row", *PARTS)]
+    return Table("Lengths in tokens", ("", "rows", "mean", *_QUANTILE_NAMES, "longest"), lines)
+
+
+def _spans(summary: dict[str, Any]) -> Table:
+    lines = [(author, *_measured(summary["spans"][author])) for author in AUTHORS]
+    head = ("author", "spans", "mean", *_QUANTILE_NAMES, "longest")
+    return Table("Span lengths in the thinking, in tokens", head, lines)
+
+
+def _errors(summary: dict[str, Any]) -> Table:
+    lines = [(told["error"], count(told["rows"])) for told in summary["failures"]["errors"]]
+    return Table("Errors", ("what went wrong", "rows"), lines, "Names and numbers in the messages are left out.")
+
+
+def _measured(told: dict[str, Any]) -> list[str]:
+    quantiles = [count(told["quantiles"][str(q)]) for q in QUANTILES]
+    return [count(told["count"]), count(told["mean"]), *quantiles, count(told["max"])]
+
+
+_QUANTILE_NAMES = tuple("median" if q == 0.5 else f"p{100 * q:.0f}" for q in QUANTILES)
+
+
+def share(part: float, whole: float) -> float | None:
+    """Return a share, or ``None`` of nothing."""
+    return part / whole if whole else None
+
+
+def count(value: float | None) -> str:
+    """Return a number with at most one decimal."""
+    if value is None:
+        return _NONE
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent; a small one is not shown as nothing, nor almost all as all."""
+    if value is None:
+        return _NONE
+    rounded = f"{100 * value:.1f}"
+    if rounded in ("0.0", "100.0") and 0 < value < 1:
+        return "< 0.1 %" if value < 0.5 else "> 99.9 %"
+    return f"{rounded} %"

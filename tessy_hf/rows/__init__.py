@@ -1,0 +1,1 @@
+"""Dataset rows: prompts in, columns and Parquet out. Knows no event loop and no Hub."""

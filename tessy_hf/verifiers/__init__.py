@@ -1,0 +1,1 @@
+"""Verifiers: whether a finished text is right. Know no models."""

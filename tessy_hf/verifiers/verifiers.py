@@ -1,0 +1,244 @@
+"""What says whether a finished text is right: a row's columns go in, a verdict comes out.
+
+A verifier is any function of a row: a mapping with the input columns and the row's ``thinking``, ``answer`` and
+``finish_reason``. It returns a bool or a number, where 1 means right and the higher is the better. It runs in threads,
+for several rows at once. Those here can be named in a recipe:
+
+.. code-block:: yaml
+
+    verifier: {name: number, column: reference_answer}
+
+Knows nothing of models or of how rows are written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from decimal import Decimal, InvalidOperation
+from secrets import token_hex
+from typing import Any, ClassVar
+
+from tessy_hf.errors import SettingsError
+from tessy_hf.verifiers import sandbox
+
+Verifier = Callable[[Mapping[str, Any]], bool | float]
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?")
+_FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The answer is the expected text, up to white space at its ends and the length of white space in it."""
+
+    name: ClassVar[str] = "exact"
+    column: str = "reference_answer"
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Judge a row."""
+        return str(row["answer"]).split() == str(row[self.column]).split()
+
+
+@dataclass(frozen=True)
+class Number:
+    """The last number in the answer is the last number in the expected text, whatever stands around them."""
+
+    name: ClassVar[str] = "number"
+    column: str = "reference_answer"
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Judge a row.
+
+        Raises:
+            ValueError: Nothing numeric is expected.
+        """
+        expected = _last_number(str(row[self.column]))
+        if expected is None:
+            raise ValueError(f"column {self.column!r} is {row[self.column]!r}, in which there is no number")
+        return _last_number(row["answer"]) == expected
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:
+        return None
+
+
+@dataclass(frozen=True)
+class MathVerify:
+    """The answer equals the expected one as mathematics, by ``math-verify``: fractions, sets, intervals, LaTeX.
+
+    Each comparison is a process of its own, since a formula can take sympy for ever.
+    """
+
+    name: ClassVar[str] = "math-verify"
+    column: str = "reference_answer"
+    seconds: float = 30.0
+    memory_mb: int = 2048
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Judge a row.
+
+        Raises:
+            ValueError: What is expected is no mathematics.
+        """
+        told = json.dumps([str(row[self.column]), row["answer"]])
+        limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb, "network": True}  # it runs our code alone
+        code, output = sandbox.run({"main.py": _MATH}, told, **limits)
+        if output.strip() == "no gold":
+            raise ValueError(f"column {self.column!r} is {row[self.column]!r}, which math-verify cannot read")
+        return code == 0 and output.strip() == "True"
+
+    def check(self) -> None:
+        """Refuse to start without ``math-verify``.
+
+        Raises:
+            SettingsError: It is not there, or does not work.
+        """
+        if not self({self.column: "1/2", "answer": "$0.5$"}):
+            raise SettingsError(
+                'The verifier "math-verify" does not work here: it should find 1/2 equal to 0.5. '
+                'Run: pip install "tessy-hf[math]"'
+            )
+
+
+_MATH = r"""
+import json, sys
+from math_verify import parse, verify
+expected, answer = json.load(sys.stdin)
+gold = parse(expected) or parse("$" + expected + "$")
+print(verify(gold, parse(answer)) if gold else "no gold")
+"""
+
+
+@dataclass(frozen=True)
+class PythonTests:
+    """The program in the answer's last fenced block passes its tests, in a sandbox (:mod:`tessy_hf.verifiers.sandbox`).
+
+    The column holds Python that finds the program's names there, such as ``assert add(1, 2) == 3``; or a list of
+    ``{"input": ..., "output": ...}``, with what the program reads and is to print.
+    """
+
+    name: ClassVar[str] = "python-tests"
+    column: str = "tests"
+    seconds: float = 10.0
+    memory_mb: int = 1024
+    network: bool = False
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        """Judge a row.
+
+        Raises:
+            ValueError: The column holds no tests.
+            SandboxError: This system permits no namespace without a network.
+        """
+        blocks, tests = _FENCED.findall(row["answer"]), row[self.column]
+        if not isinstance(tests, (str, list)) or not tests:
+            raise ValueError(
+                f"column {self.column!r} is {tests!r}: Python code or a list of input and output expected"
+            )
+        if not blocks:
+            return False
+        if isinstance(tests, str):
+            return self._asserts(blocks[-1], tests)
+        return all(self._prints(blocks[-1], test["input"], test["output"]) for test in tests)
+
+    def _asserts(self, program: str, tests: str) -> bool:
+        passed = token_hex(8)  # a program that leaves early has not passed
+        main = f"import sys\nsys.path.insert(0, '.')\nfrom solution import *\n{tests}\nprint({passed!r})\n"
+        code, output = self._run({"solution.py": program, "main.py": main})
+        return code == 0 and output.rstrip().endswith(passed)
+
+    def _prints(self, program: str, given: str, expected: str) -> bool:
+        code, output = self._run({"main.py": program}, given)
+        return code == 0 and _lines(output) == _lines(expected)
+
+    def _run(self, files: Mapping[str, str], stdin: str = "") -> sandbox.Finished:
+        return sandbox.run(files, stdin, seconds=self.seconds, memory_mb=self.memory_mb, network=self.network)
+
+    def check(self) -> None:
+        """Refuse to start where programs cannot be run as they should be.
+
+        Raises:
+            SandboxError: This system permits no namespace without a network.
+            SettingsError: A program that is right does not pass.
+        """
+        if not self._asserts("def one():\n    return 1\n", "assert one() == 1"):
+            raise SettingsError(
+                f"The verifier {self} cannot run the simplest program here. Give it more seconds or memory_mb."
+            )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+VERIFIERS: dict[str, Any] = {kind.name: kind for kind in (Exact, Number, MathVerify, PythonTests)}
+
+
+def build(given: Any) -> Verifier | None:
+    """Make a verifier of what a run was told: a name, a mapping with one, a function, or nothing.
+
+    Raises:
+        SettingsError: It is none of these, or the verifier does not take such an argument.
+    """
+    if given is None or callable(given):
+        return given  # type: ignore[no-any-return]
+    described = {"name": given} if isinstance(given, str) else given
+    if isinstance(described, Mapping) and "function" in described:
+        raise SettingsError(
+            f"The verifier of this run was the function {described['function']!r}, which is not in its record. "
+            "Pass it in Python: TessyTransform(..., verifier=function)."
+        )
+    name = described.get("name") if isinstance(described, Mapping) else None
+    if name not in VERIFIERS:
+        raise SettingsError(
+            f"The verifier {given!r} is not known. A function of a row is expected, or one of {', '.join(VERIFIERS)}, "
+            'for instance verifier={"name": "number", "column": "reference_answer"}.'
+        )
+    try:
+        made: Verifier = VERIFIERS[name](**{key: value for key, value in described.items() if key != "name"})
+    except TypeError as error:
+        raise SettingsError(
+            f"The verifier {given!r} cannot be made: {error}. Arguments: {_arguments(VERIFIERS[name])}."
+        ) from error
+    return made
+
+
+def check(verifier: Any) -> None:
+    """Let a verifier that can, such as those of ours that run programs, say whether it works on this machine.
+
+    Raises:
+        SettingsError: It does not work.
+        SandboxError: It would need more than this system permits.
+    """
+    if hasattr(verifier, "check"):
+        verifier.check()
+
+
+def _arguments(kind: Any) -> str:
+    return ", ".join(field.name for field in fields(kind))
+
+
+def describe(given: Any) -> dict[str, Any] | None:
+    """Return what decides a verifier's verdicts, as JSON values: for fingerprints and records."""
+    made = build(given)
+    if made is None:
+        return None
+    if type(made) in VERIFIERS.values():
+        return {"name": type(made).name, **asdict(made)}  # type: ignore[attr-defined, call-overload]
+    from datasets.fingerprint import Hasher
+
+    kind = type(made) if not hasattr(made, "__qualname__") else made
+    return {"function": f"{kind.__module__}.{kind.__qualname__}", "hash": Hasher.hash(made)}
+
+
+def column(given: Any) -> str | None:
+    """Return the input column that a verifier of ours reads; ``None`` where that is not known."""
+    made = build(given)
+    return made.column if type(made) in VERIFIERS.values() else None  # type: ignore[union-attr]

@@ -1,0 +1,319 @@
+"""A predictor is trained from marked segments, states how it is to be read, and learns what it is shown."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertModel, pipeline
+
+from tessy_hf.boundary.predictor import BoundaryPredictor
+from tessy_hf.boundary_training import train as module
+from tessy_hf.boundary_training.answers import locate
+from tessy_hf.boundary_training.metrics import Reading, evaluate, evaluate_readings
+from tessy_hf.boundary_training.segments import Segment, read_segments, word_kinds
+from tessy_hf.boundary_training.train import IGNORED, TrainingSettings, best_bias, cut, encode, train_boundary
+from tessy_hf.boundary_training.warm_up import WarmUp, warm_up
+from tessy_hf.errors import BoundaryError, DatasetError, SettingsError
+from tessy_hf.vocabulary import words
+from tests.boundary_training.test_annotate import STYLE, mark, trace
+from tests.rules import ids_of, vocabulary
+from tests.worlds import TEXT, TOKENIZERS, make_tokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+BASE = {"vocabulary": 400, "hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64, "block": 32}
+QUICK = {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3, "validation_share": 0.2, "test_share": 0.2}
+
+
+def segments(n=40):
+    """Segments in which style is what a few phrases say."""
+    made = []
+    for i in range(n):
+        text = trace(i, sentences=8)
+        spans = locate(text, json.loads(mark(text)))
+        about = {"problem": f"p{i}", "family": "ab"[i % 2], "source_model": f"m{i % 2}"}
+        made.append(Segment(text, tuple(spans), key=f"s{i}", **about))
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small base model, made of the segments' text."""
+    settings = WarmUp(**BASE, steps=40, batch_size=8)
+    return str(warm_up([s.text for s in segments()], tmp_path_factory.mktemp("base"), settings))
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["own token", "next token"])
+def trained(request, base, tmp_path_factory):
+    """A predictor of each label convention."""
+    folder = tmp_path_factory.mktemp(f"shift{request.param}")
+    made = train_boundary(segments(), folder, base=base, label_shift=request.param, author="student", **QUICK)
+    return made, request.param
+
+
+def test_it_learns_what_it_is_shown(trained):
+    made, _ = trained
+    assert made.evaluation.char_f1 > 0.97 and made.evaluation.span_f1 > 0.9
+    assert made.evaluation.boundary_within_1_word > 0.9
+    assert made.evaluation.char_f1_by_family.keys() == {"a", "b"}
+
+
+def test_the_folder_is_a_stock_model_that_states_its_convention(trained):
+    made, label_shift = trained
+    network = AutoModelForTokenClassification.from_pretrained(made.folder)
+    config = network.config
+    assert (config.label_shift, config.window, config.author) == (label_shift, 200, "student")
+    assert config.id2label == {0: "capability", 1: "style"}
+    predictor = BoundaryPredictor.from_pretrained(str(made.folder))
+    assert (predictor.label_shift, predictor.window) == (label_shift, 200)
+    predictor.close()
+    assert {file.name for file in made.folder.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "report.json", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_the_pipeline_of_transformers_reads_it(trained):
+    made, label_shift = trained
+    text = segments()[0].text
+    found = pipeline("token-classification", model=str(made.folder), aggregation_strategy="simple")(text)
+    style = [text[group["start"] : group["end"]] for group in found if group["entity_group"] == "style"]
+    assert len(style) >= 6
+    if label_shift == 0:
+        assert set(map(str.strip, style)) <= set(STYLE)
+
+
+def test_the_report_tells_what_was_done_and_no_path(trained, base):
+    made, label_shift = trained
+    text = (made.folder / "report.json").read_text()
+    report = json.loads(text)
+    assert report["segments"] == {"train": 26, "extra": 0, "validation": 6, "test": 8}
+    assert report["settings"]["label_shift"] == label_shift and str(Path(base).parent) not in text
+    assert report["test"]["char_f1"] == made.evaluation.char_f1 and len(report["epochs"]) <= 10
+
+
+def test_the_same_seed_gives_the_same_weights(trained, base, tmp_path):
+    made, label_shift = trained
+    again = train_boundary(segments(), tmp_path, base=base, label_shift=label_shift, author="student", **QUICK)
+    assert again.evaluation.overall == made.evaluation.overall
+    one, other = ((folder / "model.safetensors").read_bytes() for folder in (made.folder, tmp_path))
+    assert one == other
+
+
+def test_a_checkpoint_of_the_upstream_kind_loads_once_its_shift_is_stated(trained, tmp_path):
+    made, label_shift = trained
+    if label_shift == 0:
+        pytest.skip("upstream's labels look ahead")
+    network = AutoModelForTokenClassification.from_pretrained(made.folder)
+    for name in ("label_shift", "window", "author"):
+        delattr(network.config, name)
+    network.config.id2label, network.config.label2id = {0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}
+    network.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(made.folder).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")} | {"num_labels": 2})
+    )
+    with pytest.raises(BoundaryError, match="label_shift=1"):
+        BoundaryPredictor.from_pretrained(str(tmp_path))
+    right, wrong = (BoundaryPredictor(str(tmp_path), label_shift=shift) for shift in (1, 0))
+    assert evaluate(right, segments()).char_f1 > 0.97 > 0.9 > evaluate(wrong, segments()).char_f1
+    right.close()
+    wrong.close()
+
+
+# --- labels
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@pytest.mark.parametrize("label_shift", [0, 1])
+def test_labels_are_about_the_token_the_convention_says(kind, label_shift):
+    text = "Okay, so 3 + 4\n\nis 7. Größe 🙂"
+    example = encode(Segment(text, ((0, 8),), weight=0.5), vocabulary(kind), label_shift)
+    offsets = vocabulary(kind).encode(text).offsets
+    assert len(example.ids) == len(example.labels) == len(offsets) and example.weight == 0.5
+    for label, (start, end) in zip(example.labels, offsets[label_shift:], strict=False):
+        style = text[start:end].strip() and start < 8
+        assert label == (1 if style else 0 if text[start:end].strip() else IGNORED)
+    assert example.labels[len(offsets) - label_shift :] == [IGNORED] * label_shift
+
+
+def test_each_token_weighs_by_its_kind_and_its_segment():
+    examples = [module.Example([5, 6, 7], [1, 0, IGNORED], 0.5), module.Example([8], [1], 2.0)]
+    batch = module._collate(examples, style_weight=3.0)
+    assert batch["token_weights"].tolist() == [[1.5, 0.5, 0.0], [6.0, 0.0, 0.0]]
+    assert batch["labels"].tolist() == [[1, 0, IGNORED], [1, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert module._style_weight(examples, "balanced") == 0.5 and module._style_weight(examples, 4) == 4
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@pytest.mark.parametrize("window", [4, 13, 500])
+def test_long_segments_are_cut_at_words_and_nothing_is_lost(kind, window):
+    whole = Segment(TEXT, ((0, 8), (30, 90), (200, 260)), problem="p")
+    pieces = cut(whole, vocabulary(kind), window)
+    assert "".join(piece.text for piece in pieces).rstrip() == TEXT.rstrip()
+    for piece in pieces:
+        assert len(vocabulary(kind).encode(piece.text).ids) <= window or len(words(piece.text)) == 1
+    assert sum(int(piece.style().sum()) for piece in pieces) == int(whole.style().sum())
+    if window == 500:
+        assert pieces == [whole]
+
+
+def test_aligned_copies_begin_at_span_starts():
+    aligned = module._aligned(segments(5), copies=3, seed=1)
+    assert len(aligned) == 15 and aligned == module._aligned(segments(5), copies=3, seed=1)
+    whole = {segment.problem: segment for segment in segments(5)}
+    for part in aligned:
+        before = whole[part.problem].part(0, len(whole[part.problem].text) - len(part.text))
+        assert word_kinds(before)[-1] != word_kinds(part)[0]
+
+
+def test_the_bias_goes_where_the_character_f1_is_best():
+    said, many = segments(20), []
+    for segment in said:
+        offsets = vocabulary("qwen").encode(segment.text).offsets
+        many.append(Reading(offsets, 0.05 + 0.15 * segment.style()[[start for start, _ in offsets]]))
+    gain = best_bias(many, said)
+    assert evaluate_readings(many, said).char_f1 == 0
+    odds = [reading.style / (1 - reading.style) * torch.e**gain for reading in many]
+    moved = [Reading(r.offsets, o / (1 + o)) for r, o in zip(many, odds, strict=True)]
+    assert evaluate_readings(moved, said).char_f1 > 0.9
+
+
+# --- data and base models
+
+
+def test_extra_segments_on_held_out_problems_are_left_out(base, tmp_path):
+    held = segments(6)
+    extra = [{**s.to_row(), "weight": 0.2} for s in segments(20)]
+    options = {**QUICK, "epochs": 1}
+    made = train_boundary(
+        segments()[20:], tmp_path, extra=extra, test=held[:3], validation=held[3:], base=base, **options
+    )
+    report = json.loads((made.folder / "report.json").read_text())
+    assert report["segments"] == {"train": 20, "extra": 14, "validation": 3, "test": 3}
+
+
+def test_any_token_classifier_can_be_the_base(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=512, **shape)).save_pretrained(tmp_path / "bert")
+    make_tokenizer("qwen").save_pretrained(tmp_path / "bert")
+    made = train_boundary(
+        segments(), tmp_path / "out", base=str(tmp_path / "bert"), window=64, save_dtype="float16", **QUICK
+    )
+    assert not made.evaluation.causal and made.evaluation.char_f1 > 0.5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["window"], config["dtype"]) == ("bert", 64, "float16")
+
+
+def test_a_base_model_is_made_where_one_is_described(tmp_path):
+    texts = [s.text for s in segments()]
+    settings = {**QUICK, "epochs": 1, "base": {**BASE, "steps": 3}}
+    made = train_boundary(segments(), tmp_path, texts=texts, **settings)
+    weights = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
+    assert json.loads((made.folder / "report.json").read_text())["settings"]["base"]["steps"] == 3
+    train_boundary(segments(), tmp_path, texts=iter(texts), **settings)
+    assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == weights
+    with pytest.raises(SettingsError, match="no texts to make it from"):
+        train_boundary(segments(), tmp_path / "other", **settings)
+    with pytest.raises(DatasetError, match="pass more thinking"):
+        warm_up(["Okay."], tmp_path / "short")
+
+
+def test_the_tokenizer_of_a_made_base_is_exact(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for text in (TEXT, "\n\n  \t x", "日本語 🙂 é"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"epoch": 3}, "Known settings: base"),
+        ({"label_shift": 2}, "label_shift"),
+        ({"base": {"step": 3}}, "base.WarmUp.step"),
+        ({"learning_rate": -1}, "greater than 0"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(settings, told):
+    with pytest.raises(SettingsError) as caught:
+        TrainingSettings.check(**settings)
+    assert told in str(caught.value)
+
+
+def test_a_base_that_is_none_is_refused(tmp_path):
+    with pytest.raises(BoundaryError, match="could not be loaded"):
+        train_boundary(segments(), tmp_path / "out", base=str(tmp_path / "nothing"), **QUICK)
+
+
+KILLED = """
+import os, signal, sys
+import transformers
+from tests.boundary_training.test_train import QUICK, segments
+from tessy_hf.boundary_training.train import train_boundary
+
+saved = transformers.Trainer._save_checkpoint
+
+def save(self, *arguments, **options):
+    saved(self, *arguments, **options)
+    if self.state.epoch == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+transformers.Trainer._save_checkpoint = save
+train_boundary(segments(), sys.argv[2], base=sys.argv[1], label_shift=0, author="student", **QUICK)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_killed_training_goes_on_from_its_last_epoch(trained, base, tmp_path, monkeypatch):
+    made, label_shift = trained
+    if label_shift:
+        pytest.skip("once is enough")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, base, str(tmp_path)], env=environment, timeout=200)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "model.safetensors").exists()
+    begun = []
+    steps = module.encode
+    monkeypatch.setattr(module, "encode", lambda *given: begun.append(1) or steps(*given))
+    again = train_boundary(segments(), tmp_path, base=base, label_shift=0, author="student", **QUICK)
+    assert again.evaluation.overall == made.evaluation.overall
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# --- the recipes and the data that come with the package
+
+
+def test_the_shipped_segments_are_whole():
+    found = read_segments(ROOT / "dataset_cards" / "style-spans" / "train.jsonl")
+    assert len(found) == 698 and sum(len(segment.spans) for segment in found) == 2854
+    assert {segment.family for segment in found} == {"gpt-oss", "qwen3"} and all(s.problem for s in found)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "boundary").glob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_can_be_read(recipe):
+    given = module.read_recipe(recipe)
+    if "annotator" in given:
+        from tessy_hf.boundary_training.annotate import AnnotationSettings
+        from tessy_hf.recipe import read_annotation
+
+        annotator, settings = read_annotation(recipe)
+        assert annotator.engine.model and AnnotationSettings.check(**settings)
+    else:
+        TrainingSettings.check(**{k: v for k, v in given.items() if k not in ("data", "extra", "texts")})
+
+
+def test_ids_are_those_of_the_vocabulary():
+    assert encode(Segment(TEXT, ()), vocabulary("qwen"), 0).ids == ids_of(TEXT)
