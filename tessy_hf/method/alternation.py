@@ -64,7 +64,7 @@ async def _write(y: Trajectory, turns: Turns, plan: Plan, record: Record) -> Non
         turn = turns[author]
         chunk = await turn.write()  # 8: at most k tokens
         b = await turn.boundary(chunk)  # 9: None where all is of the author's own kind
-        count, limit = turn.limits.apply(chunk, b)  # budgets and loops are results
+        count, limit = turn.limit(chunk, b)  # budgets and loops are results
         ends = b is not None or limit is not None or chunk.closed
         z = await turn.keep(chunk, count, boundary=b, ends=ends)  # 10: the rest is rolled back
         y.add(author, "thinking", z)  # 11

@@ -75,6 +75,11 @@ class Chunk(NamedTuple):
         """Return how many characters :meth:`upto` has."""
         return max(0, self.end(count) - self.lead)
 
+    def word(self, index: int) -> str:
+        """Return a word with the whitespace before it; nothing if there is no such word."""
+        start = max(self.lead, self.end(index))
+        return self.text[start : self.end(index + 1)] if index < len(self.words) else ""
+
     def opening(self, word: int) -> str:
         """Return a word up to the end of the token with its first letter, which may hold more than the word."""
         return self.text[max(self.lead, self.words[word][0]) : self.ends[self.begins[word]]]

@@ -30,6 +30,11 @@ class Judge:
         self._predictor, self._reader, self._own_kind = predictor, reader, own_kind
         self._judged = 0  # words of the author's text that are known to be of its own kind
 
+    @property
+    def waits(self) -> bool:
+        """Whether a word is judged only when it is complete."""
+        return bool(self._predictor.label_shift)
+
     def settle(self, count: int) -> None:
         """Forget the first ``count`` words of the text: they are settled."""
         self._judged = max(0, self._judged - count)
@@ -40,7 +45,7 @@ class Judge:
 
     async def first_of_other_kind(self, chunk: Chunk) -> int | None:
         """Return the index of the first word, of those not judged yet, that is not the author's kind of text."""
-        stop = chunk.complete if self._predictor.label_shift else chunk.begun
+        stop = chunk.complete if self.waits else chunk.begun
         asked = range(self._judged, max(self._judged, stop))
         self._judged = asked.stop
         if not asked:

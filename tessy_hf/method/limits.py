@@ -22,8 +22,11 @@ LONGEST_PERIOD = 64
 LONGEST_WORD = 8_192
 """Characters without the end of a word after which a text counts as a degenerate loop."""
 
+PIECE = 16
+"""Characters of the pieces in which a long word is counted: so its count never falls as the word grows."""
+
 SLACK = 8
-"""Tokens by which an unfinished word may pass the budget: a few letters more can make it fewer tokens."""
+"""Tokens by which a word in pieces may pass the budget: it has fewer as a whole."""
 
 _MOST_TOKENS_PER_CHARACTER = 4
 
@@ -75,12 +78,13 @@ class Limits:
         """Forget the first ``count`` words of the author's text: they are settled. ``None``: the turn is over."""
         self._seen = 0 if count is None else self._seen - count
 
-    def apply(self, chunk: Chunk, boundary: int | None) -> tuple[int, FinishReason | None]:
+    def apply(self, chunk: Chunk, boundary: int | None, *, waits: bool = False) -> tuple[int, FinishReason | None]:
         """Apply loop detector and budget to the words before a boundary.
 
         Args:
             chunk: The author's text.
             boundary: The first word that is not the author's to write; ``None`` where all are.
+            waits: Whether words are judged only when they are complete.
 
         Returns:
             How many words may be kept, and how the row ends if that is all; ``None`` where it goes on.
@@ -93,20 +97,25 @@ class Limits:
         if looped is not None:
             stop = chunk.size(seen) + looped
             return max(n for n in range(seen, kept + 1) if chunk.size(n) <= stop), "repetition"
-        if boundary is None and len(chunk.text) - chunk.end(kept) > LONGEST_WORD:
+        tail = chunk.text[chunk.end(kept) :] if boundary is None else chunk.word(kept) if waits else ""
+        if boundary is None and len(tail) > LONGEST_WORD:
             return kept, "repetition"
-        return self._within_budget(chunk, kept, whole=boundary is None)
+        return self._within_budget(chunk, kept, tail)
 
-    def _within_budget(self, chunk: Chunk, kept: int, *, whole: bool) -> tuple[int, FinishReason | None]:
-        """Return how many words fit; with ``whole``, the word that has not ended counts as well."""
-        characters = len(chunk.text) if whole else chunk.size(kept)
-        if self.tokens_left >= _MOST_TOKENS_PER_CHARACTER * characters:
+    def _within_budget(self, chunk: Chunk, kept: int, tail: str) -> tuple[int, FinishReason | None]:
+        """Return how many words fit. The row also ends at a word too long to fit, whoever writes it."""
+        if self.tokens_left >= _MOST_TOKENS_PER_CHARACTER * (chunk.size(kept) + len(tail)):
             return kept, None  # spares the exact count while the budget is far
-        over = (n for n in range(1, kept + 1) if self._tokens(chunk.upto(n)) > self._budget)
-        fits = next(over, kept + 1) - 1
-        if fits == kept and whole and self._tokens(chunk.text[chunk.lead :]) > self._budget + SLACK:
-            return kept, "length"
-        return fits, None if fits == kept else "length"
+        left = self.tokens_left
+        for count in range(kept):
+            if self._pieces(chunk.word(count)) > left + SLACK:
+                return count, "length"
+            left = self._budget - self._counter.preview(chunk.upto(count + 1)).length
+            if left < 0:
+                return count, "length"
+        return kept, "length" if self._pieces(tail) > left + SLACK else None
 
-    def _tokens(self, text: str) -> int:
-        return self._counter.preview(text).length
+    def _pieces(self, word: str) -> int:
+        """Count the tokens of a word's whole pieces."""
+        starts = range(0, len(word) - PIECE + 1, PIECE)
+        return sum(len(self._counter.vocabulary.encode(word[start : start + PIECE]).ids) for start in starts)

@@ -106,11 +106,6 @@ class Turn:
             reader = row.transcript.reader(speaker.boundary.vocabulary)
             self._judge = Judge(speaker.boundary, reader, own_kind=author == "student")  # style is the student's
 
-    @property
-    def limits(self) -> Limits:
-        """The limits of the row's thinking."""
-        return self._row.limits
-
     # --- line 8
 
     async def write(self) -> Chunk:
@@ -187,6 +182,11 @@ class Turn:
             self._judge.restart()  # judge it again when it is complete
             return None
         return other
+
+    def limit(self, chunk: Chunk, boundary: int | None) -> tuple[int, FinishReason | None]:
+        """Return how many words before the boundary the limits allow, and how the row ends if they end it."""
+        waits = self._judge is not None and self._judge.waits
+        return self._row.limits.apply(chunk, boundary, waits=waits)
 
     # --- lines 10, 11
 
