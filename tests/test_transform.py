@@ -19,6 +19,7 @@ from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTr
 from tessy_hf.errors import BoundaryError, DatasetError, EngineDeadError, RequestError, SettingsError, TemplateError
 from tessy_hf.rows.columns import COLUMNS
 from tessy_hf.run.journal import Counts, Journal
+from tessy_hf.trajectory import RowKey
 from tests.worlds import R1_KEEPS, make_tokenizer
 
 
@@ -123,9 +124,10 @@ def test_a_journal_keeps_the_order_of_the_prompts_whichever_is_begun_first(tmp_p
             zip("abcd", columns["answer"], strict=True)
         )
         assert journal.fingerprints()[fingerprint] == Counts(done=4)
-        journal.enroll("ea")
+        first = next(key for key, _ in journal.keys())
+        journal.enroll([RowKey("e"), first])
         assert journal.fingerprints()[fingerprint] == Counts(done=4, to_do=1)
-        assert journal.claim("e").status == "started" and journal.claim("a").status == "finished"
+        assert journal.claim(RowKey("e")).status == "started" and journal.claim(first).status == "finished"
 
 
 def test_of_two_rows_with_one_id_the_second_fails_even_if_it_is_longer():

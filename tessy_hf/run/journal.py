@@ -38,7 +38,7 @@ from typing import Any, Literal, NamedTuple
 
 from tessy_hf.errors import JournalError
 from tessy_hf.run.journal_file import JournalFile
-from tessy_hf.trajectory import Author, Part, Span
+from tessy_hf.trajectory import Author, Part, RowKey, Span
 
 LEASE_SECONDS = 60.0
 """How long a claim holds after its process last flushed, where it cannot be seen that the process is gone."""
@@ -47,8 +47,12 @@ _AUTHORS: tuple[Author, ...] = ("student", "teacher")  # pieces.author and piece
 _PARTS: tuple[Part, ...] = ("thinking", "answer")
 
 # Text is bound as bytes and cast, so that what is no valid Unicode (lone surrogates) comes back as it was.
-_ROW = "fingerprint = ? AND key = CAST(? AS TEXT)"
+_ROW = "fingerprint = ? AND key = CAST(? AS TEXT) AND prompt_hash = ?"
+_ENROLL = "INSERT OR IGNORE INTO rows (fingerprint, key, prompt_hash) VALUES (?, CAST(? AS TEXT), ?)"
 _DESCRIPTIONS = "CREATE TABLE IF NOT EXISTS descriptions (fingerprint TEXT PRIMARY KEY, text TEXT NOT NULL)"
+Key = RowKey | str
+"""A row's key; a string is an id without a prompt hash."""
+
 _DONE = "(finish_reason IS NOT NULL OR attempts >= ?)"
 _STANDING = f"""CASE WHEN {_DONE} THEN 'done' WHEN attempts > 0 THEN 'failed_before'
     WHEN EXISTS (SELECT 1 FROM pieces WHERE row = id) THEN 'to_continue' ELSE 'to_do' END"""
@@ -117,30 +121,35 @@ class Journal:
     def _forget(self) -> None:
         """Begin with no claims and an empty buffer, as an owner of one's own."""
         self._token = uuid.uuid4().hex[:16]
-        self._held: dict[str, _Lease] = {}
-        self._unwritten: dict[str, _Lease] = {}
+        self._held: dict[RowKey, _Lease] = {}
+        self._unwritten: dict[RowKey, _Lease] = {}
         self._renewed = 0.0
         self._unsynced = False
 
     # --- one row
 
-    def enroll(self, keys: Iterable[str]) -> None:
+    def enroll(self, keys: Iterable[Key]) -> None:
         """Give rows their places in the order of the run's rows, whichever of them is claimed first.
 
         Raises:
             JournalError: The file cannot be written.
         """
-        names = [(self.fingerprint, _utf8(key)) for key in keys]
+        names = [self._name(key) for key in keys]
         with self._transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO rows (fingerprint, key) VALUES (?, CAST(? AS TEXT))", names)
+            db.executemany(_ENROLL, names)
 
-    def claim(self, key: str) -> Claim:
+    def _name(self, key: Key) -> tuple[str, bytes, str]:
+        """Return what stands for ``?`` in :data:`_ROW`."""
+        row = _row_key(key)
+        return self.fingerprint, _utf8(row.id), row.prompt_hash
+
+    def claim(self, key: Key) -> Claim:
         """Look a row up if it is finished; else ask to write it.
 
         Raises:
             JournalError: The file cannot be used.
         """
-        name = (self.fingerprint, _utf8(key))
+        key, name = _row_key(key), self._name(key)
         if key in self._unwritten:
             self.flush()
         with self._file.use() as db:
@@ -151,7 +160,7 @@ class Journal:
             done = self._done(db, name)
             if done is not None:
                 return done
-            db.execute("INSERT OR IGNORE INTO rows (fingerprint, key) VALUES (?, CAST(? AS TEXT))", name)
+            db.execute(_ENROLL, name)
             found = db.execute(f"SELECT id, owner, attempts, state FROM rows WHERE {_ROW}", name)
             row, owner, attempts, state = found.fetchone()
             if owner is not None and _is_live(db, owner):
@@ -162,12 +171,12 @@ class Journal:
         self._held[key] = _Lease(row, len(pieces))
         return Claim("started", spans=_spans(pieces), state=json.loads(state or "{}"), attempts=attempts)
 
-    def _done(self, db: sqlite3.Connection, name: tuple[str, bytes]) -> Claim | None:
+    def _done(self, db: sqlite3.Connection, name: tuple[str, bytes, str]) -> Claim | None:
         query = f"SELECT columns, attempts FROM rows JOIN results ON row = id WHERE {_ROW} AND {_DONE}"
         found = db.execute(query, (*name, self.max_attempts)).fetchone()
         return found and Claim("finished", columns=json.loads(found[0]), attempts=found[1])
 
-    def append(self, key: str, pieces: Iterable[Span], state: Mapping[str, Any] | None = None) -> None:
+    def append(self, key: Key, pieces: Iterable[Span], state: Mapping[str, Any] | None = None) -> None:
         """Buffer text kept of a claimed row. The cost does not depend on how much the row has already.
 
         Args:
@@ -183,37 +192,38 @@ class Journal:
             lease.number += 1
         if state is not None:
             lease.state = state
-        self._unwritten[key] = lease
+        self._unwritten[_row_key(key)] = lease
 
-    def finish(self, key: str, columns: Mapping[str, Any]) -> None:
+    def finish(self, key: Key, columns: Mapping[str, Any]) -> None:
         """Buffer a finished row, of JSON values, and end the claim. Durable once flushed."""
         self._end(key, columns, finish_reason=str(columns.get("finish_reason")))
 
-    def fail(self, key: str, columns: Mapping[str, Any]) -> None:
+    def fail(self, key: Key, columns: Mapping[str, Any]) -> None:
         """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt."""
         self._end(key, columns, failed=True)
 
-    def release(self, key: str) -> None:
+    def release(self, key: Key) -> None:
         """Buffer the end of the claim on an unfinished row. The text kept so far stays."""
         self._end(key, None)
 
     def _end(
-        self, key: str, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: bool = False
+        self, key: Key, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: bool = False
     ) -> None:
-        lease = self._lease(key)
+        key, lease = _row_key(key), self._lease(key)
         if columns is not None:
             lease.columns = _json(columns)
         lease.finish_reason, lease.failed, lease.ended = finish_reason, failed, True
         self._unwritten[key] = lease
         del self._held[key]
 
-    def _lease(self, key: str) -> _Lease:
+    def _lease(self, key: Key) -> _Lease:
+        row = _row_key(key)
         try:
-            return self._held[key]
+            return self._held[row]
         except KeyError:
             raise JournalError(
-                f"The journal {self.path} holds no claim on row {key!r}. Only claimed rows can be written, until they "
-                "are finished, failed or released; call claim() and write where it answers 'started'."
+                f"The journal {self.path} holds no claim on row {row.id!r}. Only claimed rows can be written, until "
+                "they are finished, failed or released; call claim() and write where it answers 'started'."
             ) from None
 
     # --- all rows
@@ -251,21 +261,32 @@ class Journal:
         finally:
             self._file.close()
 
-    def plan(self, keys: Iterable[str]) -> Counts:
-        """Count how the rows with these keys stand in this run. Changes nothing."""
+    def plan(self, keys: Iterable[Key], other_prompts: dict[str, str] | None = None) -> Counts:
+        """Count how the rows with these keys stand in this run. Changes nothing.
+
+        Args:
+            keys: The rows.
+            other_prompts: Gets the ids that are here with other prompts only, and the hash of such a prompt, which is
+                empty where it is not known. Their rows count as to do.
+        """
         counts: Counter[str] = Counter()
-        keys = iter(keys)
-        while chunk := list(islice(keys, 500)):
+        rows = map(_row_key, keys)
+        while chunk := list(islice(rows, 500)):
             marks = ", ".join(["CAST(? AS TEXT)"] * len(chunk))
-            query = f"SELECT key, {_STANDING} FROM rows WHERE fingerprint = ? AND key IN ({marks})"
-            values = (self.max_attempts, self.fingerprint, *map(_utf8, chunk))
+            query = f"SELECT key, prompt_hash, {_STANDING} FROM rows WHERE fingerprint = ? AND key IN ({marks})"
+            values = (self.max_attempts, self.fingerprint, *(_utf8(row.id) for row in chunk))
             with self._file.use() as db:
-                standing = dict(db.execute(query, values).fetchall())
-            counts.update(standing.get(key, "to_do") for key in chunk)
+                found = db.execute(query, values).fetchall()
+            standing = {RowKey(*key): how for *key, how in found}
+            counts.update(standing.get(row, "to_do") for row in chunk)
+            if other_prompts is not None:
+                known = {row.id: row.prompt_hash for row in standing}
+                missing = (row.id for row in chunk if row not in standing)
+                other_prompts.update((name, known[name]) for name in missing if name in known)
         return Counts(**counts)
 
     def finished(self, fingerprint: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Iterate over keys and columns of a run's rows that are done, in the order in which they were first met.
+        """Iterate over ids and columns of a run's rows that are done, in the order in which they were first met.
 
         Args:
             fingerprint: The run; this one where it is ``None``.
@@ -280,21 +301,21 @@ class Journal:
             for _, key, columns in page:
                 yield key, json.loads(columns)
 
-    def keys(self) -> Iterator[tuple[str, bool]]:
+    def keys(self) -> Iterator[tuple[RowKey, bool]]:
         """Iterate over the keys of this run's rows that are done, and whether they failed. Reads no columns."""
-        query = f"""SELECT id, key, finish_reason IS NULL FROM rows NOT INDEXED JOIN results ON row = id
+        query = f"""SELECT id, key, prompt_hash, finish_reason IS NULL FROM rows NOT INDEXED JOIN results ON row = id
             WHERE id > ? AND fingerprint = ? AND {_DONE} ORDER BY id LIMIT 1000"""
-        page: list[tuple[int, str, int]] = [(0, "", 0)]
+        page: list[tuple[int, str, str, int]] = [(0, "", "", 0)]
         while page:
             with self._file.use() as db:
                 page = db.execute(query, (page[-1][0], self.fingerprint, self.max_attempts)).fetchall()
-            for _, key, failed in page:
-                yield key, bool(failed)
+            for _, key, prompt_hash, failed in page:
+                yield RowKey(key, prompt_hash), bool(failed)
 
-    def row(self, key: str) -> dict[str, Any] | None:
+    def row(self, key: Key) -> dict[str, Any] | None:
         """Return the columns of a row that is done, or ``None``."""
         with self._file.use() as db:
-            done = self._done(db, (self.fingerprint, _utf8(key)))
+            done = self._done(db, self._name(key))
         return done.columns if done is not None else None
 
     def fingerprints(self) -> dict[str, Counts]:
@@ -403,6 +424,10 @@ def _host() -> str:
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return socket.gethostname()
+
+
+def _row_key(key: Key) -> RowKey:
+    return key if isinstance(key, RowKey) else RowKey(key)
 
 
 def _utf8(text: str) -> bytes:

@@ -16,6 +16,13 @@ from tessy_hf.run.metering import Waits
 from tessy_hf.run.window import Window
 
 
+def say(text: str) -> None:
+    """Write a line on stderr, above a status line where there is one."""
+    from datasets.utils import tqdm
+
+    tqdm.write(f"TESSY: {text}", file=sys.stderr)
+
+
 class Progress:
     """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
 
@@ -63,9 +70,7 @@ class Progress:
     def write(self, text: str) -> None:
         """Write a line above the status line; of ``num_proc`` workers, only the first one does."""
         if not self._is_worker() or multiprocess.current_process().name.endswith("-1"):
-            from datasets.utils import tqdm
-
-            tqdm.write(f"TESSY: {text}", file=sys.stderr)
+            say(text)
 
     def line(self) -> str:
         """Return what stands behind the count of rows."""

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,18 @@ from tessy_hf.manifest import RunRecord
 from tessy_hf.method import methods
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns
-from tessy_hf.rows import prompt as prompts
+from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.run.journal import Claim, Counts, Journal
 from tessy_hf.run.metering import Load, Waits
-from tessy_hf.run.progress import Progress
+from tessy_hf.run.progress import Progress, say
 from tessy_hf.run.shared_rows import Outbox, Parts
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
-from tessy_hf.trajectory import Draft, Message, Prompt, Span, Trajectory
+from tessy_hf.trajectory import Draft, Message, Prompt, RowKey, Span, Trajectory
 from tessy_hf.verifiers import verifiers
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
-_Asked = tuple[str, list[Message]]
-
 REST = 40.0
 """How many times as long as the last commit took none is made: commits take a fortieth of the time at most."""
 
@@ -101,6 +100,8 @@ class Run:
         self._rows_seen = 0
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._writing: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._told_of_other_prompts = False
         self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
         self._loop = asyncio.new_event_loop()
         self._admission = asyncio.Lock()
@@ -226,29 +227,29 @@ class Run:
         settings, this = self._settings, asyncio.current_task()
         if this is not None:
             self._own(this)
-        verified = verifiers.column(settings.verifier)
-        columns.check_columns(list(batch), settings.prompt_column, settings.id_column, verified)
+        reader = PromptReader(settings, list(batch), seen)
         given_prompts = batch[settings.prompt_column]
         if isinstance(given_prompts, str) or given_prompts is None:
             raise DatasetError(
                 "The transform got a single row. A batch is expected: call map(transform, batched=True)."
             )
-        ids = batch[settings.id_column] if settings.id_column is not None else [None] * len(given_prompts)
+        read = {name: batch[name] for name in reader.read_columns}
+        rows_given = [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
         tasks: dict[int, asyncio.Task[dict[str, Any]]] = {}
         try:
             async with self._admission:  # one batch after another, in the order in which they came
                 if self._started is None:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
-                asked = [self._read(given, prompt, seen) for given, prompt in zip(ids, given_prompts, strict=True)]
+                asked = [self._read(reader, row) for row in rows_given]
                 if self._journal is not None and self._outbox is None:  # what is in parts has no place in the journal
-                    self._journal.enroll(row[0] for row in asked if not isinstance(row, PromptError))
+                    self._enroll([row.row_key for row in asked if isinstance(row, Prompt)], self._journal)
                 for number in range(len(asked)) if self._in_order else _longest_first(asked):
                     await self._window.enter()
-                    row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}
-                    tasks[number] = self._own(asyncio.create_task(self._row(ids[number], asked[number], row)))
+                    row = rows_given[number]
+                    tasks[number] = self._own(asyncio.create_task(self._row(reader.id(row), asked[number], row)))
                     tasks[number].add_done_callback(self._leave)
-            rows = await asyncio.gather(*(tasks[number] for number in range(len(ids))))
+            rows = await asyncio.gather(*(tasks[number] for number in range(len(asked))))
             if self._journal is not None:
                 self._journal.flush()  # now they are durable
             if self._outbox is not None:
@@ -264,39 +265,52 @@ class Run:
         if self._outbox is not None:
             self._outbox.hurry()
 
-    def _read(self, given: Any, prompt: Any, seen: set[str]) -> _Asked | PromptError:
+    def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:
         try:
-            return prompts.read(given, prompt, self._settings, seen)
+            prompt = reader.read(row)
         except PromptError as error:
             return error
+        return replace(prompt, seed=derive_seed(self._settings.seed, prompt.key))
 
-    async def _row(self, given: Any, asked: _Asked | PromptError, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _enroll(self, keys: list[RowKey], journal: Journal) -> None:
+        """Give rows their places in the journal, and say once that ids are there with other prompts."""
+        if not self._told_of_other_prompts:
+            others: dict[str, str] = {}
+            journal.plan(keys, others)
+            for line in _why_anew(others, self._settings):
+                self._progress.write(line)
+                self._told_of_other_prompts = True
+        journal.enroll(keys)
+
+    async def _row(self, given: Any, asked: Prompt | PromptError, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write one row, whatever its prompt is like; ``row`` is what its verifier may read."""
         self._rows_seen += 1
         if isinstance(asked, PromptError):
             done = self._columns(Trajectory(str(given), finish_reason="error", error=str(asked)), [])
         else:
-            key, messages = asked
-            work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
+            prompt = replace(asked, order=self._rows_seen)
+            # Engines know a row by its id: two rows of one id, of two passes, are written one after the other.
+            lock = self._writing.setdefault(prompt.key, asyncio.Lock())
             with self._progress.row():
-                done = await self._look_up_or_write(work, row)
-            self._learn_length(messages, done)
+                async with lock:
+                    done = await self._look_up_or_write(prompt, row)
+            self._learn_length(prompt.messages, done)
         self._progress.done(done)
         return done
 
     async def _look_up_or_write(self, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
-        if self._outbox is not None and (found := await self._outbox.find(prompt.key)) is not None:
+        if self._outbox is not None and (found := await self._outbox.find(prompt.row_key)) is not None:
             return found
         if self._journal is None:
             done = await self._write(prompt, given)
         else:
             done = await self._write_durably(prompt, given, self._journal)
         if self._outbox is not None:
-            self._outbox.add(prompt.key, done)
+            self._outbox.add(prompt.row_key, done)
         return done
 
     def _learn_length(self, messages: Sequence[Message], row: Mapping[str, Any]) -> None:
-        prompt = prompts.length(messages) // CHARACTERS_PER_TOKEN
+        prompt = length(messages) // CHARACTERS_PER_TOKEN
         self._window.learn(prompt + row["teacher_tokens"] + row["student_tokens"], self._waits.read_again)
 
     def _columns(
@@ -313,7 +327,11 @@ class Run:
         )
 
     async def _attempt(
-        self, prompt: Prompt, given: Mapping[str, Any], draft: Draft, journal: Journal | None = None
+        self,
+        prompt: Prompt,
+        given: Mapping[str, Any],
+        draft: Draft,
+        keep: Callable[[Draft, Span | None], None] | None = None,
     ) -> Trajectory:
         return await methods.write(
             prompt,
@@ -323,7 +341,7 @@ class Run:
             draft,
             given=given,
             verifier=self._verifier,
-            record=functools.partial(self._record, journal),
+            record=functools.partial(self._record, keep),
             waits=self._waits,
         )
 
@@ -341,46 +359,60 @@ class Run:
     async def _write_durably(self, prompt: Prompt, given: Mapping[str, Any], journal: Journal) -> dict[str, Any]:
         """Look a row up in the journal, or write it there as it is written."""
         while True:
-            claim = await self._claim(prompt.key, journal)
+            claim = await self._claim(prompt.row_key, journal)
             if claim.status == "finished":
                 return claim.columns
             draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
             try:
-                trajectory = await self._attempt(prompt, given, draft, journal)
+                trajectory = await self._attempt(prompt, given, draft, functools.partial(self._keep, prompt, journal))
                 row = self._columns(trajectory, prompt.messages, draft)
             except BaseException:
-                journal.release(prompt.key)
+                journal.release(prompt.row_key)
                 raise
             if trajectory.finish_reason != "error":
-                journal.finish(prompt.key, row)
+                journal.finish(prompt.row_key, row)
                 self._flush_soon(journal)
                 return row
-            journal.fail(prompt.key, row)
+            journal.fail(prompt.row_key, row)
             self._flush_soon(journal)
             if not trajectory.retryable or claim.attempts + 1 >= self._settings.max_attempts:
                 return row
             await asyncio.sleep(_pause(claim.attempts + 1))
 
-    async def _claim(self, key: str, journal: Journal) -> Claim:
-        """Claim a row, waiting while another row with the same key or another process writes it."""
+    async def _claim(self, key: RowKey, journal: Journal) -> Claim:
+        """Claim a row, waiting while another process writes it."""
         while (claim := journal.claim(key)).status == "busy":  # noqa: ASYNC110 - another process sends no event
             await asyncio.sleep(0.2)
         return claim
 
-    def _record(self, journal: Journal | None, draft: Draft, piece: Span | None) -> None:
+    def _record(self, keep: Callable[[Draft, Span | None], None] | None, draft: Draft, piece: Span | None) -> None:
         self._window.part()
-        if journal is None:
-            return
+        if keep is not None:
+            keep(draft, piece)
+
+    def _keep(self, prompt: Prompt, journal: Journal, draft: Draft, piece: Span | None) -> None:
         if self._journal_error is not None:
             raise self._journal_error
-        journal.append(draft.key, [piece] if piece is not None and piece.text else [], draft.state())
+        journal.append(prompt.row_key, [piece] if piece is not None and piece.text else [], draft.state())
         self._flush_soon(journal)
 
 
-def _longest_first(asked: Sequence[_Asked | PromptError]) -> list[int]:
+def _longest_first(asked: Sequence[Prompt | PromptError]) -> list[int]:
     """Return in which order to begin rows: longer prompts tend to have longer rows, which are best not begun last."""
-    lengths = [0 if isinstance(row, PromptError) else prompts.length(row[1]) for row in asked]
+    lengths = [0 if isinstance(row, PromptError) else length(row.messages) for row in asked]
     return sorted(range(len(asked)), key=lengths.__getitem__, reverse=True)
+
+
+def _why_anew(others: Mapping[str, str], settings: Settings) -> Iterator[str]:
+    """Say why rows whose ids are in the journal, with these prompts, are not taken from there."""
+    unknown = sum(not prompt_hash for prompt_hash in others.values())
+    read = " or other columns that the verifier reads" if settings.verifier is not None else ""
+    for count, why in (
+        (len(others) - unknown, f"seen before with another prompt{read}"),
+        (unknown, "begun by an earlier version, which did not keep what half-written rows answer"),
+    ):
+        if count:
+            yield f"{count} id{'s were' if count > 1 else ' was'} {why}: written anew."
 
 
 def _pause(attempt: int) -> float:
@@ -406,18 +438,17 @@ def parts_of(settings: Settings, fingerprint: str) -> Parts | None:
 def count(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
     """Count how a dataset's rows stand: done, to continue, to do, failed before. Starts nothing."""
     names = [name for name in (settings.prompt_column, settings.id_column) if name is not None]
-    columns.check_columns(list(dataset.column_names or names), settings.prompt_column, settings.id_column)
-    journal, seen, unusable, in_parts = journal_of(settings, fingerprint), set[str](), 0, 0
+    reader = PromptReader(settings, list(dataset.column_names or next(iter(dataset), names)))
+    journal, unusable, in_parts, others = journal_of(settings, fingerprint), 0, 0, dict[str, str]()
     parts = parts_of(settings, fingerprint)
     if parts is not None:
         parts.refresh()
 
-    def keys() -> Iterator[str]:
+    def keys() -> Iterator[RowKey]:
         nonlocal unusable, in_parts
-        for row in dataset.select_columns(names):
+        for row in dataset.select_columns(reader.read_columns):
             try:
-                given = row[settings.id_column] if settings.id_column is not None else None
-                key = prompts.read(given, row[settings.prompt_column], settings, seen)[0]
+                key = reader.read(row).row_key
             except PromptError:
                 unusable += 1
                 continue
@@ -429,6 +460,8 @@ def count(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
     if journal is None or not journal.path.exists():
         counts = Counts(to_do=sum(1 for _ in keys()))
     else:
-        counts = journal.plan(keys())
+        counts = journal.plan(keys(), others)
         journal.close()
+    for line in _why_anew(others, settings):
+        say(line)
     return counts._replace(done=counts.done + in_parts, to_do=counts.to_do + unusable)

@@ -2,8 +2,8 @@
 
 A folder as fsspec names it (``/shared/run``, ``s3://bucket/run``) and rows by their keys go in; which keys are there,
 and their rows, come out, on any host. Writers need not know of each other: a part is named after its run and its
-content, and is never changed. A row may be in several parts, where two hosts wrote it; :mod:`tessy_hf.cluster.merge` takes
-one. Knows nothing of models and prompts.
+content, and is never changed. A row may be in several parts, where two hosts wrote it; a merge takes one.
+Knows nothing of models and prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,8 @@ import tenacity
 from tessy_hf.errors import PartsError
 from tessy_hf.rows import columns
 from tessy_hf.rows.datasets_internals import table
+from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,7 +55,7 @@ _WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
 
 _NAME = re.compile(r"part-(?P<run>\w+)-\w+\.parquet")
 _RECORD = b"tessy_run"
-_ROW_KEYS = ("key", "finish_reason", "run_fingerprint")
+_HASH = "prompt_hash"
 
 
 logger = logging.getLogger(__name__)
@@ -97,23 +99,33 @@ class ParquetFiles:
         """Return a file's schema."""
         return self._read(path, lambda file: file.schema_arrow)
 
-    def keys(self, path: str, key_column: str = "key") -> Iterator[tuple[str, str | None, Place]]:
-        """Iterate over key, run and place of a file's rows. Reads no text."""
+    def keys(
+        self, path: str, id_column: str = "key", hashed: Sequence[str] = ()
+    ) -> Iterator[tuple[RowKey, str | None, Place]]:
+        """Iterate over key, run and place of a file's rows. Reads no text where the file has prompt hashes.
+
+        Args:
+            path: The file.
+            id_column: The column with the rows' ids.
+            hashed: The columns that decide a row besides its prompt, where the file has no prompt hashes.
+        """
 
         def read(file: Any) -> list[pa.Table]:
-            names = [key_column, *_ROW_KEYS[1:]]
+            asked = [_HASH] if _HASH in file.schema_arrow.names else ["messages", *hashed]
+            names = list(dict.fromkeys([id_column, "finish_reason", "run_fingerprint", *asked]))
             missing = [name for name in names if name not in file.schema_arrow.names]
             if missing:
                 raise PartsError(
-                    f"{path} has no column {missing[0]!r}. Finished rows are expected, with their keys in "
-                    f"{key_column!r} and all columns that a run adds; leave the file out."
+                    f"{path} has no column {missing[0]!r}. Finished rows are expected, with their ids in "
+                    f"{id_column!r} and all columns that a run adds; leave the file out."
                 )
             return [file.read_row_group(group, columns=names) for group in range(file.num_row_groups)]
 
         for group, found in enumerate(self._read(path, read)):
-            keys, reasons, runs = (found.column(name).to_pylist() for name in (key_column, *_ROW_KEYS[1:]))
-            for number, (key, reason, run) in enumerate(zip(keys, reasons, runs, strict=True)):
-                yield str(key), run, Place(path, group, number, reason == "error")
+            for number, row in enumerate(found.to_pylist()):
+                asked = row.get(_HASH) or finished_prompt_hash(row["messages"], {name: row[name] for name in hashed})
+                place = Place(path, group, number, row["finish_reason"] == "error")
+                yield RowKey(str(row[id_column]), asked), row["run_fingerprint"], place
 
     def row(self, place: Place) -> dict[str, Any]:
         """Read what a run added to a row: the values of :data:`tessy_hf.rows.columns.COLUMNS`."""
@@ -162,7 +174,7 @@ class Parts:
         self._system, self._path = file_system(self.folder)
         self._files = ParquetFiles(self._system)
         self._known: set[str] = set()
-        self._places: dict[str, Place] = {}
+        self._places: dict[RowKey, Place] = {}
 
     def __len__(self) -> int:
         """Return how many rows are known to be there, those that failed included."""
@@ -196,24 +208,24 @@ class Parts:
             )
         return found
 
-    def _place(self, key: str, place: Place) -> None:
+    def _place(self, key: RowKey, place: Place) -> None:
         known = self._places.get(key)
         if known is None or (known.failed and not place.failed):
             self._places[key] = place
 
-    def done(self, key: str) -> bool:
+    def done(self, key: RowKey) -> bool:
         """Whether a row is there and has not failed."""
         return key in self._places and not self._places[key].failed
 
-    def failed(self, key: str) -> bool:
+    def failed(self, key: RowKey) -> bool:
         """Whether a row is there as a failure only."""
         return key in self._places and self._places[key].failed
 
-    def row(self, key: str) -> dict[str, Any]:
+    def row(self, key: RowKey) -> dict[str, Any]:
         """Read a row that is there."""
         return self._files.row(self._places[key])
 
-    def write(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    def write(self, rows: Mapping[RowKey, Mapping[str, Any]]) -> None:
         """Write rows as one part. When this returns they outlive this host.
 
         Raises:
@@ -234,14 +246,17 @@ class Parts:
             self._place(key, Place(path, 0, number, row["finish_reason"] == "error"))
 
 
-def part(rows: Mapping[str, Mapping[str, Any]], features: Mapping[str, Any], record: str) -> bytes:
+def part(rows: Mapping[RowKey, Mapping[str, Any]], features: Mapping[str, Any], record: str) -> bytes:
     """Return rows, by key, as the content of one Parquet file of one row group, with the run's description."""
     import pyarrow.parquet as pq
     from datasets import Features, Value
 
     written = table(
-        ({"key": key, **{name: row[name] for name in columns.COLUMNS}} for key, row in rows.items()),
-        Features({"key": Value("string"), **features}),
+        (
+            {"key": key.id, _HASH: key.prompt_hash, **{name: row[name] for name in columns.COLUMNS}}
+            for key, row in rows.items()
+        ),
+        Features({"key": Value("string"), _HASH: Value("string"), **features}),
     )
     buffer = io.BytesIO()
     described = written.replace_schema_metadata({**(written.schema.metadata or {}), _RECORD: record.encode()})
@@ -339,9 +354,9 @@ class Outbox:
 
     def __init__(self, parts: Parts, most: Callable[[], int], has_room: Callable[[], bool]) -> None:
         self.parts, self._most, self._has_room = parts, most, has_room
-        self._rows: dict[str, Mapping[str, Any]] = {}
+        self._rows: dict[RowKey, Mapping[str, Any]] = {}
         self._bytes = 0
-        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._waiting: dict[RowKey, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._putting: asyncio.Task[None] | None = None
         self._due = self._hurried = False
@@ -349,7 +364,7 @@ class Outbox:
         self._looking = asyncio.Lock()
         self._looked = float("-inf")
 
-    async def find(self, key: str) -> dict[str, Any] | None:
+    async def find(self, key: RowKey) -> dict[str, Any] | None:
         """Return a row that is in a part, unless it failed there.
 
         Raises:
@@ -365,7 +380,7 @@ class Outbox:
         async with self._looking:  # one reader at a time
             return await asyncio.to_thread(self.parts.row, key)
 
-    def add(self, key: str, row: Mapping[str, Any]) -> None:
+    def add(self, key: RowKey, row: Mapping[str, Any]) -> None:
         """Take a finished row, unless it is there already; one that failed counts only as long as none has not.
 
         Raises:

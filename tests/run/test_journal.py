@@ -788,7 +788,7 @@ def parent_is_a_file(path):
     [
         (foreign, "is a SQLite file of another program.*is expected.*another path"),
         (foreign_with_hot_log, "is a SQLite file of another program.*is expected.*another path"),
-        (newer, "has format 2.*reads format 1.*upgrade tessy_hf"),
+        (newer, "has format 3.*reads formats up to 2.*upgrade tessy_hf"),
         (truncated, "is damaged or cut short.*is expected.*put a copy"),
         (header_gone, "is no SQLite file.*is expected.*put a copy"),
         (pages_gone, "is damaged or cut short.*is expected.*put a copy"),

@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import PartsError, RequestError
+from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run import shared_rows as parts
 from tests import crashes
 from tests.crashes import Work
@@ -221,7 +222,8 @@ def test_another_host_goes_on_where_one_was_killed(tmp_path, seed):
     assert crashes.kill_when(crashes.begin(first), first, draw.randrange(60_000, 90_000), 0.0) == -signal.SIGKILL
     there = parts.Parts(settings["parts"], first.transform.run_fingerprint)
     there.refresh()
-    done = {f"r{i}" for i in range(120) if there.done(f"r{i}")}
+    reader = PromptReader(first.transform.settings, ["id", "prompt"])
+    done = {key.id for key in (reader.read(row).row_key for row in crashes.script_rows(range(120))) if there.done(key)}
     assert done, "the death came too early to show anything"
     second = first._replace(folder=tmp_path / "second")
     second.folder.mkdir()
