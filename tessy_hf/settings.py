@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from tessy_hf.errors import SettingsError
-from tessy_hf.method.alternation import Plan
+from tessy_hf.plan import Plan
 from tessy_hf.verifiers import verifiers
 
 FORMAT = 3
@@ -78,8 +78,8 @@ class Settings(BaseModel):
     """The most candidates to write for a row: by default 5 for ``teacher-score``, else 1. The teacher scores all of
     its 5; a verifier's are written one after the other, until it finds one right."""
     verifier: Any = None
-    """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers.verifiers`, a mapping with
-    its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
+    """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers.verifiers`, a
+    mapping with its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
     system_prompt: str | None = None
     """A system message for both models, put before each prompt."""
 
@@ -127,15 +127,15 @@ class Settings(BaseModel):
         return checked
 
     def _check_candidates(self) -> None:
-        if self.tries > 1 and not self.judged:
+        if self.max_candidates > 1 and not self.judged:
             raise SettingsError(
                 f"Setting best_of={self.best_of} leaves nothing to choose by. Pass a verifier, for instance "
                 'verifier="number", or method="teacher-score".'
             )
-        if self.tries > 1 and self.temperature == 0:
+        if self.max_candidates > 1 and self.temperature == 0:
             raise SettingsError(
-                f"At temperature=0 all {self.tries} candidates of a row would be the same. Pass a higher temperature, "
-                "for instance temperature=0.6, or best_of=1."
+                f"At temperature=0 all {self.max_candidates} candidates of a row would be the same. Pass a higher "
+                "temperature, for instance temperature=0.6, or best_of=1."
             )
 
     @field_serializer("verifier")
@@ -143,7 +143,7 @@ class Settings(BaseModel):
         return verifiers.describe(verifier)
 
     @property
-    def tries(self) -> int:
+    def max_candidates(self) -> int:
         """The most candidates to write for a row."""
         return self.best_of or (SCORED_CANDIDATES if self.scored else 1)
 
@@ -174,6 +174,7 @@ class Settings(BaseModel):
             method = "teacher-only" if hashlib.sha256(key.encode()).digest()[0] % 2 else "student-only"
         thinking, answer = _AUTHORS[method]
         return Plan(
+            method=self.method,
             thinking=thinking,
             answer=answer,
             chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
@@ -182,6 +183,9 @@ class Settings(BaseModel):
             top_p=self.top_p,
             max_thinking_tokens=self.max_thinking_tokens,
             max_answer_tokens=self.max_answer_tokens,
+            max_candidates=self.max_candidates,
+            scored=self.scored,
+            shows_reference=self.shows_reference,
         )
 
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:

@@ -119,6 +119,10 @@ class Trajectory:
             text = self.spans.pop().text + text
         self.spans.append(Span(author, part, text))
 
+    def hand_over(self) -> None:
+        """Give the turn to the other author."""
+        self.turn, self.turn_is_empty = "teacher" if self.turn == "student" else "student", True
+
     def state(self) -> dict[str, Any]:
         """Return, as JSON values, what besides the spans is needed to go on after them."""
         return {
@@ -164,7 +168,7 @@ class Draft:
         judged: Whether its candidates are judged, by the teacher or by a verifier.
         candidates: The candidates in order; the last one may be under way.
         reference: The teacher's answer, where the student is shown one.
-        aside: Generated tokens that are in no candidate (reference, judgements), per author, in that author's own.
+        extra_tokens: Generated tokens that are in no candidate (reference, judgements), per author, in its own tokens.
     """
 
     key: str
@@ -172,11 +176,11 @@ class Draft:
     judged: bool = False
     candidates: list[Candidate] = field(default_factory=list)
     reference: str | None = None
-    aside: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
+    extra_tokens: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
 
     def generated(self, author: Author) -> int:
         """Return how many tokens an author generated for this row, in its own tokens, whatever became of them."""
-        return self.aside[author] + sum(candidate.trajectory.generated[author] for candidate in self.candidates)
+        return self.extra_tokens[author] + sum(candidate.trajectory.generated[author] for candidate in self.candidates)
 
     def state(self) -> dict[str, Any]:
         """Return, as JSON values, what besides the spans of all candidates is needed to go on after them."""
@@ -185,7 +189,7 @@ class Draft:
         if not self.judged and self.reference is None:
             return state
         done = [_described(candidate) for candidate in self.candidates if candidate.done]
-        draft = {"reference": self.reference, "aside": dict(self.aside), "done": done}
+        draft = {"reference": self.reference, "aside": dict(self.extra_tokens), "done": done}
         return {**state, "draft": {**draft, "seed": under_way[0].seed if under_way else None}}
 
     @classmethod
@@ -197,7 +201,7 @@ class Draft:
         if told is None:
             draft.candidates = [Candidate(Trajectory.resume(key, seed, spans, own))] if own else []
             return draft
-        draft.reference, draft.aside, left = told["reference"], told["aside"], list(spans)
+        draft.reference, draft.extra_tokens, left = told["reference"], told["aside"], list(spans)
         for one in told["done"]:
             kept, left = _split(left, one["characters"])
             trajectory = Trajectory.resume(key, one["seed"], kept, one["state"])

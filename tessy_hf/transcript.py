@@ -54,7 +54,7 @@ class Preview(NamedTuple):
 
 @dataclass(slots=True)
 class _Turn:
-    """What a list's model has written since others last did: where that begins, its text as spelled for all."""
+    """What a list's model has written since others last did: where that begins, and the text that is kept of it."""
 
     begin: int
     tail: str
@@ -111,6 +111,11 @@ class TokenList:
         """How many ids the model has written since others last did, tentative ones included."""
         return len(self.ids) - self._turn.begin
 
+    @property
+    def tentative_tokens(self) -> int:
+        """How many ids are tentative."""
+        return self._tentative
+
     # --- what others wrote
 
     def append(self, text: str) -> None:
@@ -163,7 +168,7 @@ class TokenList:
             text: The tentative text, from :meth:`tentative`.
             ends: Where each tentative id's text ends, from :meth:`tentative`.
             kept: How many characters to settle; one of ``ends``.
-            spelled: The kept text as all vocabularies read it.
+            spelled: The kept text, without the whitespace that the row's first word may begin with.
         """
         self._tentative -= sum(end <= kept for end in ends)
         self._turn.text += spelled
@@ -172,7 +177,7 @@ class TokenList:
     def cut(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
         """Settle ``kept`` characters of the tentative text, drop the rest, end the model's turn.
 
-        Where the turn's text is spelled differently from what the model made, its ids are made anew.
+        Where whitespace at the row's beginning is not kept, the ids of the turn are made anew.
 
         Returns:
             How many ids were dropped.
@@ -238,23 +243,15 @@ class Transcript:
             ones share a list.
     """
 
-    __slots__ = ("_leaves_ascii", "_readers", "views")
+    __slots__ = ("_readers", "views")
 
     def __init__(self, views: Mapping[Author, TokenList], readers: Iterable[Vocabulary]) -> None:
         self.views = views
-        self._leaves_ascii = all(view.vocabulary.leaves_ascii for view in views.values())
         self._readers = {vocabulary.fingerprint: TokenList(vocabulary) for vocabulary in readers}
 
     def reader(self, vocabulary: Vocabulary) -> TokenList:
         """Return the thinking as one who reads it with ``vocabulary`` does."""
         return self._readers[vocabulary.fingerprint]
-
-    def spell(self, text: str, *, first: bool) -> str:
-        """Return ``text`` as every model reads it, so that all see the same characters."""
-        if not (self._leaves_ascii and text.isascii()):
-            for view in self.views.values():
-                text = view.vocabulary.normalize(text)
-        return text.lstrip() if first else text
 
     def recall(self, text: str) -> None:
         """Settle text that was written before, for everyone."""

@@ -28,7 +28,6 @@ _FRAGMENT = re.compile(r"(?<=\S)(?= \S)")
 LONGEST_FRAGMENT = 32
 """Characters up to which a piece of text is remembered with its ids; longer ones rarely come again."""
 
-_LEAVE_ASCII = (None, "NFC", "NFD", "NFKC", "NFKD")  # normalizers that change no ASCII text
 _PROBE = 'It\'s 12345 + (6.7)x: "naïve",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 x-y.org/?q=%20\r\n - é'
 
 
@@ -45,9 +44,6 @@ class Vocabulary:
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         name: What to call it in errors.
-
-    Attributes:
-        leaves_ascii: Whether :meth:`normalize` returns ASCII text as it is.
 
     Raises:
         TemplateError: The tokenizer has no ``tokenizers`` backend.
@@ -74,8 +70,6 @@ class Vocabulary:
         # A private copy: here "<|im_end|>" written by a model is text, while chat templates need it to be special.
         self._backend = Tokenizer.from_str(json.dumps(serialized))
         self._backend.encode_special_tokens = True
-        self._normalizer = self._backend.normalizer
-        self.leaves_ascii = (serialized["normalizer"] or {"type": None})["type"] in _LEAVE_ASCII
         self._fragment = lru_cache(maxsize=1 << 15)(self._whole)
         self._piece = cache(lambda token: str(self._backend.decode([token], skip_special_tokens=False)))
         identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
@@ -96,6 +90,7 @@ class Vocabulary:
     def encode(self, text: str) -> Encoding:
         """Encode model text, never reading special tokens into it.
 
+        A tokenizer's normalizer only helps to find the ids: offsets count characters of ``text`` as it is.
         Exact as a continuation when ``text`` starts at a word: the ids equal that part of the whole text's ids.
         """
         return self._joined(text) if self._byte_level else self._whole(text)
@@ -149,10 +144,6 @@ class Vocabulary:
         # Ids a model sampled need not be the tokenizer's own choice for the text: measure them one by one.
         ends = [len(self.decode(ids[: i + 1], context)) for i in range(len(ids))]
         return [min(end, len(text)) for end in ends]
-
-    def normalize(self, text: str) -> str:
-        """Return the text as the tokenizer reads it (for instance in Unicode NFC)."""
-        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def token_id(self, token: str) -> int | None:
         """Return the id of ``token`` where it is one token of the vocabulary, else ``None``."""

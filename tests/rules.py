@@ -8,8 +8,9 @@ from functools import cache
 
 from tessy_hf.engines.base import Completion
 from tessy_hf.engines.scripted import ScriptedEngine
-from tessy_hf.method.alternation import Plan, synthesize
+from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
+from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Prompt
 from tessy_hf.vocabulary import Vocabulary, words
 from tests.worlds import make_tokenizer

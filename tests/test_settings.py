@@ -171,9 +171,9 @@ def test_candidates_that_could_not_be_chosen_from_are_told(given, told):
 
 
 def test_how_many_candidates_a_row_has():
-    assert [Settings.check(method=method).tries for method in ("tessy", "teacher-score")] == [1, 5]
-    assert Settings.check(method="teacher-score", best_of=2).tries == 2
-    assert Settings.check(verifier="exact", best_of=4).tries == 4
+    assert [Settings.check(method=method).max_candidates for method in ("tessy", "teacher-score")] == [1, 5]
+    assert Settings.check(method="teacher-score", best_of=2).max_candidates == 2
+    assert Settings.check(verifier="exact", best_of=4).max_candidates == 4
 
 
 # --- the plan of a row

@@ -97,12 +97,32 @@ def _gpt2():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)
 
 
+def _gemma():
+    """A tokenizer that marks spaces in its normalizer, so that its normalized text is not what anybody wrote."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([line for line in TEXT.split("\n") if line], trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", chat_template=CHATML
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.add_tokens(["<think>", "</think>"])
+    return fast
+
+
 TOKENIZERS = {"qwen": _qwen, "harmony": _harmony, "r1": _r1, "gpt2": _gpt2}
+MARKING = {"gemma": _gemma}
+"""Tokenizers that mark spaces in the text before they look for ids."""
 
 
 @cache
 def make_tokenizer(kind):
-    return TOKENIZERS[kind]()
+    return (TOKENIZERS | MARKING)[kind]()
 
 
 def save_models(kind, folder, seed):

@@ -37,8 +37,9 @@ from tessy_hf.dialects import Dialect, detect
 from tessy_hf.engines.base import Request, derive_seed
 from tessy_hf.errors import BoundaryError, RequestError, SettingsError
 from tessy_hf.errors import TemplateError as ChatTemplateError
-from tessy_hf.method.alternation import Plan, synthesize
+from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
+from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.vocabulary import Vocabulary, words
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tessy_hf.engines.base import Completion, Request, load_tokenizer
+from tessy_hf.engines.forward import forward
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 if TYPE_CHECKING:
@@ -425,15 +426,15 @@ class _Live:
         done = torch.zeros(len(jobs), dtype=torch.bool, device=device)
         written = []
         for step in range(steps):
-            output = self.network(
-                input_ids=step_ids,
+            logits, _ = forward(
+                self.network,
+                step_ids,
+                batch.cache,
                 attention_mask=batch.attention[:, : batch.edge + step],
                 position_ids=step_positions,
-                past_key_values=batch.cache,
-                use_cache=True,
                 logits_to_keep=1,
             )
-            token = pick(output.logits[:, -1], step)
+            token = pick(logits[:, -1], step)
             written.append(token)
             done |= stops(token) | (step + 1 >= limit)
             if bool(done.all()):
@@ -458,12 +459,12 @@ class _Live:
             count[apart] = fresh[apart] - 1
             own_slots = [slots[row] for row in apart]
             batch = self._lay_out([all_ids[row] for row in apart], own_slots, kept[apart], count[apart])
-            self.network(
-                input_ids=batch.ids,
+            forward(
+                self.network,
+                batch.ids,
+                batch.cache,
                 attention_mask=batch.attention,
                 position_ids=batch.positions,
-                past_key_values=batch.cache,
-                use_cache=True,
                 logits_to_keep=1,
             )
             self._store(own_slots, kept[apart], count[apart], batch)

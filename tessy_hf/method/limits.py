@@ -1,23 +1,35 @@
-"""Tell a degenerate loop: a text that only repeats itself. Words go in, the place to stop comes out.
+"""Budgets and degenerate loops: how much of a chunk may be kept, and how the row ends if that is all.
 
-The text is looked at after every 256th word, wherever chunks end, so the answer depends on the text alone.
+Words go in, a number of words and a finish reason come out. What is decided depends on the text alone, wherever
+chunks end. Knows nothing of engines or predictors.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from tessy_hf.method.chunk import Chunk
+from tessy_hf.trajectory import FinishReason
+from tessy_hf.transcript import TokenList
 from tessy_hf.vocabulary import words
 
 WINDOW = 256
-"""Words that must repeat, and how often the text is looked at."""
+"""Words that must repeat for a loop, and how often the text is looked at."""
 
 LONGEST_PERIOD = 64
 """The longest loop that is looked for, in words: it must come round four times."""
 
+LONGEST_WORD = 8_192
+"""Characters without the end of a word after which a text counts as a degenerate loop."""
+
+SLACK = 8
+"""Tokens by which an unfinished word may pass the budget: a few letters more can make it fewer tokens."""
+
+_MOST_TOKENS_PER_CHARACTER = 4
+
 
 class LoopDetector:
-    """Watches one growing text."""
+    """Detect a degenerate loop in one growing text: the last :data:`WINDOW` words only repeat themselves."""
 
     def __init__(self) -> None:
         self._last: deque[str] = deque(maxlen=WINDOW)
@@ -35,3 +47,66 @@ class LoopDetector:
 
 def _is_loop(last: list[str]) -> bool:
     return any(last[period:] == last[:-period] for period in range(1, LONGEST_PERIOD + 1))
+
+
+class Limits:
+    """The limits of one row's thinking.
+
+    Args:
+        budget: The most tokens of thinking.
+        counter: The row's thinking in the student's tokens.
+    """
+
+    def __init__(self, budget: int, counter: TokenList) -> None:
+        self._budget, self._counter = budget, counter
+        self._loops = LoopDetector()
+        self._seen = 0  # words of the author's text that the loop detector has read
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens of the budget are not used by settled text."""
+        return self._budget - self._counter.length
+
+    def restore(self, text: str) -> None:
+        """Read text that was written before."""
+        self._loops.feed(text)
+
+    def settle(self, count: int | None) -> None:
+        """Forget the first ``count`` words of the author's text: they are settled. ``None``: the turn is over."""
+        self._seen = 0 if count is None else self._seen - count
+
+    def apply(self, chunk: Chunk, boundary: int | None) -> tuple[int, FinishReason | None]:
+        """Apply loop detector and budget to the words before a boundary.
+
+        Args:
+            chunk: The author's text.
+            boundary: The first word that is not the author's to write; ``None`` where all are.
+
+        Returns:
+            How many words may be kept, and how the row ends if that is all; ``None`` where it goes on.
+        """
+        if chunk.full:
+            return 0, "length"
+        kept = chunk.complete if boundary is None else boundary
+        seen, self._seen = min(self._seen, kept), kept
+        looped = self._loops.feed(chunk.upto(kept)[chunk.size(seen) :])
+        if looped is not None:
+            stop = chunk.size(seen) + looped
+            return max(n for n in range(seen, kept + 1) if chunk.size(n) <= stop), "repetition"
+        if boundary is None and len(chunk.text) - chunk.end(kept) > LONGEST_WORD:
+            return kept, "repetition"
+        return self._within_budget(chunk, kept, whole=boundary is None)
+
+    def _within_budget(self, chunk: Chunk, kept: int, *, whole: bool) -> tuple[int, FinishReason | None]:
+        """Return how many words fit; with ``whole``, the word that has not ended counts as well."""
+        characters = len(chunk.text) if whole else chunk.size(kept)
+        if self.tokens_left >= _MOST_TOKENS_PER_CHARACTER * characters:
+            return kept, None  # spares the exact count while the budget is far
+        over = (n for n in range(1, kept + 1) if self._tokens(chunk.upto(n)) > self._budget)
+        fits = next(over, kept + 1) - 1
+        if fits == kept and whole and self._tokens(chunk.text[chunk.lead :]) > self._budget + SLACK:
+            return kept, "length"
+        return fits, None if fits == kept else "length"
+
+    def _tokens(self, text: str) -> int:
+        return self._counter.preview(text).length

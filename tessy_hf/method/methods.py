@@ -1,17 +1,16 @@
-"""A row by any of the paper's data recipes (section 3.4): what is shown to whom, how many candidates, which is kept.
+"""Write a row by any of the paper's data recipes (section 3.4): who is shown what, how many candidates, which is kept.
 
-A prompt and two speakers go in; the text that is the row comes out, and all else that was written for it is in the
-:class:`~tessy_hf.trajectory.Draft`. Each candidate is written by :func:`tessy_hf.method.alternation.synthesize`; who writes
-what in it stands in :mod:`tessy_hf.settings`. Candidates follow one another, so that a row in flight is one request in
-flight. Knows nothing of datasets, journals or retries.
+A prompt, two speakers and a plan go in; the text that is the row comes out, and all else that was written for it is in
+the :class:`~tessy_hf.trajectory.Draft`. Each candidate is written by :func:`tessy_hf.method.alternation.synthesize`.
+Candidates follow one another, so that a row in flight is one request in flight. Knows nothing of datasets, journals,
+retries or waiting.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,28 +22,28 @@ from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.run.metering import Waits
-from tessy_hf.settings import Settings
+from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Candidate, Draft, Prompt, Span, Trajectory
-from tessy_hf.verifiers.verifiers import Verifier
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _SCORE = re.compile(r"Score: (10|[0-9])")
 
 Record = Callable[[Draft, Span | None], None]
+"""Called with the draft and the piece of a candidate that was just kept; without a piece for anything else."""
+
+Verify = Callable[[Mapping[str, Any]], Awaitable[float]]
+"""Judges ``{"thinking", "answer", "finish_reason"}`` of a finished text: 1 is right. Raises RequestError."""
 
 
 async def write(
     prompt: Prompt,
     teacher: Speaker,
     student: Speaker,
-    settings: Settings,
+    plan: Plan,
     draft: Draft,
     *,
-    given: Mapping[str, Any] | None = None,
-    verifier: Verifier | None = None,
+    verify: Verify | None = None,
     record: Record | None = None,
-    waits: Waits | None = None,
 ) -> Trajectory:
     """Write one row, on from what its draft holds.
 
@@ -52,12 +51,10 @@ async def write(
         prompt: The row's question.
         teacher: The strong model; must be started.
         student: The model to be trained; must be started.
-        settings: The method, and how it samples.
+        plan: The method, and how it samples.
         draft: What earlier attempts wrote; what this one writes is added.
-        given: The row's input columns, for the verifier.
-        verifier: Says whether a finished text is right.
-        record: Called with the draft for each piece of a candidate as it is kept, and without one for what is beside.
-        waits: Where it is noted what the row waits for, and how long it may.
+        verify: Says whether a finished text is right.
+        record: See :data:`Record`.
 
     Returns:
         The candidate that is kept, or what failed, with ``finish_reason="error"``.
@@ -65,25 +62,25 @@ async def write(
     Raises:
         EngineDeadError: An engine is gone; no row can go on.
     """
-    row = _Row(prompt, teacher, student, settings, draft, given or {}, verifier, record or _forget, waits or Waits())
+    row = _Row(prompt, teacher, student, plan, draft, verify, record or (lambda _, piece: None))
     try:
-        asked = await row.asked()
-        for number in range(settings.tries):
-            candidate = await row.candidate(number, asked)
+        shown = await row.shown_prompt()
+        for number in range(plan.max_candidates):
+            candidate = await row.candidate(number, shown)
             if candidate.trajectory.finish_reason == "error":
                 return candidate.trajectory
             await row.judge(number, candidate)
-            if not settings.scored and candidate.verdict is not None and candidate.verdict >= 1:
+            if not plan.scored and candidate.verdict is not None and candidate.verdict >= 1:
                 break
     except (PromptError, RequestError) as error:
         text = draft.candidates[-1].trajectory if draft.candidates else Trajectory(prompt.key, seed=prompt.seed)
-        again = isinstance(error, RequestError) and error.retryable
-        return replace(text, finish_reason="error", error=str(error), retryable=again)
+        retryable = isinstance(error, RequestError) and error.retryable
+        return replace(text, finish_reason="error", error=str(error), retryable=retryable)
     return best(draft.candidates).trajectory
 
 
 def best(candidates: list[Candidate]) -> Candidate:
-    """Return the candidate to keep: one that ended, then by verdict, then by score; of equals the first written."""
+    """Return the candidate to keep: one that finished, then by verdict, then by score; of equals the first written."""
     return max(candidates, key=lambda one: (one.trajectory.finish_reason == "stop", _or(one.verdict), _or(one.score)))
 
 
@@ -97,10 +94,6 @@ def read_score(judgement: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def _forget(draft: Draft, piece: Span | None) -> None:
-    """Keep no record."""
-
-
 @dataclass
 class _Row:
     """One row at work."""
@@ -108,43 +101,41 @@ class _Row:
     prompt: Prompt
     teacher: Speaker
     student: Speaker
-    settings: Settings
+    plan: Plan
     draft: Draft
-    given: Mapping[str, Any]
-    verifier: Verifier | None
+    verify: Verify | None
     record: Record
-    waits: Waits
 
-    async def asked(self) -> Prompt:
+    async def shown_prompt(self) -> Prompt:
         """Return the prompt as the authors of the candidates see it; the row's own, but for ``teacher-reference``.
 
         Raises:
             RequestError: There is no reference.
         """
-        if not self.settings.shows_reference:
+        if not self.plan.shows_reference:
             return self.prompt
         if self.draft.reference is None:
             self.draft.reference = await self.reference()
             self.record(self.draft, None)
-        return self.ask("reference", self.prompt.key, reference=self.draft.reference)
+        return self.with_question("reference", self.prompt.key, reference=self.draft.reference)
 
     async def reference(self) -> str:
-        """Let the teacher answer: what a row of ``teacher-only`` has as its answer.
+        """Let the teacher answer, as in a row of ``teacher-only``.
 
         Raises:
             RequestError: It failed, or its answer did not end.
         """
-        written = await self.teachers(replace(self.prompt, key=f"{self.prompt.key}#reference"))
+        written = await self.by_teacher(replace(self.prompt, key=f"{self.prompt.key}#reference"))
         text = written.text("answer")
         if written.finish_reason == "stop" and text:
             return text
         raise RequestError(
             f"Row {self.prompt.key!r}: the teacher's reference has {len(text)} characters and ended with "
-            f"{written.finish_reason!r}. A whole answer is expected; raise max_thinking_tokens or "
+            f"{written.finish_reason!r}. A complete answer is expected; raise max_thinking_tokens or "
             "max_answer_tokens, or leave such prompts out."
         )
 
-    async def candidate(self, number: int, asked: Prompt) -> Candidate:
+    async def candidate(self, number: int, shown: Prompt) -> Candidate:
         """Write a candidate, or what is left of it to write."""
         candidates, seed = self.draft.candidates, self.prompt.seed
         if number == len(candidates):
@@ -154,13 +145,12 @@ class _Row:
         if candidate.done:
             return candidate
         await synthesize(
-            replace(asked, key=_numbered(asked.key, number), seed=candidate.trajectory.seed),
+            replace(shown, key=_numbered(shown.key, number), seed=candidate.trajectory.seed),
             self.teacher,
             self.student,
-            self.settings.plan(self.prompt.key),
+            self.plan,
             begun=candidate.trajectory,
             record=lambda _, piece: self.record(self.draft, piece),
-            waits=self.waits,
         )
         candidate.done = candidate.trajectory.finish_reason != "error"
         if candidate.done and self.draft.judged:
@@ -169,17 +159,19 @@ class _Row:
         return candidate
 
     async def judge(self, number: int, candidate: Candidate) -> None:
-        """Have a candidate judged that came to its end, by whoever has not judged it yet.
+        """Have a finished candidate judged by the verifier and the teacher, where they have not done so yet.
 
         Raises:
             RequestError: The teacher or the verifier failed.
         """
         if candidate.trajectory.finish_reason != "stop":
             return
-        if self.verifier is not None and candidate.verdict is None:
-            candidate.verdict = await self.verdict(candidate.trajectory, self.verifier)
+        if self.verify is not None and candidate.verdict is None:
+            text = candidate.trajectory
+            parts = {"thinking": text.text("thinking"), "answer": text.text("answer")}
+            candidate.verdict = await self.verify({**parts, "finish_reason": text.finish_reason})
             self.record(self.draft, None)
-        if self.settings.scored and candidate.judgement is None:
+        if self.plan.scored and candidate.judgement is None:
             candidate.judgement = await self.judgement(number, candidate.trajectory)
             candidate.score = read_score(candidate.judgement)
             self.record(self.draft, None)
@@ -191,23 +183,24 @@ class _Row:
             RequestError: It failed.
         """
         key = _numbered(f"{self.prompt.key}#score", number)
-        return (await self.teachers(self.ask("score", key, text.seed, answer=text.text("answer")))).text("answer")
+        question = self.with_question("score", key, text.seed, answer=text.text("answer"))
+        return (await self.by_teacher(question)).text("answer")
 
-    async def teachers(self, asked: Prompt) -> Trajectory:
+    async def by_teacher(self, prompt: Prompt) -> Trajectory:
         """Let the teacher alone think and answer.
 
         Raises:
             RequestError: It failed.
         """
-        plan = replace(self.settings.plan(self.prompt.key), thinking="teacher", answer="teacher")
-        written = await synthesize(asked, self.teacher, self.student, plan, waits=self.waits)
-        self.draft.aside["teacher"] += written.generated["teacher"]
+        plan = replace(self.plan, thinking="teacher", answer="teacher")
+        written = await synthesize(prompt, self.teacher, self.student, plan)
+        self.draft.extra_tokens["teacher"] += written.generated["teacher"]
         if written.finish_reason == "error":
             raise RequestError(str(written.error), retryable=written.retryable)
         return written
 
-    def ask(self, template: str, key: str, seed: int | None = None, **told: str) -> Prompt:
-        """Return the prompt with the user's last turn put into one of our own prompts.
+    def with_question(self, template: str, key: str, seed: int | None = None, **values: str) -> Prompt:
+        """Return the prompt with the user's last turn put into one of our own templates.
 
         Raises:
             PromptError: That turn is not plain text.
@@ -216,35 +209,11 @@ class _Row:
         if not isinstance(last["content"], str):
             raise PromptError(
                 f"Row {self.prompt.key!r}: the user's last turn is a {type(last['content']).__name__}. The method "
-                f"{self.settings.method!r} puts it into a prompt of its own and expects text; use another method."
+                f"{self.plan.method!r} puts it into a prompt of its own and expects text; use another method."
             )
-        text = _template(template).render(question=last["content"], **told)
+        text = _template(template).render(question=last["content"], **values)
         seed = self.prompt.seed if seed is None else seed
         return replace(self.prompt, key=key, messages=[*before, {**last, "content": text}], seed=seed)
-
-    async def verdict(self, text: Trajectory, verifier: Verifier) -> float:
-        """Run the verifier off the event loop.
-
-        Raises:
-            RequestError: It raised, or said neither yes nor no nor a number.
-        """
-        own = {"thinking": text.text("thinking"), "answer": text.text("answer"), "finish_reason": text.finish_reason}
-        try:
-            async with self.waits.on(self.prompt.key, "the verifier", of="verifier"):
-                verdict = await asyncio.to_thread(verifier, {**self.given, **own})
-        except RequestError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a verifier may be anybody's code
-            raise RequestError(
-                f"Row {self.prompt.key!r}: the verifier raised {type(error).__name__}: {error}. Mend the verifier or "
-                "the column it reads."
-            ) from error
-        if isinstance(verdict, (bool, int, float)) and math.isfinite(verdict):
-            return float(verdict)
-        raise RequestError(
-            f"Row {self.prompt.key!r}: the verifier returned {verdict!r} ({type(verdict).__name__}). True, False or a "
-            "finite number is expected, where 1 means right."
-        )
 
 
 def _numbered(key: str, number: int) -> str:

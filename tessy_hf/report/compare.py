@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tessy_hf.boundary.traces import thinking as thinking_of
 from tessy_hf.dialects import detect, render
+from tessy_hf.engines.forward import forward
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.rows.columns import assistant_text, content_text
 
@@ -347,8 +348,7 @@ def _losses(student: PreTrainedModel, ids: Sequence[int], begins: int) -> list[f
     with torch.inference_mode():
         for start in range(0, len(ids) - 1, STRETCH):
             stop = min(start + STRETCH, len(ids) - 1)
-            read = student(given[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = read.past_key_values
-            scores = read.logits[0].float().log_softmax(-1)
+            logits, cache = forward(student, given[:, start:stop], cache)
+            scores = logits[0].float().log_softmax(-1)
             losses += (-scores.gather(1, given[0, start + 1 : stop + 1, None])[:, 0]).tolist()
     return losses[max(begins - 1, 0) :]

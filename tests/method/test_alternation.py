@@ -1,6 +1,7 @@
 """Algorithm 1 and the decisions of METHOD.md, with every token of both authors decided by the test."""
 
 from itertools import pairwise
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -424,7 +425,7 @@ rough_pieces = st.one_of(
             "</",
         ]
     ),
-    st.text(max_size=5).map(lambda text: vocabulary("qwen").normalize(text)),
+    st.text(max_size=5).map(lambda text: normalize("NFC", text)),
 )
 rough_texts = st.lists(rough_pieces, min_size=1, max_size=14).map("".join)
 
@@ -584,10 +585,10 @@ def test_greedy_models_that_begin_with_whitespace_write_the_same_row_for_any_k(p
 
 
 @pytest.mark.parametrize("author", ["teacher", "student"])
-def test_characters_that_one_tokenizer_respells_do_not_make_a_row_depend_on_k(author):
+def test_characters_that_one_tokenizer_normalizes_stay_as_written_for_any_k(author):
     """Qwen's tokenizer reads the Ohm sign as a Greek letter, and so does the test one; harmony's does not."""
     ohm, omega = "\u2126", "\u03a9"
-    assert vocabulary("qwen").normalize(ohm) == omega and vocabulary("harmony").normalize(ohm) == ohm
+    assert ids_of(ohm, "qwen") == ids_of(omega, "qwen") and ids_of(ohm, "harmony") != ids_of(omega, "harmony")
     kinds = ("harmony", "qwen") if author == "teacher" else ("qwen", "harmony")
     bytes_of_ohm = ids_of(ohm, "harmony")
     follows = dict(pairwise(bytes_of_ohm))
@@ -609,7 +610,16 @@ def test_characters_that_one_tokenizer_respells_do_not_make_a_row_depend_on_k(au
         }
         assert len(set(rows.values())) == 1, rows
         texts.append(rows[1])
-    assert omega in "".join(texts) and ohm not in "".join(texts)
+    assert ohm in "".join(texts) and omega not in "".join(texts)
+
+
+@pytest.mark.parametrize("pair", [("gemma", "gemma"), ("gemma", "qwen"), ("qwen", "gemma")])
+@pytest.mark.parametrize("k", [1, 4, "stream"])
+def test_spaces_stay_spaces_where_a_normalizer_marks_them(pair, k):
+    teacher, student = scripted(TEACHER, pair[0]), scripted(Script(STUDENT, "It  is 3.\n\n So 3."), pair[1])
+    row = write(teacher, student, both(by_first_letter, "gemma"), chunk_tokens=k)
+    assert spans(row) == TURNS
+    assert spans(row, "answer") == [("student", "It  is 3.\n\n So 3.")]
 
 
 # --- decision 7: limits are results
@@ -667,6 +677,22 @@ def test_authors_who_go_round_in_circles_together_are_cut_off():
 def test_an_endless_word_is_cut_off():
     row = write(CannedEngine(), scripted(["all " + "a" * 9000]), both(always_style), chunk_tokens=1000)
     assert (row.finish_reason, row.text("thinking")) == ("repetition", "all")
+
+
+@pytest.mark.parametrize("text", ["all " + "10" * 9000, "all of" + "\n" * 9000, "all 1,2" + ",1,2" * 4000])
+@pytest.mark.parametrize("method", ["alternate", "student"])
+@pytest.mark.parametrize("k", [1, 8, "stream"])
+def test_the_thinking_budget_binds_where_no_word_ends(text, method, k):
+    row = write(
+        CannedEngine(),
+        scripted([text]),
+        both(always_style),
+        chunk_tokens=k,
+        thinking=method,
+        max_thinking_tokens=50,
+    )
+    assert (row.finish_reason, row.text("thinking")) == ("length", "all")
+    assert row.generated["student"] <= 2 * 50 + 20
 
 
 def test_an_answer_that_goes_round_in_circles_is_called_repetition():

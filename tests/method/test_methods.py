@@ -390,7 +390,7 @@ def texts(draft):
     reference=st.none() | st.text(max_size=4),
 )
 def test_a_draft_goes_on_from_a_journal_as_it_was(tmp_path_factory, done, last, reference):
-    draft = Draft("r", seed=5, judged=True, reference=reference, aside={"teacher": 3, "student": 0})
+    draft = Draft("r", seed=5, judged=True, reference=reference, extra_tokens={"teacher": 3, "student": 0})
     for number, (spans, finish, score) in enumerate(done):
         text = Trajectory("r", spans, finish, seed=number, generated={"teacher": 0, "student": number + 1})
         draft.candidates.append(Candidate(text, True, score, "Score: 7" if score else None, 0.5))
@@ -404,7 +404,7 @@ def test_a_draft_goes_on_from_a_journal_as_it_was(tmp_path_factory, done, last, 
     claim = Journal(path, "run").claim("r")
     again = Draft.resume("r", 5, True, claim.spans, claim.state)
     assert texts(again) == texts(draft)
-    assert (again.reference, again.aside, again.seed) == (reference, draft.aside, 5)
+    assert (again.reference, again.extra_tokens, again.seed) == (reference, draft.extra_tokens, 5)
     assert [c.trajectory.seed for c in again.candidates] == [c.trajectory.seed for c in draft.candidates]
     assert again.state() == draft.state()
 

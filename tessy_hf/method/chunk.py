@@ -1,0 +1,89 @@
+"""A chunk: an author's text that is not settled yet, word by word. Knows nothing of engines, kinds or limits."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from tessy_hf.vocabulary import words
+
+
+class Chunk(NamedTuple):
+    """All that an author wrote and that is neither settled nor rolled back.
+
+    Attributes:
+        text: The text, up to the end of thinking.
+        ends: Where each token's text ends in it, in characters.
+        words: Where each word begins and ends, leading whitespace included.
+        begins: The token that holds each word's first letter.
+        lead: Characters of whitespace before the row's first word, which are not kept.
+        closed: Whether the author ended the thinking after it.
+        full: Whether the author's context is full, so that it can write no more.
+    """
+
+    text: str = ""
+    ends: Sequence[int] = ()
+    words: Sequence[tuple[int, int]] = ()
+    begins: Sequence[int] = ()
+    lead: int = 0
+    closed: bool = False
+    full: bool = False
+
+    @classmethod
+    def read(cls, text: str, ends: Sequence[int], *, markers: Iterable[str], first: bool, stopped: bool) -> Chunk:
+        """Read generated text.
+
+        Args:
+            text: The text of the tokens.
+            ends: Where each token's text ends in it.
+            markers: What ends the thinking where it is spelled out in tokens that are not special.
+            first: Whether the row has no text before it.
+            stopped: Whether a special token ended the thinking.
+        """
+        found = [at for at in map(text.find, markers) if at >= 0]
+        if found:
+            text, stopped = text[: min(found)], True
+        elif not stopped:
+            text = text.rstrip("\ufffd")  # the last character may lack some of its bytes
+        spans = words(text)
+        letters = (end - len(text[start:end].lstrip()) for start, end in spans)
+        begins = [bisect_right(ends, letter) for letter in letters]
+        lead = len(text) - len(text.lstrip()) if first and spans else 0
+        return cls(text, ends, spans, begins, lead, stopped)
+
+    @property
+    def complete(self) -> int:
+        """How many words have ended."""
+        return len(self.words) if self.closed else max(0, len(self.words) - 1)
+
+    @property
+    def begun(self) -> int:
+        """How many words have their first letter, in a token that ends in the text."""
+        last = len(self.words) - 1
+        return last + (last < 0 or self.closed or self.ends[self.begins[last]] <= len(self.text))
+
+    def end(self, count: int) -> int:
+        """Return where the first ``count`` words end, in characters of :attr:`text`."""
+        return self.words[count - 1][1] if count else 0
+
+    def upto(self, count: int) -> str:
+        """Return the text of the first ``count`` words as it is kept."""
+        return self.text[self.lead : self.end(count)]
+
+    def size(self, count: int) -> int:
+        """Return how many characters :meth:`upto` has."""
+        return max(0, self.end(count) - self.lead)
+
+    def opening(self, word: int) -> str:
+        """Return a word up to the end of the token with its first letter, which may hold more than the word."""
+        return self.text[max(self.lead, self.words[word][0]) : self.ends[self.begins[word]]]
+
+    def tokens_after(self, word: int) -> int:
+        """Return how many tokens come after the one with a word's first letter; 0 where there is no such word."""
+        return max(0, len(self.ends) - self.begins[word] - 1) if word < len(self.words) else 0
+
+    def aligned(self, count: int) -> int:
+        """Return how many of the first ``count`` words can be settled: up to a word end that is a token end too."""
+        token_ends = set(self.ends)
+        return next((n for n in range(count, 0, -1) if self.words[n - 1][1] in token_ends), 0)

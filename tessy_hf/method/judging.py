@@ -1,0 +1,83 @@
+"""Where an author's kind of text ends: words go in, the first word of the other kind comes out.
+
+A word is judged by the token that holds its first letter, in the text up to the author's token with this letter:
+nothing that is written later can change that, so the result does not depend on how the text was cut into chunks. A
+predictor that looks ahead (``label_shift=1``) judges by the token before, which half a word may spell in another way,
+so it waits until the word is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from itertools import groupby
+
+from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.method.chunk import Chunk
+from tessy_hf.transcript import Preview, TokenList
+
+
+class Judge:
+    """One author's boundary predictor at work on one row.
+
+    Args:
+        predictor: The author's predictor.
+        reader: The row's text as the predictor reads it.
+        own_kind: Whether the author's kind is style.
+    """
+
+    def __init__(self, predictor: BoundaryPredictor, reader: TokenList, *, own_kind: bool) -> None:
+        self._predictor, self._reader, self._own_kind = predictor, reader, own_kind
+        self._judged = 0  # words of the author's text that are known to be of its own kind
+
+    def settle(self, count: int) -> None:
+        """Forget the first ``count`` words of the text: they are settled."""
+        self._judged = max(0, self._judged - count)
+
+    def restart(self) -> None:
+        """Judge the author's text from its first word on."""
+        self._judged = 0
+
+    async def first_of_other_kind(self, chunk: Chunk) -> int | None:
+        """Return the index of the first word, of those not judged yet, that is not the author's kind of text."""
+        stop = chunk.complete if self._predictor.label_shift else chunk.begun
+        asked = range(self._judged, max(self._judged, stop))
+        self._judged = asked.stop
+        if not asked:
+            return None
+        first, *more = self._inputs(chunk, asked)
+        kinds = [await self._kinds(*first)]
+        if more:
+            kinds += await asyncio.gather(*(self._kinds(*one) for one in more))
+        return min((word for kind in kinds for word, style in kind.items() if style != self._own_kind), default=None)
+
+    def _inputs(self, chunk: Chunk, asked: range) -> list[tuple[Preview, dict[int, int]]]:
+        """Build predictor inputs: ``(text, {word: token index})``.
+
+        Words share the text of the last one where a token of that text ends just where the word's own text would;
+        else what comes after the word could make a difference, and it gets a text of its own.
+        """
+        shift, last = self._predictor.label_shift, asked[-1]
+        parts = {i: chunk.upto(i + 1)[chunk.size(i) :] if shift else chunk.opening(i) for i in asked}
+        shared = self._reader.preview(chunk.upto(last) + parts[last])
+        token_ends = set(shared.ends)
+        inputs: list[tuple[Preview, dict[int, int]]] = [(shared, {})]
+        for i, part in parts.items():
+            letter = chunk.size(i) + len(part) - len(part.lstrip())
+            if i == last or chunk.size(i) + len(part) in token_ends:
+                preview, places = inputs[0]
+            else:
+                preview, places = self._reader.preview(chunk.upto(i) + part), {}
+                inputs.append((preview, places))
+            places[i] = preview.token_at(letter) - shift
+        return inputs
+
+    async def _kinds(self, preview: Preview, places: Mapping[int, int]) -> dict[int, bool]:
+        """Return whether words are style, from their tokens. Nothing is known of a word that no token precedes."""
+        style: dict[int, bool] = {}
+        asked, window = sorted({place for place in places.values() if place >= 0}), self._predictor.window
+        for start, group in groupby(asked, lambda place: window_start(place, window)):
+            inside = list(group)
+            labels = await self._predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
+            style.update((place, labels[place - inside[0]]) for place in inside)
+        return {word: style[place] for word, place in places.items() if place >= 0}

@@ -1,0 +1,255 @@
+"""One author of a row: what its engine is asked, where its kind of text ends, what of its text is kept.
+
+Token ids come from the engine, words go to the boundary predictor, kept text goes out; :mod:`.alternation` says whose
+turn it is. Knows nothing of datasets, HTTP, retries or waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from tessy_hf.engines.base import Completion, Request
+from tessy_hf.errors import PromptError, RequestError
+from tessy_hf.method.chunk import Chunk
+from tessy_hf.method.chunk_size import ChunkSizes
+from tessy_hf.method.judging import Judge
+from tessy_hf.method.limits import Limits, LoopDetector
+from tessy_hf.method.speaker import Speaker
+from tessy_hf.plan import Plan
+from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Trajectory
+from tessy_hf.transcript import TokenList, Transcript
+
+Speakers = Mapping[Author, Speaker]
+Turns = dict[Author, "Turn"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What both authors of a row share.
+
+    Attributes:
+        prompt: The row's question.
+        plan: Who writes what, and how.
+        trajectory: What is kept and counted.
+        transcript: The kept text as each model sees it.
+        limits: The limits of the thinking.
+        chunk_sizes: How many tokens to ask for at once.
+        end_markers: What ends the thinking, in either author's format.
+    """
+
+    prompt: Prompt
+    plan: Plan
+    trajectory: Trajectory
+    transcript: Transcript
+    limits: Limits
+    chunk_sizes: ChunkSizes
+    end_markers: tuple[str, ...]
+
+
+@asynccontextmanager
+async def open_turns(
+    prompt: Prompt, speakers: Speakers, plan: Plan, y: Trajectory
+) -> AsyncGenerator[dict[Author, Turn]]:
+    """Render the prompt for all who write, and restore what an earlier attempt kept.
+
+    Raises:
+        PromptError: A template refuses the prompt, or it leaves no room in a model's context.
+    """
+    views = {author: _open_view(author, speakers[author], prompt) for author in sorted(plan.writers)}
+    predictors = [s.boundary for s in speakers.values() if plan.alternates and s.boundary is not None]
+    counter = speakers["student"].vocabulary
+    transcript = Transcript(views, [counter, *(predictor.vocabulary for predictor in predictors)])
+    limits = Limits(plan.max_thinking_tokens, transcript.reader(counter))
+    sizes = ChunkSizes(plan.chunk_tokens)
+    for span in y.spans:
+        transcript.recall(span.text)
+        limits.restore(span.text)
+        if span.author in views and plan.chunk_tokens is None:
+            sizes.observe(span.author, len(views[span.author].vocabulary.encode(span.text).ids))
+    markers = tuple(speaker.dialect.end_marker for speaker in speakers.values())
+    row = Row(prompt, plan, y, transcript, limits, sizes, markers)
+    async with AsyncExitStack() as stack:
+        turns = {author: Turn(author, speakers[author], row) for author in views}
+        for turn in turns.values():
+            stack.push_async_callback(turn.close_stream)
+        yield turns
+
+
+def _open_view(author: Author, speaker: Speaker, prompt: Prompt) -> TokenList:
+    ids, tail = speaker.open_turn(prompt.messages)
+    if len(ids) >= speaker.engine.context_length:
+        raise PromptError(
+            f"Row {prompt.key!r}: the prompt has {len(ids)} tokens for the {author} {speaker.engine.model!r}, whose "
+            f"context holds {speaker.engine.context_length}. Shorten or filter such prompts, or serve the model with "
+            "a longer context."
+        )
+    return TokenList(speaker.vocabulary, ids, tail)
+
+
+class Turn:
+    """An author's turns in one row: one after another, each from a hand-over to the next.
+
+    Args:
+        author: Who.
+        speaker: Its engine, predictor and thinking format; started.
+        row: What it shares with the other author.
+    """
+
+    def __init__(self, author: Author, speaker: Speaker, row: Row) -> None:
+        self._author, self._speaker, self._row = author, speaker, row
+        self._view = row.transcript.views[author]
+        self._stream: AsyncGenerator[Completion, None] | None = None
+        self._judge: Judge | None = None
+        if row.plan.alternates and speaker.boundary is not None:
+            reader = row.transcript.reader(speaker.boundary.vocabulary)
+            self._judge = Judge(speaker.boundary, reader, own_kind=author == "student")  # style is the student's
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of the row's thinking."""
+        return self._row.limits
+
+    # --- line 8
+
+    async def write(self) -> Chunk:
+        """Let the author write on; return all of its text that is not settled yet.
+
+        Raises:
+            RequestError: The engine failed for good.
+            EngineDeadError: The engine is gone.
+        """
+        completion = await self._next_tokens()
+        if completion is None:
+            return Chunk(full=True)
+        self._view.push(completion.token_ids)
+        text, ends = self._view.tentative()
+        row, stopped = self._row, completion.stop_id is not None
+        return Chunk.read(text, ends, markers=row.end_markers, first=not row.trajectory.spans, stopped=stopped)
+
+    async def _next_tokens(self) -> Completion | None:
+        """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
+        if self._stream is not None:
+            piece = await anext(self._stream, None)
+            if piece is not None:
+                return self._count(piece)
+            await self.close_stream()  # it gave all that was asked for
+        plan, engine = self._row.plan, self._speaker.engine
+        k = self._row.chunk_sizes.next(self._author, self._view.turn_tokens)
+        streams = plan.alternates and plan.stream and engine.streams
+        left = self._row.limits.tokens_left - self._view.tentative_tokens
+        request = self._request("thinking", k if plan.alternates and not streams else max(left, k))
+        if request is None:
+            return None
+        if not streams:
+            return self._count(await engine.complete(request))
+        self._stream = engine.stream(request)
+        return await self._next_tokens()
+
+    def _request(self, part: Part, max_tokens: int) -> Request | None:
+        """Return what to ask of the engine; ``None`` where the context is full."""
+        ids, row = self._view.ids, self._row
+        room = min(max_tokens, self._speaker.engine.context_length - len(ids))
+        if room <= 0:
+            return None
+        return Request(
+            row=row.prompt.key,
+            order=row.prompt.order,
+            part=part,
+            prompt_ids=ids,
+            max_tokens=room,
+            temperature=row.plan.temperature,
+            top_p=row.plan.top_p,
+            seed=row.prompt.seed,
+            stop_ids=self._speaker.end_ids if part == "thinking" else self._speaker.vocabulary.special_ids,
+        )
+
+    def _count(self, completion: Completion) -> Completion:
+        if not len(completion.token_ids) and completion.stop_id is None:
+            raise RequestError(
+                f"Row {self._row.prompt.key!r}: the {self._author} {self._speaker.engine.model!r} wrote nothing and "
+                "gave no reason. At least one token was expected; look at the engine's log."
+            )
+        self._row.trajectory.generated[self._author] += len(completion.token_ids)
+        return completion
+
+    # --- line 9
+
+    async def boundary(self, chunk: Chunk) -> int | None:
+        """Return the index of the first word that is the other author's to write; ``None`` where none is."""
+        if self._judge is None:
+            return None
+        other = await self._judge.first_of_other_kind(chunk)
+        if other == 0 and self._row.trajectory.turn_is_empty:  # an author that took over keeps at least one word
+            if chunk.complete:
+                return 1
+            self._judge.restart()  # judge it again when it is complete
+            return None
+        return other
+
+    # --- lines 10, 11
+
+    async def keep(self, chunk: Chunk, count: int, *, boundary: int | None, ends: bool) -> str:
+        """Keep the first words of a chunk and return their text.
+
+        Args:
+            chunk: The author's text.
+            count: How many words to keep.
+            boundary: Where the other author takes over, for :class:`ChunkSizes`; ``None`` where it does not.
+            ends: Whether the turn ends: the rest of the chunk is rolled back. Else only what ends where a token ends
+                is settled, and the rest stays for the next chunk.
+        """
+        if not ends:
+            return self._settle(chunk, chunk.aligned(count), count)
+        if boundary is not None:
+            self._row.chunk_sizes.observe(self._author, self._view.turn_tokens - chunk.tokens_after(count))
+        text = chunk.upto(count)
+        dropped = self._row.transcript.cut(self._author, chunk.text, chunk.ends, chunk.end(count), text)
+        self._row.trajectory.discarded[self._author] += dropped
+        self._row.limits.settle(None)
+        if self._judge is not None:
+            self._judge.restart()
+        await self.close_stream()
+        return text
+
+    def _settle(self, chunk: Chunk, aligned: int, count: int) -> str:
+        text = chunk.upto(aligned)
+        self._row.limits.settle(aligned)
+        if self._judge is not None:
+            self._judge.settle(aligned)
+        if aligned:
+            self._row.transcript.settle(self._author, chunk.text, chunk.ends, chunk.end(aligned), text)
+        return text
+
+    async def close_stream(self) -> None:
+        """Break the stream off, where there is one."""
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            await stream.aclose()
+
+    # --- lines 21, 22
+
+    async def answer(self) -> tuple[str, FinishReason]:
+        """Close the thinking and write the final answer; return its text and how it ended.
+
+        Raises:
+            RequestError: The engine failed for good, or the row would have no text at all.
+            EngineDeadError: The engine is gone.
+        """
+        speaker, view, row = self._speaker, self._view, self._row
+        view.append(speaker.dialect.close.partition(speaker.dialect.end_marker)[0])
+        view.ids.extend(speaker.close_ids)
+        request = self._request("answer", row.plan.max_answer_tokens)
+        if request is None:
+            return "", "length"
+        completion = self._count(await speaker.engine.complete(request))
+        text = speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]).strip()
+        if not text and not row.trajectory.spans:
+            raise RequestError(
+                f"Row {row.prompt.key!r}: the {self._author} {speaker.engine.model!r} ended at once: it wrote neither "
+                "thinking nor answer. Text was expected; look at the prompt and at the chat template."
+            )
+        if completion.stop_id is not None:
+            return text, "stop"
+        return text, "repetition" if LoopDetector().feed(text) is not None else "length"
