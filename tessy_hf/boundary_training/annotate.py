@@ -280,7 +280,8 @@ def _align(segment: Segment, drawn: Mapping[str, Any], settings: AnnotationSetti
         if starts:
             start, begins = Random(f"{settings.seed} {drawn['id']}").choice(starts), "span"
     ends = [start + end for _, end in words(segment.text[start:])]
-    return segment.part(start, ends[min(settings.words, len(ends)) - 1]), begins
+    end = ends[min(settings.words, len(ends)) - 1] if ends else len(segment.text)  # white space has no words
+    return segment.part(start, end), begins
 
 
 # --- the folder

@@ -234,3 +234,13 @@ def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, da
     assert len(rows) == counts.get("accepted", 0)
     for segment in map(Segment.from_row, rows):
         assert segment.text in text and len(words(segment.text)) <= 10
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_segment_of_white_space_is_kept_as_it_is(tmp_path, aligned):
+    answers = _Answers(tmp_path / "answers.jsonl")
+    told = {"answer": "[]", "finished": True, "error": None}
+    answers.add(Drawn("t:0", " \n", aligned, "t", "p", "m", "f"), 0, told)
+    answers.close()
+    [row], counts = _collect(answers, AnnotationSettings(words=10))
+    assert counts == {"accepted": 1} and row["text"] == " \n" and row["style_spans"] == []

@@ -31,6 +31,7 @@ from tests.engines.contract import ModelContract, request
 from tests.worlds import R1_KEEPS, save_models
 
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore"),  # vLLM and what it imports warn of their own deprecations
 ]

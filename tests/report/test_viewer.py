@@ -12,6 +12,8 @@ from tessy_hf.report import write_report
 from tests.finished import FEATURES, finished, finished_row
 from tests.report.browser import Reader, chromium
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
