@@ -70,7 +70,13 @@ class PromptError(TessyError, ValueError):
 
 
 class EngineError(TessyError, RuntimeError):
-    """An engine could not answer a request."""
+    """An engine could not answer a request.
+
+    Attributes:
+        retryable: Whether the same request may succeed when sent again.
+    """
+
+    retryable = False
 
 
 class RequestError(EngineError):

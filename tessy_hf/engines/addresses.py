@@ -1,7 +1,7 @@
-"""Where a model's servers are: addresses that stay, or a file or DNS name that is read again while a run goes on.
+"""The addresses of a model's servers: a fixed list, or a file or DNS name that is read again during a run.
 
-What was given as ``base_url`` goes in, a list of ``http://host:port/v1`` comes out, as of now. Knows nothing of what
-is sent there.
+The ``base_url`` of an engine goes in; the current list of ``http://host:port/v1`` comes out. Knows nothing of what is
+sent there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ class Addresses:
     """The addresses of a model's servers.
 
     Args:
-        given: ``http://host:port/v1``, or a list of such, which stay; ``file:///path``, a text file with one a line
-            (``#`` begins a comment); or ``dns+http://host:port/v1``, all hosts that the name stands for.
+        given: ``http://host:port/v1`` or a list of such, which is fixed; ``file:///path``, a text file with one
+            address a line (``#`` begins a comment); or ``dns+http://host:port/v1``, all hosts the name resolves to.
+
+    Attributes:
+        fixed: The fixed list; empty where the addresses may change.
 
     Raises:
         SettingsError: An address cannot be used.
@@ -36,33 +39,33 @@ class Addresses:
             self._file = Path(given.removeprefix(FILE))
             if not self._file.is_absolute():
                 raise SettingsError(
-                    f"base_url={given!r} names no file: an absolute path is expected, such as file:///shared/servers.txt."
+                    f"base_url={given!r} has no absolute path. One is expected, such as file:///shared/servers.txt."
                 )
         elif isinstance(given, str) and given.startswith(DNS):
-            self._name = checked(given.removeprefix("dns+"))
+            self._name = check_url(given.removeprefix("dns+"))
         else:
-            self.fixed = [checked(url) for url in ([given] if isinstance(given, str) else given)]
+            self.fixed = [check_url(url) for url in ([given] if isinstance(given, str) else given)]
             if not self.fixed:
                 raise SettingsError(
-                    'ServerEngine got no address. Pass base_url="http://127.0.0.1:8000/v1" or a list of such.'
+                    'ServerEngine got no address. Pass base_url="http://127.0.0.1:8000/v1" or a list of addresses.'
                 )
 
     @property
-    def change(self) -> bool:
-        """Whether they may change while a run goes on."""
+    def dynamic(self) -> bool:
+        """Whether the addresses may change during a run."""
         return not self.fixed
 
     async def read(self) -> list[str]:
-        """Return the addresses as of now, each once; none where there are none at the moment.
+        """Return the current addresses, each once; the list may be empty.
 
         Raises:
-            SettingsError: The file holds something else.
-            OSError: The file cannot be read, or the name stands for nothing.
+            SettingsError: The file contains something else.
+            OSError: The file cannot be read, or the name does not resolve.
         """
         if self._file is not None:
             text = await asyncio.to_thread(self._file.read_text, encoding="utf-8")
             lines = (line.partition("#")[0].strip() for line in text.splitlines())
-            return list(dict.fromkeys(checked(line) for line in lines if line))
+            return list(dict.fromkeys(check_url(line) for line in lines if line))
         if self._name is not None:
             parts = urlsplit(self._name)
             found = await asyncio.get_running_loop().getaddrinfo(
@@ -79,17 +82,17 @@ class Addresses:
         return repr(f"dns+{self._name}") if self._name is not None else repr(self.fixed)
 
 
-def checked(url: str) -> str:
-    """Check an address.
+def check_url(url: str) -> str:
+    """Return an address without its last slash.
 
     Raises:
-        SettingsError: It is not http(s), names no host, or carries what may be a secret.
+        SettingsError: It is not http(s), has no host, or contains what may be a secret.
     """
     shown = str(url).rpartition("@")[2].partition("?")[0].partition("#")[0]
     expected = "An address such as http://127.0.0.1:8000/v1 is expected."
     if "@" in str(url) or "?" in str(url) or "#" in str(url):
         raise SettingsError(
-            f"The address of {shown!r} carries more than an address, which would end up in logs. {expected} "
+            f"The address of {shown!r} contains a user, a query or a fragment, which would end up in logs. {expected} "
             "Put the key into the environment variable that api_key_env names (OPENAI_API_KEY by default)."
         )
     try:
@@ -98,5 +101,5 @@ def checked(url: str) -> str:
     except ValueError:
         usable = False
     if not usable or not shown.isprintable() or " " in shown:
-        raise SettingsError(f"base_url={shown!r} cannot be used. {expected} Correct it, or pass a list of such.")
+        raise SettingsError(f"base_url={shown!r} cannot be used. {expected} Correct it, or pass a list of addresses.")
     return shown.rstrip("/")

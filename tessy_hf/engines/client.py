@@ -1,0 +1,210 @@
+"""A client of one server at a time: asks what it offers, and for completions.
+
+The address of a server and a request go in, a completion comes out; what the server refuses is told apart: for the
+server (:class:`ReplicaError`), for the row, for the run. Knows neither other servers nor retries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from tessy_hf.engines import completions_api as api
+from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.completions_api import EXACT, AnswerError, CompletionsAPI, Protocol
+from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
+from tessy_hf.engines.replicas import Service
+from tessy_hf.errors import EngineDeadError, RequestError
+from tessy_hf.retries import TRANSIENT_STATUSES, retry_after
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOWN_STATUSES = frozenset({502, 503, 504, 521, 522, 523, 530})
+"""What gateways answer for a server that is gone, and servers that are starting or stopping."""
+
+BUSY_STATUSES = frozenset({429, 529})
+"""What servers answer that want fewer requests."""
+
+KEY_STATUSES = frozenset({401, 402, 403})
+"""What servers answer that do not know the key, or whose account is empty: so they will answer to all rows."""
+
+
+class Client:
+    """Asks one server: what it offers, and for completions.
+
+    Args:
+        model: The name under which the servers offer the model.
+        tokenizer: Its tokenizer.
+        api_key_env: The environment variable that holds the key.
+        timeout: Seconds a step of a request may take.
+        context_length: Most tokens of prompt and completion, where servers do not say or less is wanted.
+        protocols: How servers may be asked, best first.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        api_key_env: str,
+        timeout: float,
+        context_length: int | None,
+        protocols: Sequence[Protocol],
+    ) -> None:
+        self._model, self._tokenizer_name = model, tokenizer.name_or_path
+        self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
+        self.api = CompletionsAPI(model, tokenizer)
+        self._connections = Connections(read_key(api_key_env), timeout)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._connections.close()
+
+    async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
+        """Ask for a completion.
+
+        Raises:
+            ReplicaError: There is none now.
+            RequestError: The server refuses the request.
+            EngineDeadError: It refuses the key, or its certificate is not trusted.
+        """
+        url = _url(server, protocol)
+        text = await self._send(server, "POST", url, self.api.body(protocol, request))
+        with self._reading(server, url):
+            return self.api.completion(protocol, api.parse(text), request)
+
+    async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
+        """Ask for one stream; what arrives at once is one piece. Raises as :meth:`complete` does."""
+        url, left = _url(server, protocol), request.max_tokens
+        body = self.api.body(protocol, request, stream=True)
+        async with self._connections.request(server, "POST", url, body) as reply:
+            if reply.status != 200:
+                raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
+            async with aclosing(reply.events()) as batches:
+                async for events in batches:
+                    with self._reading(server, url):
+                        piece = self.api.piece([api.parse(event) for event in events], request, left)
+                    if piece is None:
+                        continue
+                    left -= len(piece.token_ids)
+                    yield piece
+                    if piece.stop_id is not None:
+                        return
+        if left:
+            raise ReplicaError(f"The server at {server} ended its stream early.", "lost")
+
+    async def inspect(self, server: str) -> Service:
+        """Find out what a server offers.
+
+        Raises:
+            ReplicaError: It cannot be told now.
+            EngineDeadError: It serves something else, or cannot be used.
+        """
+        length = await self._context_length(server)
+        await self._check_tokenizer(server)
+        protocol = await self._find_protocol(server)
+        return Service(protocol, protocol in EXACT, length, await self._cache_tokens(server))
+
+    async def _context_length(self, server: str) -> int:
+        models = api.served(await self._json(server, "GET", server + "/models"))
+        if self._model not in models:
+            raise EngineDeadError(
+                f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "
+                "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
+            )
+        lengths = [length for length in (models[self._model], self._context) if length]
+        if not lengths:
+            raise EngineDeadError(
+                f"The server at {server} does not say how long a context {self._model!r} has. "
+                "Pass ServerEngine(..., context_length=)."
+            )
+        return min(lengths)
+
+    async def _check_tokenizer(self, server: str) -> None:
+        """Compare the server's tokenizer with the local one, where the server shows it, as vLLM does."""
+        try:
+            answer = await self._json(server, "POST", _root(server) + "/tokenize", self.api.tokenize_body())
+        except (RequestError, EngineDeadError):
+            return
+        except ReplicaError as error:
+            if error.kind != "invalid":
+                raise
+            return
+        if (difference := self.api.other_tokens(answer)) is not None:
+            raise EngineDeadError(
+                f"The server at {server} does not tokenize as {self._tokenizer_name!r} does: {difference}. "
+                "Pass ServerEngine(..., tokenizer=) with the tokenizer of the served model."
+            )
+
+    async def _find_protocol(self, server: str) -> Protocol:
+        """Return the first protocol in which the server answers a small request."""
+        failure: Exception | None = None
+        for protocol in self._protocols:
+            try:
+                await self.complete(server, protocol, self.api.probe())
+                return protocol
+            except ReplicaError as error:
+                if error.kind != "invalid":
+                    raise
+                failure = error
+            except (RequestError, EngineDeadError) as error:  # some gateways answer 401 to paths they do not know
+                failure = error
+        assert failure is not None, "an engine has protocols"
+        raise failure
+
+    async def _cache_tokens(self, server: str) -> int | None:
+        try:
+            return api.cache_tokens(await self._send(server, "GET", _root(server) + "/metrics"))
+        except (ReplicaError, RequestError, EngineDeadError):
+            return None
+
+    async def _json(self, server: str, method: str, url: str, content: bytes | None = None) -> Any:
+        text = await self._send(server, method, url, content)
+        with self._reading(server, url):
+            return api.parse(text)
+
+    async def _send(self, server: str, method: str, url: str, content: bytes | None = None) -> str:
+        async with self._connections.request(server, method, url, content) as reply:
+            text = await reply.text()
+            if reply.status != 200:
+                raise self._refusal(server, url, reply.status, text, reply.headers)
+            return text
+
+    @contextmanager
+    def _reading(self, server: str, url: str) -> Iterator[None]:
+        """Raise what is wrong with an answer as an error of its server."""
+        try:
+            yield
+        except AnswerError as error:
+            if error.status is not None:
+                raise self._refusal(server, url, error.status, error.words, {}) from error
+            raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
+
+    def _refusal(self, server: str, url: str, status: int, text: str, headers: Mapping[str, str]) -> Exception:
+        """Return what a status other than 200 means: for the server, for the row, or for the run."""
+        words = api.server_words(text)
+        if status in KEY_STATUSES:
+            return EngineDeadError(
+                f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "
+                f"that may use the model, into the environment variable {self._api_key_env}."
+            )
+        if status in TRANSIENT_STATUSES:
+            kind: Kind = "down" if status in DOWN_STATUSES else "busy" if status in BUSY_STATUSES else "invalid"
+            return ReplicaError(f"The server at {server} answered {status}: {words!r}.", kind, retry_after(headers))
+        return RequestError(
+            f"The server at {server} refused a request to {urlsplit(url).path} (status {status}): {words!r}. "
+            "An OpenAI-compatible completions server is expected; check base_url, which mostly ends in /v1, and the "
+            "server's log."
+        )
+
+
+def _root(server: str) -> str:
+    """Return the address without the version."""
+    return server.removesuffix("/v1")
+
+
+def _url(server: str, protocol: Protocol) -> str:
+    return _root(server) + "/inference/v1/generate" if protocol == "generate" else server + "/completions"

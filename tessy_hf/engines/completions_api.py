@@ -1,0 +1,333 @@
+"""Request bodies and answers of the completion protocols: vLLM's `/inference/v1/generate` and any `/v1/completions`.
+
+A request goes in and the bytes of a body come out; an answer goes in and a completion comes out. Knows no replicas,
+retries or sockets. Chat endpoints are never used: their reasoning parsers mislabel thinking that is continued
+(vllm#38749, sglang#26176).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tessy_hf.engines.base import Completion, Request, derive_seed
+from tessy_hf.retries import first_words
+from tessy_hf.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Protocol = Literal["generate", "ids", "ids-to-text", "text"]
+PROTOCOLS: tuple[Protocol, ...] = (
+    "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
+    "ids",  # ids in and out by `/v1/completions`: any vLLM; it sends the prompt back each time
+    "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as SGLang and OpenAI's own do
+    "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
+)
+"""How a server can be asked to continue a text, best first."""
+
+EXACT: frozenset[Protocol] = frozenset({"generate", "ids"})
+"""Protocols with ids in and out, which can also stream."""
+
+PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
+"""Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""
+
+MOST_STOP_TEXTS = 4
+"""Most stop texts that OpenAI's protocol allows."""
+
+MOST_ROWS = 1024
+"""Rows whose encoded prompts are kept; of more, those used longest ago are encoded anew."""
+
+_STOPPED = frozenset({"stop", "eos", "eos_token", "stop_token", "stop_sequence", "stop_str", "end_turn", "complete"})
+_OUT_OF_TOKENS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "model_length", "limit"})
+"""What servers write as ``finish_reason``: OpenAI, TGI, Together, Mistral, Cohere, Anthropic and llama.cpp."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell but no text can hold
+_CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+
+
+class AnswerError(Exception):
+    """An answer under status 200 that cannot be used.
+
+    Args:
+        message: What is wrong with it, to stand after "the server": ``sent 2 choices, not one``.
+        status: The HTTP status the answer claims in its ``error`` object, or ``None``.
+        words: What the server says in its ``error`` object.
+    """
+
+    def __init__(self, message: str, status: int | None = None, words: str = "") -> None:
+        super().__init__(message)
+        self.status, self.words = status, words
+
+
+class EncodedPrompt:
+    """A row's token ids as a JSON list of which only the new end is encoded: rows grow by a span at a time."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._json = bytearray()  # a comma before each id
+
+    def update(self, ids: Sequence[int]) -> bytes:
+        """Return the JSON of ``ids``, reusing that of the longest common prefix with the ids before."""
+        common = self._common(ids)
+        for _ in range(len(self._ids) - common):
+            del self._json[self._json.rfind(b",") :]
+        new = array("i", ids[common:])
+        self._ids[common:] = new
+        self._json += "".join(f",{i}" for i in new).encode()
+        return b"".join((b"[", memoryview(self._json)[1:], b"]"))
+
+    def _common(self, ids: Sequence[int]) -> int:
+        most = min(len(ids), len(self._ids))
+        differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
+        return int(differ[0]) if differ.size else most
+
+
+class CompletionsAPI:
+    """Builds bodies and reads answers for one model, in each of :data:`PROTOCOLS`.
+
+    Args:
+        model: The name under which servers offer the model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._vocabulary = Vocabulary(tokenizer, model)
+        self._last_id = max(tokenizer.get_vocab().values())
+        self._prefix: list[int] = tokenizer("").input_ids  # what servers' tokenizers put before each text too
+        self._prompts: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._stop_texts = lru_cache(maxsize=64)(self._decode_stops)
+
+    # --- bodies
+
+    def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
+        """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
+        options: dict[str, Any] = {
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+        }
+        if request.temperature:
+            options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+        if protocol in EXACT:
+            options["stop_token_ids"] = _sorted(request.stop_ids)
+        elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
+            options["stop"] = stops
+        if protocol == "generate":
+            options = {"sampling_params": {**options, "detokenize": False}}
+        elif protocol == "ids":
+            options["return_token_ids"] = True
+        if stream:
+            options["stream"] = True
+        name = b"token_ids" if protocol == "generate" else b"prompt"
+        prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
+        head = json.dumps({"model": self._model})[:-1].encode()
+        return b"".join((head, b', "', name, b'": ', prompt, b", ", json.dumps(options)[1:].encode()))
+
+    def release(self, row: str) -> None:
+        """Forget a row's encoded prompt."""
+        self._prompts.pop(row, None)
+
+    def probe(self) -> Request:
+        """Return a small request, to find out whether a server speaks a protocol."""
+        ids = self._vocabulary.encode("1 + 1 =").ids
+        return Request("", 0, "thinking", ids, 8, 0.0, 1.0, 0, self._vocabulary.special_ids)
+
+    def tokenize_body(self) -> bytes:
+        """Return the body that asks vLLM's `/tokenize` for the tokens of :meth:`_probe_text`."""
+        body = {"model": self._model, "prompt": self._probe_text(), "add_special_tokens": False}
+        return json.dumps(body).encode()
+
+    def _probe_text(self) -> str:
+        template = str(self._tokenizer.chat_template)
+        return PROBE + "".join(token for token in self._tokenizer.get_added_vocab() if token in template)
+
+    def _id_prompt(self, request: Request) -> bytes:
+        prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
+        self._prompts.move_to_end(request.row)
+        if len(self._prompts) > MOST_ROWS:
+            self._prompts.popitem(last=False)
+        return prompt.update(request.prompt_ids)
+
+    def _text_prompt(self, request: Request) -> bytes:
+        """Return the prompt as text, without what the server's tokenizer puts before each text."""
+        ids, prefix = list(request.prompt_ids), self._prefix
+        return json.dumps(
+            self._vocabulary.decode(ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids)
+        ).encode()
+
+    def _decode_stops(self, stop_ids: frozenset[int]) -> list[str]:
+        """Return the stop ids as text, the end of thinking first. A server knows its own end of sequence."""
+        others = stop_ids - {self._tokenizer.eos_token_id}
+        ids = sorted(others, key=lambda i: (i in self._vocabulary.special_ids, -i))
+        return [text for text in (self._vocabulary.decode([i]) for i in ids) if text]
+
+    # --- answers
+
+    def completion(self, protocol: Protocol, answer: Any, request: Request) -> Completion:
+        """Read a completion from the JSON of an answer.
+
+        Raises:
+            AnswerError: There is none in it.
+        """
+        read = self._ids if protocol in EXACT else self._text_ids
+        ids, stop_id = read(_choice(answer), request, request.max_tokens)
+        return Completion(ids, stop_id, uncached_tokens(answer))
+
+    def piece(self, events: Sequence[Any], request: Request, most: int) -> Completion | None:
+        """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing.
+
+        Raises:
+            AnswerError: They cannot be used.
+        """
+        choices = [_choice(event) for event in events if _list(event, "choices")]
+        ids = [i for choice in choices for i in _list(choice, "token_ids")]
+        if not ids:  # the last event may have nothing but the reason
+            return None
+        together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
+        return Completion(*self._ids(together, request, most))
+
+    def other_tokens(self, answer: Any) -> str | None:
+        """Return where the tokens of `/tokenize` differ from the local tokenizer's, for people; else ``None``."""
+        tokens, expected = _list(answer, "tokens"), self._vocabulary.encode_template(self._probe_text())
+        if not tokens or tokens == expected:
+            return None
+        at = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), 0)
+        return f"{tokens[at : at + 5]} against {expected[at : at + 5]} at token {at} of the same text"
+
+    def _ids(self, choice: Mapping[str, Any], request: Request, most: int) -> tuple[list[int], int | None]:
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i <= self._last_id for i in ids):
+            raise AnswerError("answered without tokens of this vocabulary")
+        if len(ids) > most:
+            raise AnswerError(f"sent {len(ids)} tokens, {most} were asked for")
+        stop_at = next((at for at, token in enumerate(ids) if token in request.stop_ids), None)
+        if stop_at is None and _reason(choice) in _STOPPED:
+            stop_at = len(ids) - 1  # an end of sequence that only the server's settings know
+        return (ids, None) if stop_at is None else (ids[:stop_at], ids[stop_at])
+
+    def _text_ids(self, choice: Mapping[str, Any], request: Request, most: int) -> tuple[list[int], int | None]:
+        text, reason = choice.get("text"), _reason(choice)
+        if not isinstance(text, str) or _SURROGATE.search(text) or reason not in _STOPPED | _OUT_OF_TOKENS:
+            raise AnswerError(
+                f"answered without text (finish_reason {first_words(str(choice.get('finish_reason')))!r})"
+            )
+        found = [at for at in map(text.find, self._stop_texts(request.stop_ids)) if at >= 0]  # some send what stopped
+        stopped = bool(found) or reason in _STOPPED
+        text = text[: min(found)] if found else text.rstrip("\ufffd")  # part of a character that was cut
+        if not text and not stopped:
+            raise AnswerError("answered with an empty text")
+        ids = self._vocabulary.encode(text).ids
+        if len(ids) > most:
+            return ids[:most], None
+        return ids, self._any_stop(request) if stopped else None
+
+    def _any_stop(self, request: Request) -> int | None:
+        eos = self._tokenizer.eos_token_id
+        return int(eos) if eos is not None else min(request.stop_ids, default=None)
+
+
+def parse(text: str) -> Any:
+    """Parse the text of an answer or event.
+
+    Raises:
+        AnswerError: It is not JSON, or an ``error`` object under status 200, as OpenRouter and llama.cpp send.
+    """
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AnswerError(f"answered with something that is not JSON: {first_words(text)!r}") from error
+    _check(answer)
+    return answer
+
+
+def server_words(text: str) -> str:
+    """Return what a server says in the body of an error, in one line: its message, else the first words."""
+    try:
+        answer = json.loads(text)
+        _check(answer)
+    except AnswerError as error:
+        return error.words
+    except (ValueError, RecursionError):
+        return first_words(text)
+    found = [answer.get(key) for key in ("detail", "message")] if isinstance(answer, Mapping) else []
+    return first_words(next((words for words in found if isinstance(words, str) and words), text))
+
+
+def uncached_tokens(answer: Any) -> int | None:
+    """Return how many tokens of the prompt were not in the server's cache, where it tells.
+
+    vLLM does with ``--enable-prompt-tokens-details``, SGLang with ``--enable-cache-report``; of a stream only at its
+    end, which the row does not wait for.
+    """
+    usage = _mapping(answer, "usage")
+    tokens, cached = usage.get("prompt_tokens"), _mapping(usage, "prompt_tokens_details").get("cached_tokens")
+    if type(tokens) is not int or type(cached) is not int or not 0 <= cached <= tokens:
+        return None
+    return tokens - cached
+
+
+def served(answer: Any) -> dict[str, int | None]:
+    """Return the models of `/v1/models` and the context length of each, where it is told."""
+    models = [entry for entry in _list(answer, "data") if isinstance(entry, Mapping)]
+    lengths = [entry.get("max_model_len") for entry in models]
+    known = [length if type(length) is int and length > 0 else None for length in lengths]
+    return dict(zip((str(entry.get("id")) for entry in models), known, strict=True))
+
+
+def cache_tokens(metrics: str) -> int | None:
+    """Return how many tokens a server's cache holds, where its `/metrics` tell, as vLLM's do."""
+    found = _CACHE_CONFIG.search(metrics)
+    config = dict(re.findall(r'(\w+)="(\d+)"', found[1])) if found else {}
+    return int(config.get("num_gpu_blocks", 0)) * int(config.get("block_size", 0)) or None
+
+
+def _check(answer: Any) -> None:
+    """Raise an :class:`AnswerError` where an answer, or a choice in it, is an error object."""
+    if not isinstance(answer, Mapping):
+        return
+    error = answer.get("error") or (answer if answer.get("object") == "error" else None)
+    if not error:
+        return
+    described = error if isinstance(error, Mapping) else {"message": error}
+    codes = [str(of.get(key)) for of in (described, answer) for key in ("code", "status", "status_code")]
+    status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
+    words = first_words(str(described.get("message") or json.dumps(error)))
+    raise AnswerError(f"answered with an error: {words!r}", status, words)
+
+
+def _choice(answer: Any) -> Mapping[str, Any]:
+    choices = _list(answer, "choices")
+    if len(choices) != 1 or not isinstance(choices[0], Mapping):
+        raise AnswerError(f"sent {len(choices)} choices, not one")
+    _check(choices[0])
+    return choices[0]
+
+
+def _reason(choice: Mapping[str, Any]) -> str:
+    """Return why a choice ended, in lower case; SGLang's own answers have it as ``{"type": ...}``."""
+    reason = choice.get("finish_reason")
+    return str(reason.get("type") if isinstance(reason, Mapping) else reason).lower()
+
+
+@lru_cache(maxsize=64)
+def _sorted(ids: frozenset[int]) -> list[int]:
+    return sorted(ids)
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    found = value.get(key) if isinstance(value, Mapping) else None
+    return found if isinstance(found, list) else []
+
+
+def _mapping(value: Any, key: str) -> Mapping[str, Any]:
+    found = value.get(key) if isinstance(value, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
