@@ -69,7 +69,7 @@ def row_spans(speakers, prompt, row):
 
 async def write(planned, in_flight, extra, reads):
     """Ask for all spans, those of the thinking with `extra` tokens more, and read each where that is wanted."""
-    window = Window(in_flight, guess=0, halves=True)
+    window = Window(in_flight, guess=0)
 
     async def one(number, row):
         for speaker, ids, tokens, read in row:

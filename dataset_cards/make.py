@@ -27,7 +27,7 @@ from tessy_hf.manifest import (
     record,
 )
 from tessy_hf.report import figures, summarise
-from tessy_hf.rows.parquet import Rows
+from tessy_hf.run.finished import Rows
 
 HERE = Path(__file__).parent
 MINIATURE, STYLE_SPANS = HERE / "miniature", HERE / "style-spans"

@@ -184,7 +184,7 @@ def export(
     run: Annotated[str | None, typer.Option(help="Which run, where the journal holds several.")] = None,
 ) -> None:
     """Write the finished rows of a journal as a dataset, even if the run never ended."""
-    from tessy_hf.rows.parquet import Rows
+    from tessy_hf.run.finished import Rows
 
     _writer(out)
     _write(Rows(journal, run, max_attempts=3).dataset(), out)
@@ -592,7 +592,7 @@ def _keys(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def _open(path: Path) -> Any:
-    from tessy_hf.rows.parquet import open_journal
+    from tessy_hf.run.finished import open_journal
 
     return open_journal(path)
 

@@ -21,10 +21,12 @@ from tessy_hf.errors import MergeError, PartsError, PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter, journal_features, open_journal
+from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter
 from tessy_hf.rows.prompt import PromptReader, hashed_columns
-from tessy_hf.run import shared_rows as parts
-from tessy_hf.run.journal import Journal
+from tessy_hf.run.finished import journal_features, open_journal
+from tessy_hf.run.journal_reader import JournalReader
+from tessy_hf.run.shared_rows import list_shared, record_of
+from tessy_hf.run.storage import ParquetRows, file_system
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import RowKey, Trajectory
 
@@ -126,17 +128,17 @@ class Merge:
             self._add_files(source, glob=False)
 
     def _add_files(self, source: str, *, glob: bool) -> None:
-        system, path = parts.file_system(source)
-        found = sorted(map(str, system.glob(path))) if glob else parts.listed(system, path)
+        system, path = file_system(source)
+        found = sorted(map(str, system.glob(path))) if glob else list_shared(system, path)
         if not found:
             raise PartsError(
                 f"There are no rows at {source!r}. A folder with parts, .parquet files with rows, or journals are "
                 "expected; check the path."
             )
-        files = parts.ParquetFiles(system)
+        files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            self._describe(parts.record_of(schema), _keeps_marks(schema))
+            self._describe(record_of(schema), _keeps_marks(schema))
             known = self._settings_known
             hashed = hashed_columns(known, schema.names) if known is not None else []
             hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
@@ -155,11 +157,11 @@ class Merge:
             "id_column= are expected; pass settings= (--recipe) with those the rows were written with."
         )
 
-    def _add_journal(self, journal: Journal) -> None:
+    def _add_journal(self, journal: JournalReader) -> None:
         for run in journal.fingerprints():
             if self._wanted not in (None, run):
                 continue
-            one = Journal(journal.path, run, max_attempts=1)
+            one = JournalReader(journal.path, run, max_attempts=1)
             described = one.description()
             record = RunRecord.model_validate_json(described).model_dump(mode="json") if described else {}
             self._describe(record, "thinking" not in journal_features(one)["messages"].feature)

@@ -29,9 +29,9 @@ from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, PromptError, SettingsError, TessyError
 from tessy_hf.recipe import Placement as Placement
 from tessy_hf.rows import columns
-from tessy_hf.rows import datasets_internals as typed_streams
+from tessy_hf.rows.datasets_internals import table
 from tessy_hf.rows.prompt import PromptReader
-from tessy_hf.run import shared_rows as parts
+from tessy_hf.run.shared_rows import SharedRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,7 +85,7 @@ class RowWriter:
         features = Features({**Features.from_arrow_schema(batch.schema), **schema})
         merged = {**given, **written}
         rows = (dict(zip(merged, values, strict=True)) for values in zip(*merged.values(), strict=True))
-        return typed_streams.table(rows, features)
+        return table(rows, features)
 
 
 def map_options(transform: TessyTransform, placement: Placement) -> dict[str, Any]:
@@ -183,15 +183,15 @@ def _check_ray() -> None:
         raise SettingsError('A run on a cluster needs Ray Data. Install it: pip install "tessy-hf[ray]".') from error
 
 
-def _there(transform: TessyTransform) -> parts.Parts:
-    """Return what was put into parts before."""
-    found = parts.Parts(str(transform.settings.parts), transform.run_fingerprint)
+def _there(transform: TessyTransform) -> SharedRows:
+    """Return the shared rows of earlier runs."""
+    found = SharedRows(str(transform.settings.parts), transform.run_fingerprint)
     found.refresh()
     return found
 
 
 def _to_do(
-    dataset: Dataset | IterableDataset, transform: TessyTransform, there: parts.Parts
+    dataset: Dataset | IterableDataset, transform: TessyTransform, there: SharedRows
 ) -> Iterator[Mapping[str, Any]]:
     """Iterate over the prompts whose rows are not done. Those that cannot be used are left to the merge."""
     reader: PromptReader | None = None

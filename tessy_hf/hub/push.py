@@ -30,8 +30,9 @@ from tessy_hf.errors import DatasetError, HubError, TessyError, VersionError
 from tessy_hf.hub.repository import Repository, record_folder
 from tessy_hf.manifest import Counts, Licence, Manifest, RunRecord, ShardRecord, SplitRecord
 from tessy_hf.rows import parquet as shards
-from tessy_hf.rows.datasets_internals import functions
-from tessy_hf.rows.parquet import Rows, ShardWriter
+from tessy_hf.rows.datasets_internals import stream_steps
+from tessy_hf.rows.parquet import ShardWriter
+from tessy_hf.run.finished import Rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -233,7 +234,7 @@ class _Given:
 
         if not isinstance(self.rows.given, IterableDataset):
             return []
-        mapped = functions(self.rows.given._ex_iterable)
+        mapped = (getattr(step, "function", None) for step in stream_steps(self.rows.given))
         return [function for function in mapped if isinstance(function, TessyTransform)][:1]
 
     def record(self, fingerprint: str) -> RunRecord:

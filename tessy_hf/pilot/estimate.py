@@ -142,7 +142,6 @@ def run_pilot(
     if total is None:
         raise DatasetError("A stream does not tell how many prompts it has. Pass total= with the number to plan for.")
     first, run = _first(prompts, rows), transform.without_journal()
-    run.in_order = True  # all rows ask the student at once: so it is seen how many it can serve
     with run:
         next(iter(first.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
         before, begin = run.loads(), time.monotonic()
