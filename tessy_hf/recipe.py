@@ -66,18 +66,18 @@ class _Speaker(BaseModel):
 
 
 class Placement(BaseModel):
-    """What a run takes of a Ray cluster: ``cluster`` in a recipe."""
+    """Resources of a run on a Ray cluster: ``cluster`` in a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     actors: int = Field(default=1, ge=1)
-    """How many actors write rows, each ``rows_in_flight`` at a time."""
+    """Actors that write rows, each with ``rows_in_flight`` rows at a time."""
     num_cpus: float = Field(default=1, ge=0)
-    """Cores of an actor, for the predictors and what else runs in it."""
+    """CPU cores per actor, for predictors and engines that run in it."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of an actor, for engines and predictors that run in it; none where engines are servers."""
+    """GPUs per actor, for engines and predictors that run in it; 0 if the engines are servers."""
     resources: dict[str, float] = Field(default_factory=dict)
-    """Other resources of Ray's that an actor takes, which tell where it may run."""
+    """Custom Ray resources per actor, which decide where it may run."""
 
 
 class _Recipe(BaseModel):
@@ -95,10 +95,10 @@ class _Annotation(BaseModel):
 
 
 def read_annotation(path: Path) -> tuple[Speaker, dict[str, Any]]:
-    """Read a recipe of an annotation: ``annotator`` as a speaker is described, and settings of the annotation.
+    """Read an annotation recipe: ``annotator``, described like a speaker, and annotation settings by name.
 
     Raises:
-        SettingsError: The file is missing, is not YAML, or lacks or misspells something.
+        SettingsError: The file is missing or not YAML, or a key is missing, unknown or has a wrong value.
     """
     expected = "annotation settings by name, and `annotator` with `engine` and `model`"
     recipe = _validate(_Annotation, _content(path), path, expected)
@@ -110,16 +110,16 @@ def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dic
 
     Args:
         path: The file.
-        changes: What is to be different, as ``temperature=0.5`` or ``teacher.options.base_url=http://...``.
+        changes: Overrides, such as ``temperature=0.5`` or ``teacher.options.base_url=http://...``.
 
     Raises:
-        SettingsError: The file is missing, is not YAML, or lacks or misspells something.
+        SettingsError: The file is missing or not YAML, or a key is missing, unknown or has a wrong value.
     """
     return build(_content(path), path, changes)
 
 
 def read_placement(path: Path, changes: Iterable[str] = ()) -> Placement:
-    """Read what a recipe takes of a Ray cluster: its ``cluster``; one actor where there is none.
+    """Read the ``cluster`` section of a recipe; one actor by default.
 
     Raises:
         SettingsError: As for :func:`read`.
@@ -131,16 +131,16 @@ def read_placement(path: Path, changes: Iterable[str] = ()) -> Placement:
 
 
 def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
-    """Build teacher, student and settings from a recipe's content; ``path`` is its name, for people.
+    """Build teacher, student and settings from a recipe's content; ``path`` names it in errors.
 
     Raises:
-        SettingsError: It lacks or misspells something.
+        SettingsError: A key is missing, unknown or has a wrong value.
     """
     for change in changes:
         _change(given, change)
     recipe = _validate(_Recipe, given, path, _EXPECTED)
     try:
-        json.dumps(given, sort_keys=True, default=str)  # as for the fingerprint
+        json.dumps(given, sort_keys=True, default=str)  # the fingerprint needs it
     except (TypeError, ValueError, RecursionError) as error:
         raise SettingsError(
             f"The recipe {str(path)!r} cannot be written as JSON: {error}. Plain values are expected, no anchors that "
@@ -154,7 +154,7 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
 def _content(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    # Besides its own errors, PyYAML lets those through in which a value of a stated type cannot be made.
+    # PyYAML also raises plain Python errors if a tagged value cannot be built.
     except (OSError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. A YAML file is expected.") from error
 
@@ -163,15 +163,15 @@ def _validate(kind: type[Read], given: Any, path: Path | str, expected: str) -> 
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of alternatives, the one that was meant
+        first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of several alternatives, the closest match
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise SettingsError(
-            f"The recipe {str(path)!r} has a fault at {where}: {first['msg'].lower()}. Expected are {expected}."
+            f"The recipe {str(path)!r} is invalid at {where}: {first['msg'].lower()}. Expected: {expected}."
         ) from error
 
 
 def _change(given: Any, change: str) -> None:
-    """Set one value, by its dotted name."""
+    """Override one value by its dotted name."""
     name, sign, value = change.partition("=")
     *above, last = name.split(".")
     inner = given
@@ -179,7 +179,7 @@ def _change(given: Any, change: str) -> None:
         inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
     if not (sign and last and isinstance(inner, dict)):
         raise SettingsError(
-            f"{change!r} changes nothing in a recipe. A dotted name and a value are expected, for instance "
+            f"{change!r} is not an override. Expected NAME=VALUE with a dotted name, for instance "
             "--set teacher.options.base_url=http://127.0.0.1:8000/v1."
         )
     inner[last] = yaml.safe_load(value)
@@ -208,5 +208,7 @@ def _engine(described: _Speaker, path: Path | str) -> Engine:
     try:
         engine: Engine = ENGINES[described.engine](described.model, **described.options)
     except TypeError as error:
-        raise SettingsError(f"The recipe {str(path)!r} has options the engine does not take: {error}.") from error
+        raise SettingsError(
+            f"The recipe {str(path)!r} has options that the engine does not accept: {error}."
+        ) from error
     return engine

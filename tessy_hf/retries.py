@@ -35,6 +35,7 @@ A process that is started again when it died, a few times::
 from __future__ import annotations
 
 import errno
+import inspect
 import math
 import random
 import re
@@ -152,8 +153,13 @@ class RetryPolicy:
         Raises:
             BaseException: The last error of ``function``.
         """
-        hooks = _Hooks(self, retry_on or is_transient, notify, stop or self.exhausted)
-        return tenacity.Retrying(**hooks.options)(function)
+        hooks = _Hooks(self, retry_on or is_transient, stop or self.exhausted)
+
+        def before_sleep(_: tenacity.RetryCallState) -> None:
+            if notify is not None:
+                notify(hooks.failures)
+
+        return tenacity.Retrying(before_sleep=before_sleep, **hooks.options)(function)
 
     async def call_async(
         self,
@@ -176,35 +182,37 @@ class RetryPolicy:
                 raise error
             return await function()
 
-        hooks = _Hooks(self, retry_on or is_transient, notify, stop or self.exhausted)
-        return await tenacity.AsyncRetrying(**hooks.options)(again)
+        async def before_sleep(_: tenacity.RetryCallState) -> None:
+            if notify is not None and inspect.isawaitable(told := notify(hooks.failures)):
+                await told
+
+        hooks = _Hooks(self, retry_on or is_transient, stop or self.exhausted)
+        return await tenacity.AsyncRetrying(before_sleep=before_sleep, **hooks.options)(again)
 
 
 class _Hooks:
-    """Tenacity's hooks for one call: it does not keep when the first failure came."""
+    """Tenacity's hooks for one call, which does not keep when the first failure came."""
+
+    failures: Failures
 
     def __init__(
-        self,
-        policy: RetryPolicy,
-        retry_on: Callable[[BaseException], bool],
-        notify: Callable[[Failures], Any] | None,
-        stop: Callable[[Failures], bool],
+        self, policy: RetryPolicy, retry_on: Callable[[BaseException], bool], stop: Callable[[Failures], bool]
     ) -> None:
-        self._policy, self._failures = policy, Failures(TransientError("none"), 0, 0.0, 0.0)
+        self._policy, self._count, self._since = policy, 0, 0.0
         self.options: dict[str, Any] = {
             "retry": tenacity.retry_if_exception(retry_on),
             "wait": self._wait,
-            "stop": lambda _: stop(self._failures),
-            "before_sleep": None if notify is None else lambda _: notify(self._failures),
+            "stop": lambda _: stop(self.failures),
             "reraise": True,
         }
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
         assert error is not None, "tenacity waits after failures only"
-        count, since = self._failures.count + 1, self._failures.since or time.monotonic()
-        self._failures = Failures(error, count, since, self._policy.pause(count, error))
-        return self._failures.pause
+        self._count, self._since = self._count + 1, self._since or time.monotonic()
+        pause = self._policy.pause(self._count, error)
+        self.failures = Failures(error, self._count, self._since, pause)
+        return pause
 
 
 def is_transient(error: BaseException) -> bool:
@@ -261,7 +269,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         inner = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else None
-        error = inner or error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = inner or error.__cause__ or error.__context__  # also where httpcore suppresses it
 
 
 def _response_of(error: BaseException) -> Any:

@@ -1,4 +1,4 @@
-"""What a run is told: keyword arguments or YAML in, checked settings and their fingerprint out.
+"""Settings of a run: keyword arguments or YAML in, checked settings and their fingerprint out.
 
 The table of methods is here. Knows nothing of how rows are written.
 """

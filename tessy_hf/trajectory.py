@@ -124,7 +124,7 @@ class Trajectory:
         self.turn, self.turn_is_empty = "teacher" if self.turn == "student" else "student", True
 
     def state(self) -> dict[str, Any]:
-        """Return, as JSON values, what besides the spans is needed to go on after them."""
+        """Return what is needed besides the spans to resume, as JSON values."""
         return {
             "closed": self.closed,
             "turn": self.turn,
@@ -135,20 +135,20 @@ class Trajectory:
 
     @classmethod
     def resume(cls, key: str, seed: int, spans: Sequence[Span], state: Mapping[str, Any]) -> Trajectory:
-        """Return an unfinished trajectory that goes on after ``spans``, from what :meth:`state` said of it."""
+        """Return an unfinished trajectory that resumes after ``spans``, from its :meth:`state`."""
         return cls(key, spans=list(spans), seed=seed, **state)
 
 
 @dataclass(slots=True)
 class Candidate:
-    """One of the texts written for a row, and what was said of it.
+    """One of the texts written for a row, with its score and verdict.
 
     Attributes:
         trajectory: The text.
-        done: Whether it is written to its end, whatever that is.
-        score: What the teacher gave it, from 0 to 10; ``None`` where it was not asked or cannot be read.
-        judgement: The teacher's own words; ``None`` where it was not asked.
-        verdict: What the verifier said, 1 for right; ``None`` where it was not asked.
+        done: Whether it is finished, in whatever way.
+        score: The teacher's score, 0 to 10; ``None`` if not asked or unreadable.
+        judgement: The teacher's words; ``None`` if not asked.
+        verdict: The verifier's verdict, 1 for right; ``None`` if not asked.
     """
 
     trajectory: Trajectory
@@ -160,7 +160,7 @@ class Candidate:
 
 @dataclass(slots=True)
 class Draft:
-    """All that was written for one row so far, of which one candidate will be the row.
+    """Everything written for one row so far; one of its candidates becomes the row.
 
     Attributes:
         key: The row's identity.
@@ -179,11 +179,11 @@ class Draft:
     extra_tokens: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
 
     def generated(self, author: Author) -> int:
-        """Return how many tokens an author generated for this row, in its own tokens, whatever became of them."""
+        """Return how many tokens an author generated for this row, kept or not, in its own tokens."""
         return self.extra_tokens[author] + sum(candidate.trajectory.generated[author] for candidate in self.candidates)
 
     def state(self) -> dict[str, Any]:
-        """Return, as JSON values, what besides the spans of all candidates is needed to go on after them."""
+        """Return what is needed besides the candidates' spans to resume, as JSON values."""
         under_way = [candidate.trajectory for candidate in self.candidates if not candidate.done]
         state: dict[str, Any] = under_way[0].state() if under_way else {}
         if not self.judged and self.reference is None:
@@ -194,7 +194,7 @@ class Draft:
 
     @classmethod
     def resume(cls, key: str, seed: int, judged: bool, spans: Sequence[Span], state: Mapping[str, Any]) -> Draft:
-        """Return a draft that goes on after ``spans``, those of all its candidates, from what :meth:`state` said."""
+        """Return a draft that resumes after ``spans`` (of all candidates), from its :meth:`state`."""
         own = dict(state)
         told = own.pop("draft", None)
         draft = cls(key, seed, judged)
@@ -213,7 +213,7 @@ class Draft:
 
 
 def _described(candidate: Candidate) -> dict[str, Any]:
-    """Describe a candidate that is done by all but its spans, which are told apart by their length."""
+    """Describe a finished candidate without its spans; their total length tells them apart."""
     trajectory = candidate.trajectory
     return {
         "seed": trajectory.seed,
@@ -227,7 +227,7 @@ def _described(candidate: Candidate) -> dict[str, Any]:
 
 
 def _split(spans: Sequence[Span], characters: int) -> tuple[list[Span], list[Span]]:
-    """Split spans after so many characters; the candidates' neighbours may have been joined into one."""
+    """Split spans after a number of characters; spans of neighboring candidates may have been joined."""
     before: list[Span] = []
     for index, span in enumerate(spans):
         if not characters:

@@ -12,14 +12,13 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from tessy_hf.trajectory import Author
-from tessy_hf.vocabulary import Encoding, Vocabulary
+from tessy_hf.vocabulary import CLAUSE_END, Encoding, Vocabulary
 
-_BEFORE_LAST_WORD = re.compile(r".*\S(?=\s+\S)", re.DOTALL)
-"""Ends where the whitespace before a text's last word begins, unless the text has no other word."""
+_SEAM = re.compile(rf"(?<=\S)(?=\s+\S)|(?<=\n)(?=[^\S\n]*\S)|(?<=[{CLAUSE_END}])(?=[^\s{CLAUSE_END}])")
+"""Where a tail may begin: before or after the line ends before a word, or at a word that no whitespace precedes."""
 
 
 class Preview(NamedTuple):
@@ -53,8 +52,16 @@ class Preview(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Turn:
-    """What a list's model has written since others last did: where that begins, and the text that is kept of it."""
+class Turn:
+    """What a list's model has written since others last did.
+
+    Attributes:
+        begin: The index of its first id.
+        tail: The text before it that a tokenizer may join with it.
+        tail_tokens: How many ids the tail has.
+        text: What is kept of it.
+        respell: Whether that differs from what its ids say.
+    """
 
     begin: int
     tail: str
@@ -76,7 +83,7 @@ class TokenList:
         tail: The whitespace that ends the rendered prompt, which a tokenizer may join with the first word.
     """
 
-    __slots__ = ("_tail", "_tail_tokens", "_tentative", "_turn", "ids", "start", "vocabulary")
+    __slots__ = ("_tail", "_tail_tokens", "_tentative", "turn", "ids", "start", "vocabulary")
 
     def __init__(self, vocabulary: Vocabulary, ids: Sequence[int] = (), tail: str = "") -> None:
         self.vocabulary = vocabulary
@@ -88,8 +95,12 @@ class TokenList:
         self._tail, self._tail_tokens = (tail, len(encoded)) if exact else ("", 0)
         self._begin_turn()
 
+    def _encode(self, text: str, tail_begins: int) -> Encoding:
+        """Encode a tail, which begins at this index, together with what follows."""
+        return self.vocabulary.encode(text, self.ids[tail_begins - 1] if tail_begins else None)
+
     def _begin_turn(self) -> None:
-        self._turn = _Turn(self.settled, self._tail, self._tail_tokens)
+        self.turn = Turn(self.settled, self._tail, self._tail_tokens)
 
     @property
     def settled(self) -> int:
@@ -102,14 +113,9 @@ class TokenList:
         return self.settled - self.start
 
     @property
-    def turn_seam(self) -> int:
-        """The index, counted from the text's start, before which ids do not change when the model's turn ends."""
-        return max(0, self._turn.begin - self._turn.tail_tokens - self.start)
-
-    @property
     def turn_tokens(self) -> int:
         """How many ids the model has written since others last did, tentative ones included."""
-        return len(self.ids) - self._turn.begin
+        return len(self.ids) - self.turn.begin
 
     @property
     def tentative_tokens(self) -> int:
@@ -121,26 +127,30 @@ class TokenList:
     def append(self, text: str) -> None:
         """Settle ``text`` written by another author."""
         if text:
-            self._replace_tail(self._tail + text, self.vocabulary.encode(self._tail + text))
+            begin, text = len(self.ids) - self._tail_tokens, self._tail + text
+            encoded = self._encode(text, begin)
+            del self.ids[begin:]
+            self.ids.extend(encoded.ids)
+            self._move_seam(text, encoded)
         self._begin_turn()
 
     def preview(self, text: str) -> Preview:
         """Return what the list would hold after :meth:`append`, without changing it."""
-        shift = len(self._tail)
-        encoded = self.vocabulary.encode(self._tail + text)
+        shift, begin = len(self._tail), self.settled - self._tail_tokens
+        encoded = self._encode(self._tail + text, begin)
         ends = [end - shift for _, end in encoded.offsets]
-        return Preview(self.ids, self.settled - self._tail_tokens, encoded.ids, ends)
+        return Preview(self.ids, begin, encoded.ids, ends)
 
-    def adopt(self, other: TokenList, since: int) -> None:
-        """Take over another list's settled ids of the same vocabulary, from the ``since``-th id of the text on."""
-        del self.ids[self.start + since :]
-        self.ids.extend(other.ids[other.start + since : other.settled])
-        own_tokens = len(self.ids) - self.start
-        inside = other._tail_tokens <= own_tokens
-        self._tail, self._tail_tokens = (
-            (other._tail, other._tail_tokens) if inside else (other._tail.lstrip(), own_tokens)
-        )
-        self._begin_turn()
+    def adopt(self, other: TokenList, turn: Turn) -> None:
+        """Take over the ids that another list of the same vocabulary has of a turn, to hand over the very ids."""
+        before = slice(turn.begin - turn.tail_tokens, turn.begin)
+        if other.ids[before] == self.ids[len(self.ids) - turn.tail_tokens :]:
+            self.turn.text = turn.text
+            self.ids.extend(other.ids[turn.begin : other.settled])
+            self._freeze(self.turn)
+            self._begin_turn()
+        else:  # ids from before the turn were made anew, maybe the prompt's, which may differ
+            self.append(turn.text)
 
     # --- what the model itself wrote
 
@@ -151,12 +161,7 @@ class TokenList:
 
     def tentative(self) -> tuple[str, list[int]]:
         """Return the text of the tentative ids and where each id's text ends in it."""
-        ids, context = self.ids[self.settled :], self.ids[self.settled - 1 : self.settled]
-        pieces = self.vocabulary.pieces(ids)
-        if pieces is not None:
-            return "".join(pieces), list(accumulate(map(len, pieces)))
-        text = self.vocabulary.decode(ids, context)
-        return text, self.vocabulary.token_ends(ids, text, context)
+        return self.vocabulary.read(self.ids[self.settled :])
 
     def settle(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
         """Settle the first ``kept`` characters of the tentative ``text`` and leave what follows tentative.
@@ -171,8 +176,8 @@ class TokenList:
             spelled: The kept text, without the whitespace that the row's first word may begin with.
         """
         self._tentative -= sum(end <= kept for end in ends)
-        self._turn.text += spelled
-        self._turn.respell |= spelled != text[:kept]
+        self.turn.text += spelled
+        self.turn.respell |= spelled != text[:kept]
 
     def cut(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
         """Settle ``kept`` characters of the tentative text, drop the rest, end the model's turn.
@@ -185,16 +190,18 @@ class TokenList:
         count = sum(end <= kept for end in ends)
         aligned = ends[count - 1] if count else 0
         dropped = self._tentative - count
-        turn = self._turn
+        turn = self.turn
         if turn.respell or spelled != text[:kept]:
+            turn.text += spelled
             del self.ids[turn.begin :]
             self._tentative, self._tail, self._tail_tokens = 0, turn.tail, turn.tail_tokens
-            self.append(turn.text + spelled)
+            self.append(turn.text)
         else:
             self.settle(text, ends, aligned, spelled[:aligned])
             self.drop()
             self._freeze(turn)
-            self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is spelled anew
+            turn.text += spelled[aligned:]
+            self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is encoded anew
         self._begin_turn()
         return dropped
 
@@ -208,30 +215,25 @@ class TokenList:
 
     # --- the seam
 
-    def _freeze(self, turn: _Turn) -> None:
+    def _freeze(self, turn: Turn) -> None:
         """Move the seam over the ids that the model itself made in its turn, seen as a whole."""
-        encoded = self.vocabulary.encode(turn.tail + turn.text)
-        if list(self.ids[turn.begin - turn.tail_tokens :]) == encoded.ids:
-            self._move_seam(turn.tail + turn.text, encoded)
+        begin, text = turn.begin - turn.tail_tokens, turn.tail + turn.text
+        encoded = self._encode(text, begin)
+        if list(self.ids[begin:]) == encoded.ids:
+            self._move_seam(text, encoded)
         elif turn.text:  # sampled ids need not be the tokenizer's choice: they stay, and the seam is after them
             self._tail, self._tail_tokens = "", 0
 
-    def _replace_tail(self, text: str, encoded: Encoding) -> None:
-        if self._tail_tokens:
-            del self.ids[-self._tail_tokens :]
-        self.ids.extend(encoded.ids)
-        self._move_seam(text, encoded)
-
     def _move_seam(self, text: str, encoded: Encoding) -> None:
-        """Let the tail begin at the last word that no token straddles into."""
-        ends, stop = [end for _, end in encoded.offsets], len(text)
-        while (found := _BEFORE_LAST_WORD.match(text, 0, stop)) is not None:
-            start = stop = found.end()
-            index = bisect_right(ends, start)
-            if index < len(ends) and encoded.offsets[index][0] >= start:
-                self._tail, self._tail_tokens = text[start:], len(ends) - index
-                return
-        self._tail, self._tail_tokens = text, len(ends)
+        """Let the tail begin at the last place that no token reaches over, whatever may follow."""
+        ids, ends = encoded.ids, [end for _, end in encoded.offsets]
+        for place in reversed([found.start() for found in _SEAM.finditer(text)]):
+            index = bisect_right(ends, place)
+            if not self.vocabulary.joins(text[place - 1], text[place]) and 0 < index < len(ids):
+                if self.vocabulary.encode(text[place:], ids[index - 1]).ids == ids[index:]:
+                    self._tail, self._tail_tokens = text[place:], len(ids) - index
+                    return
+        self._tail, self._tail_tokens = text, len(ids)
 
 
 class Transcript:
@@ -266,12 +268,12 @@ class Transcript:
     def cut(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
         """Settle an author's text up to ``kept`` for everyone, drop the rest. See :meth:`TokenList.cut`."""
         own = self.views[author]
-        since = own.turn_seam
+        turn = own.turn
         dropped = own.cut(text, ends, kept, spelled)
         self._share(author, spelled)
         for view in self.views.values():
             if view is not own and view.vocabulary.fingerprint == own.vocabulary.fingerprint:
-                view.adopt(own, since)  # the very ids that the author made
+                view.adopt(own, turn)  # the very ids that the author made
         return dropped
 
     def _share(self, author: Author, text: str) -> None:

@@ -21,7 +21,7 @@ from tessy_hf import manifest as provenance
 from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
 from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.rows import columns, datasets_internals
+from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.run.journal import Counts
 from tessy_hf.run.runner import RUNS, Batch, Run
 from tessy_hf.run.stores import plan
@@ -147,7 +147,7 @@ class TessyTransform(functools.partial[Any]):
         """
         dataset = _splits(dataset)[0]
         features = columns.features(dataset, self.settings.prompt_column, self.student.dialect)
-        self.source = provenance.source(dataset)
+        self.source = prompt_source.source(dataset)
         return features
 
     def record(self) -> provenance.RunRecord:

@@ -6,29 +6,42 @@ the seams of :mod:`tessy_hf.transcript` need character offsets.
 
 from __future__ import annotations
 
+import codecs
+import copy
 import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import TemplateError
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_CLAUSE_END = "，。！？；：、"
-WORD = re.compile(rf"\s*(?:[^\s{_CLAUSE_END}]+[{_CLAUSE_END}]*|[{_CLAUSE_END}]+)")
+CLAUSE_END = "，。！？；：、"
+"""Punctuation after which words end in scripts without spaces."""
+
+WORD = re.compile(rf"\s*(?:[^\s{CLAUSE_END}]+[{CLAUSE_END}]*|[{CLAUSE_END}]+)")
 """A word with the whitespace before it. Scripts without spaces are cut after their punctuation instead."""
 
-_FRAGMENT = re.compile(r"(?<=\S)(?= \S)")
-"""Where text is taken apart to be encoded piece by piece: before a single space between words."""
-
 LONGEST_FRAGMENT = 32
-"""Characters up to which a piece of text is remembered with its ids; longer ones rarely come again."""
+"""Characters up to which a piece of text is cached with its ids; longer ones rarely come again."""
 
-_PROBE = 'It\'s 12345 + (6.7)x: "naïve",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 x-y.org/?q=%20\r\n - é'
+_PROBE = 'It\'s 12345 + (6.7)x: "naïve",\n\n  def f(a, b):\n\treturn a[1] != b # 你好 👍 x-y.org/?q=%20\r\n - é > </p>'
+
+# Byte-level BPE spells bytes that are not printable in Latin-1 as the characters from U+0100 on.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_BYTES = {0x100 + number: byte for number, byte in enumerate(sorted(set(range(0x100)) - _PRINTABLE))}
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+"""A byte as SentencePiece vocabularies with byte fallback spell it."""
+
+_BYTE = re.compile("[\udc80-\udcff]")  # of a character, as "surrogateescape" decodes it
+_SEPARATOR = "\udcff"  # 0xFF is in no UTF-8 text
+_PAIR = re.compile(rf"(?=([^{_SEPARATOR}]\s|[\s{CLAUSE_END}\udc80-\udcbf][^{_SEPARATOR}]))")
+"""Two neighboring characters, of which one is whitespace or the end of a clause; bytes are lone surrogates."""
 
 
 class Encoding(NamedTuple):
@@ -41,17 +54,21 @@ class Encoding(NamedTuple):
 class Vocabulary:
     """Exact encoding and decoding with one tokenizer.
 
+    The tokenizer's normalizer only helps to find ids: offsets count characters of the text as it was given.
+
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         name: What to call it in errors.
+
+    Attributes:
+        fingerprint: Equal for vocabularies in which the same ids are the same text.
+        special_ids: The ids of special tokens, such as the end of sequence.
 
     Raises:
         TemplateError: The tokenizer has no ``tokenizers`` backend.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        from tokenizers import Tokenizer
-
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise TemplateError(
@@ -64,86 +81,140 @@ class Vocabulary:
         self._template_backend = backend
         backend.no_truncation()
         backend.no_padding()
-        serialized = json.loads(backend.to_str())
-        # A post-processor may trim the whitespace off token offsets; here each character belongs to a token.
-        serialized["padding"] = serialized["truncation"] = serialized["post_processor"] = None
         # A private copy: here "<|im_end|>" written by a model is text, while chat templates need it to be special.
-        self._backend = Tokenizer.from_str(json.dumps(serialized))
+        self._backend: Tokenizer = copy.deepcopy(backend)
         self._backend.encode_special_tokens = True
-        self._fragment = lru_cache(maxsize=1 << 15)(self._whole)
-        self._piece = cache(lambda token: str(self._backend.decode([token], skip_special_tokens=False)))
-        identity = {key: serialized[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
-        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        # Tokenizers that mark word starts (SentencePiece) would add a mark at the start of every fragment.
-        self._anchor = "" if all(map(self._continues, (" b", "\nb", "\n\n b"))) else "a"
-        self._byte_level = _is_byte_level(serialized) and self._whole(_PROBE) == self._joined(_PROBE)
-        marked = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
-        self.special_ids = frozenset(map(int, (*marked, *tokenizer.all_special_ids)))
+        self._backend.post_processor = None  # may trim whitespace off offsets; here each character belongs to a token
+        self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        added = backend.get_added_tokens_decoder()
+        special = (*(i for i, token in added.items() if token.special), *tokenizer.all_special_ids)
+        self.special_ids = frozenset(map(int, special))
+        self._piece = cache(self._read_token)
+        self._pairs = _pairs_in_tokens(self._backend)
+        self._choose_anchors(frozenset(added))
+        self._cached = lru_cache(maxsize=1 << 15)(self._encode_whole)
+        self._choose_fragments(added)
 
-    def _continues(self, piece: str) -> bool:
-        """Return whether a piece has the same ids by itself as after a word."""
-        joined, word, alone = (
-            self._backend.encode(t, add_special_tokens=False).ids for t in ("a" + piece, "a", piece)
-        )
-        return bool(joined == word + alone)
+    # --- text to ids
 
-    def encode(self, text: str) -> Encoding:
+    def encode(self, text: str, after: int | None = None) -> Encoding:
         """Encode model text, never reading special tokens into it.
 
-        A tokenizer's normalizer only helps to find the ids: offsets count characters of ``text`` as it is.
-        Exact as a continuation when ``text`` starts at a word: the ids equal that part of the whole text's ids.
+        Exact as a continuation where no token reaches over the place where ``text`` begins: the ids are those that
+        this part of the whole text has. Text that begins with whitespace is always taken for a continuation.
+
+        Args:
+            text: The text.
+            after: The id before it, or ``None`` where a text begins: there, some tokenizers add a space.
         """
-        return self._joined(text) if self._byte_level else self._whole(text)
-
-    def _whole(self, text: str) -> Encoding:
-        anchor = self._anchor if text[:1].isspace() else ""
-        encoded = self._backend.encode(anchor + text, add_special_tokens=False)
-        if not anchor:
-            return Encoding(encoded.ids, encoded.offsets)
-        first = next((i for i, (_, end) in enumerate(encoded.offsets) if end > 1), len(encoded.ids))
-        return Encoding(encoded.ids[first:], [(start - 1, end - 1) for start, end in encoded.offsets[first:]])
-
-    def _joined(self, text: str) -> Encoding:
-        """Encode text word by word: most words were met before, and short texts are encoded at every turn."""
+        begins = after is None or after in self._begins_after
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         at = 0
-        for fragment in _FRAGMENT.split(text):
-            own = self._fragment(fragment) if len(fragment) <= LONGEST_FRAGMENT else self._whole(fragment)
+        for fragment in self._fragments.split(text):
+            encode = self._cached if len(fragment) <= LONGEST_FRAGMENT else self._encode_whole
+            own = encode(fragment, begins)
             ids += own.ids
             for start, end in own.offsets:  # mostly one
                 offsets.append((start + at, end + at))
-            at += len(fragment)
+            at, begins = at + len(fragment), False
         return Encoding(ids, offsets)
+
+    def _encode_whole(self, text: str, begins: bool) -> Encoding:
+        """Encode text behind other text that no token joins with it, so that nothing is added where it begins."""
+        anchors = self._before_space if text[:1].isspace() else ("",) if begins else self._before_word
+        for anchor in (*anchors, ""):
+            encoded = self._backend.encode(anchor + text, add_special_tokens=False)
+            ids, offsets, length = encoded.ids, encoded.offsets, len(anchor)
+            if not anchor:
+                break
+            first = next((i for i, (_, end) in enumerate(offsets) if end > length), len(ids))
+            if first == len(ids) or offsets[first][0] >= length:
+                return Encoding(ids[first:], [(start - length, end - length) for start, end in offsets[first:]])
+        return Encoding(ids, offsets)
+
+    def _choose_anchors(self, added: frozenset[int]) -> None:
+        """Find out whether the tokenizer adds a space where a text begins, and where it takes a text to begin."""
+
+        def adds(*texts: str) -> bool:
+            return any(self.read(self._backend.encode(t, add_special_tokens=False).ids)[0] != t for t in texts)
+
+        self._before_space = ("a", "。") if adds(" b", "\nb", "\n\n b") else ()
+        self._before_word = ("\n", "。", "a") if adds("b", "1") else ()
+        self._begins_after: frozenset[int] = frozenset()
+        if self._before_word and self.special_ids:
+            token = self._backend.id_to_token(min(self.special_ids))
+            begin, behind = self._encode_whole("b", True).ids, self.encode_template(f"{token}b")
+            self._begins_after = added if behind[-len(begin) :] == begin else frozenset()
+
+    def _choose_fragments(self, added: Mapping[int, AddedToken]) -> None:
+        """Choose where text may be taken apart to be encoded piece by piece, as most words were met before.
+
+        That is before a single space between words, unless some token spans it: merges on two sides of a place that
+        no token spans do not touch each other.
+        """
+        spanning = "".join({pair[0] for pair in self._pairs if pair[1] == " " and not pair[0].isspace()})
+        self._fragments = re.compile(rf"(?<=[^\s{re.escape(spanning)}])(?= \S)")
+        swallowing = any(token.rstrip or token.single_word for token in added.values() if not token.special)
+        known = not swallowing and not _BYTE.search(spanning)
+        if not known or self.encode(_PROBE) != self._encode_whole(_PROBE, True):
+            self._fragments = re.compile("(?!)")  # nowhere
 
     def encode_template(self, text: str) -> list[int]:
         """Encode a rendered chat template: special tokens in it are special."""
         ids: list[int] = self._template_backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def joins(self, before: str, after: str) -> bool:
+        """Return whether some token may hold two neighboring characters, or bytes of both.
+
+        Args:
+            before: A character; whitespace or the end of a clause, unless ``after`` is whitespace.
+            after: The character that follows.
+        """
+        return any(left + right in self._pairs for left in _units(before, -1) for right in _units(after, 0))
+
+    # --- ids to text
+
     def decode(self, ids: Sequence[int], context: Sequence[int] = ()) -> str:
-        """Decode ``ids`` as the continuation of the ids in ``context`` (one or a few are enough)."""
-        if not len(context):
-            return str(self._backend.decode(list(ids), skip_special_tokens=False))
-        before = self._backend.decode(list(context), skip_special_tokens=False)
-        both = self._backend.decode([*context, *ids], skip_special_tokens=False)
-        return str(both[len(before) :])
+        """Decode ``ids``: as the continuation of the ids in ``context`` (one is enough), or as a text of its own."""
+        return self.read(ids)[0] if len(context) else str(self._backend.decode(list(ids), skip_special_tokens=False))
 
-    def pieces(self, ids: Sequence[int]) -> list[str] | None:
-        """Return the text of each id, where each has one whatever stands around it; else ``None``."""
-        if not self._byte_level:
-            return None
+    def read(self, ids: Sequence[int]) -> tuple[str, list[int]]:
+        """Decode ids that continue a text, in time linear in their number.
+
+        Returns:
+            The text, with U+FFFD for bytes that are no character, and where each id's text ends in it: one that leaves
+            a character unfinished ends with the id after it.
+        """
         pieces = [self._piece(i) for i in ids]
-        return None if any("\ufffd" in piece for piece in pieces) else pieces
+        if bytes not in map(type, pieces):
+            return "".join(map(str, pieces)), list(accumulate(map(len, pieces)))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        texts, lacking, ends, length = [], [], [], 0
+        for piece in pieces:
+            texts.append(decoder.decode(piece if isinstance(piece, bytes) else piece.encode("utf-8", "surrogatepass")))
+            lacking.append(bool(decoder.getstate()[0]))
+            length += len(texts[-1])
+            ends.append(length + lacking[-1])
+        for at in range(len(ids) - 2, -1, -1):
+            ends[at] = ends[at + 1] if lacking[at] else ends[at]
+        return "".join(texts) + decoder.decode(b"", final=True), ends
 
-    def token_ends(self, ids: Sequence[int], text: str, context: Sequence[int] = ()) -> list[int]:
-        """Return, for each token, where its text ends in ``text``, the decoded ``ids``."""
-        encoded = self.encode(text)
-        if encoded.ids == list(ids):
-            return [end for _, end in encoded.offsets]
-        # Ids a model sampled need not be the tokenizer's own choice for the text: measure them one by one.
-        ends = [len(self.decode(ids[: i + 1], context)) for i in range(len(ids))]
-        return [min(end, len(text)) for end in ends]
+    def _read_token(self, token_id: int) -> str | bytes:
+        """Return what a token adds to a text: whole characters, or bytes."""
+        before = self._backend.encode("a", add_special_tokens=False).ids
+        alone = self._backend.decode(before, skip_special_tokens=False)
+        text = str(self._backend.decode([*before, token_id], skip_special_tokens=False))[len(alone) :]
+        if "\ufffd" not in text:
+            return text
+        token = str(self._backend.id_to_token(token_id))
+        if fallback := _FALLBACK.fullmatch(token):
+            return bytes.fromhex(fallback[1])
+        try:
+            return token.translate(_BYTES).encode("latin-1")
+        except UnicodeEncodeError:
+            return text
 
     def token_id(self, token: str) -> int | None:
         """Return the id of ``token`` where it is one token of the vocabulary, else ``None``."""
@@ -160,24 +231,17 @@ def words(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in WORD.finditer(text)]
 
 
-def _is_byte_level(serialized: dict[str, Any]) -> bool:
-    """Return whether this is byte-level BPE in which no token can have letters on both sides of a space.
-
-    Words may then be encoded one by one, as merges on two sides of a place that no token spans do not touch each
-    other, and a token's text does not depend on what stands around it.
-    """
-    model, normalizer = serialized["model"], serialized["normalizer"] or {}
-    added = [token["content"] for token in serialized["added_tokens"] if token["rstrip"] or token["single_word"]]
-    if model.get("type") != "BPE" or model.get("dropout") or added or normalizer.get("type", "NFC") != "NFC":
-        return False
-    byte_level = any(part.get("type") == "ByteLevel" for part in _parts(serialized["pre_tokenizer"]))
-    byte_level &= (serialized["decoder"] or {}).get("type") == "ByteLevel"
-    spaced = (*model["vocab"], *(token["content"].replace(" ", "Ġ") for token in serialized["added_tokens"]))
-    return byte_level and not any(_SPANS_A_SPACE.search(token) for token in spaced)
+def _pairs_in_tokens(backend: Tokenizer) -> frozenset[str]:
+    """Return the neighboring characters (see :data:`_PAIR`) in the text of all tokens."""
+    tokens = backend.get_vocab()
+    if backend.decoder is not None and backend.decoder.decode(["a", "Ġ"]) == "a ":  # byte-level
+        text = "ÿ".join(tokens).translate(_BYTES).encode("latin-1", "replace").decode("utf-8", "surrogateescape")
+    else:
+        text = _SEPARATOR.join(tokens).replace("▁", " ")
+    return frozenset(_PAIR.findall(text))
 
 
-_SPANS_A_SPACE = re.compile("[^ĠĊčĉ]Ġ")  # as byte-level vocabularies spell space, newline, return and tab
-
-
-def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+def _units(character: str, end: int) -> tuple[str, ...]:
+    """Return a character and its first (0) or last (-1) byte, as :func:`_pairs_in_tokens` has them."""
+    encoded = character.encode("utf-8", "surrogatepass")
+    return (character,) if len(encoded) == 1 else (character, chr(0xDC00 + encoded[end]))

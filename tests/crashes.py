@@ -89,7 +89,7 @@ class CountedScript(Account, ScriptedEngine):
 
     async def complete(self, request):
         if request.row not in self._plays and request.part == "thinking":
-            self._plays[request.row] = play = _Play(self._find(request.row), self._vocabulary)
+            self._plays[request.row] = play = _Play(self._find(request.row), self._vocabulary, request.prompt_ids[-1])
             prompt = self._vocabulary.decode(request.prompt_ids)
             own = [word for word in re.findall(r"[a-z]+\d\d", prompt) if word in play.text]
             play.cursor = play.text.index(own[-1]) + len(own[-1]) if own else 0

@@ -84,7 +84,7 @@ def as_stream(rows):
 
 
 def push(rows, version, **options):
-    settings = {"max_shard_size": 1, "backoff": 0, "patience": 20, "say": lambda _: None}
+    settings = {"max_shard_size": 1, "backoff": 0, "retry_timeout": 20, "say": lambda _: None}
     return push_to_hub(as_stream(rows), REPO, version, **{**settings, **options})
 
 

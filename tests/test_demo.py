@@ -22,6 +22,7 @@ def greedy():
     return synthesize(demo.prompts(ROWS, seed=3), temperature=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"chunk_tokens": 4}, {"chunk_tokens": 20}, {"rows_in_flight": 1}, {"rows_in_flight": 7}, {"rows_in_flight": 64}],
@@ -35,6 +36,7 @@ def test_greedy_rows_are_the_same_streamed(greedy):
     assert texts(synthesize(demo.prompts(ROWS, seed=3).to_iterable_dataset(), temperature=0)) == texts(greedy)
 
 
+@pytest.mark.slow
 def test_sampled_rows_repeat_themselves_and_depend_on_the_seed():
     prompts = demo.prompts(20, seed=5)
     first = texts(synthesize(prompts))

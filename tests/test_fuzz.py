@@ -10,9 +10,12 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tessy_hf import TessyTransform, demo
-from tessy_hf.engines.server import WAYS, ServerEngine
+from tessy_hf import TessyTransform, demo, retries
+from tessy_hf.engines import replicas
+from tessy_hf.engines.completions_api import PROTOCOLS
+from tessy_hf.engines.server import ServerEngine
 from tessy_hf.errors import EngineDeadError, RequestError, TessyError
+from tessy_hf.retries import RetryPolicy
 from tests.engines.contract import VOCABULARY, request
 from tests.test_recipe import RECIPE
 
@@ -104,20 +107,31 @@ class Pieces(httpx2.AsyncByteStream):
 
 
 class Answering:
-    """A started engine whose server answers what it is told to: no socket, so a thousand answers take a second."""
+    """Started engines, one for each protocol, whose server answers what it is told to, without a socket."""
 
     def __init__(self):
-        self.next = None
+        self.next, self.asked = None, 0
+        self.engines = {protocol: engine_by(protocol) for protocol in PROTOCOLS}
 
     def handle(self, asked):
         if self.next is not None:
+            self.asked += 1
             status, headers, pieces = self.next
             return httpx2.Response(status, headers=headers, stream=Pieces(pieces))
         if asked.url.path == "/v1/models":
             return httpx2.Response(200, json={"data": [{"id": "student", "max_model_len": 2048}]})
-        if asked.url.path == "/inference/v1/generate":
-            return httpx2.Response(200, json={"choices": [{"token_ids": [5], "finish_reason": "length"}]})
+        if asked.url.path in ("/inference/v1/generate", "/v1/completions"):
+            return httpx2.Response(
+                200, json={"choices": [{"token_ids": [5], "text": "okay", "finish_reason": "length"}]}
+            )
         return httpx2.Response(404, json={})
+
+
+def engine_by(protocol):
+    class Engine(ServerEngine):
+        protocols = (protocol,)
+
+    return Engine("student", base_url="http://server/v1", tokenizer=str(demo.STUDENT), timeout=5.0, retry_timeout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +140,15 @@ def answering():
         server, client = Answering(), httpx2.AsyncClient
         transport = httpx2.MockTransport(server.handle)
         patch.setattr(httpx2, "AsyncClient", lambda **options: client(**options, transport=transport))
-        engine = ServerEngine(
-            "student", base_url="http://server/v1", tokenizer=str(demo.STUDENT), timeout=5.0, patience=0.0
-        )
+        patch.setattr(replicas, "BACKOFF", RetryPolicy(first_pause=0.0))  # or most answers would not be asked for
+        patch.setattr(retries, "LONGEST_ASKED_PAUSE", 0.0)
         loop = asyncio.new_event_loop()
-        loop.run_until_complete(engine.start())
         server.run = lambda work: loop.run_until_complete(asyncio.wait_for(work, 10))
-        server.engine = engine
+        for engine in server.engines.values():
+            server.run(engine.start())
         yield server
-        loop.run_until_complete(engine.close())
+        for engine in server.engines.values():
+            server.run(engine.close())
         loop.close()
 
 
@@ -146,37 +160,39 @@ def check(completion, asked):
 
 
 @settings(max_examples=200)
-@given(way=st.sampled_from(WAYS), status=STATUSES, headers=HEADERS, body=BODIES)
-@example(way="generate", status=200, headers={}, body=b"[" * 100_000)
-@example(way="generate", status=200, headers={}, body=b'{"choices": [{"token_ids": [' + b"9" * 5_000 + b"]}]}")
-@example(way="text", status=200, headers={}, body=b'{"choices": [{"text": "\\ud800", "finish_reason": "stop"}]}')
-@example(way="ids", status=200, headers={"Content-Encoding": "gzip"}, body=b"no gzip")
-@example(way="ids", status=200, headers={"Content-Type": "application/json; charset=base64"}, body=b"{}")
-@example(way="ids", status=400, headers={"Content-Type": "text/plain; charset=rot13"}, body=b"\xff")
-def test_any_answer_is_a_completion_or_an_error_of_ours(answering, way, status, headers, body):
+@given(protocol=st.sampled_from(PROTOCOLS), status=STATUSES, headers=HEADERS, body=BODIES)
+@example(protocol="generate", status=200, headers={}, body=b"[" * 100_000)
+@example(protocol="generate", status=200, headers={}, body=b'{"choices": [{"token_ids": [' + b"9" * 5_000 + b"]}]}")
+@example(protocol="text", status=200, headers={}, body=b'{"choices": [{"text": "\\ud800", "finish_reason": "stop"}]}')
+@example(protocol="ids", status=200, headers={"Content-Encoding": "gzip"}, body=b"no gzip")
+@example(protocol="ids", status=200, headers={"Content-Type": "application/json; charset=base64"}, body=b"{}")
+@example(protocol="ids", status=400, headers={"Content-Type": "text/plain; charset=rot13"}, body=b"\xff")
+def test_any_answer_is_a_completion_or_an_error_of_ours(answering, protocol, status, headers, body):
     answering.next = status, headers, [body]
-    answering.engine._live._replicas[0].way = way
     asked = request(tokens=6)
+    answering.asked = 0
     try:
-        completion = answering.run(answering.engine.complete(asked))
+        completion = answering.run(answering.engines[protocol].complete(asked))
     except (RequestError, EngineDeadError) as error:
         assert len(str(error)) > 40
     else:
         check(completion, asked)
+    assert answering.asked
 
 
 @settings(max_examples=200)
-@given(data=st.data(), way=st.sampled_from(["generate", "ids"]), status=STATUSES, headers=HEADERS, events=EVENTS)
-def test_any_stream_is_made_of_completions_or_ends_in_an_error_of_ours(answering, data, way, status, headers, events):
+@given(data=st.data(), protocol=st.sampled_from(["generate", "ids"]), status=STATUSES, headers=HEADERS, events=EVENTS)
+def test_any_stream_is_made_of_completions_or_ends_in_an_error_of_ours(
+    answering, data, protocol, status, headers, events
+):
     body = b"".join(events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=4)))
     pieces = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
     answering.next = status, headers, pieces
-    answering.engine._live._replicas[0].way = way
     asked, came = request(tokens=6), []
 
     async def read():
-        async for piece in answering.engine.stream(asked):
+        async for piece in answering.engines[protocol].stream(asked):
             came.append(piece)
 
     try:
@@ -202,7 +218,7 @@ OPTIONS = {
     "transformers": ["revision", "dtype", "device", "max_batch", "context_length", "trust_remote_code"],
     "vllm": ["revision", "dtype", "max_model_len", "model"],
     "server": ["base_url", "tokenizer", "revision", "api_key_env", "context_length", "timeout", "patience",
-               "max_connections"],
+               "retry_timeout", "max_connections"],
 }  # fmt: skip
 
 
@@ -225,6 +241,7 @@ YAML = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*the small one that comes with tessy-hf:UserWarning")
 @settings(max_examples=200)
 @given(text=YAML)

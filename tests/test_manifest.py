@@ -3,15 +3,11 @@
 import json
 
 import pytest
-from datasets import Dataset, IterableDataset, load_dataset
 from pydantic import ValidationError
 
 from tessy_hf import demo
 from tessy_hf import manifest as provenance
-from tessy_hf.manifest import Counts, Manifest
-from tests.hub_server import HubServer, clients_of
-
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+from tessy_hf.manifest import Counts, License, Manifest
 
 
 def test_the_published_schema_is_the_manifests():
@@ -48,25 +44,16 @@ def test_a_manifest_outlives_being_stored_and_refuses_what_it_does_not_know():
         Manifest.model_validate({**json.loads(manifest.to_json()), "schema_version": 2})
 
 
-def test_prompts_are_known_by_their_commit_streamed_or_not(tmp_path, monkeypatch):
-    with HubServer(tmp_path / "storage") as hub, clients_of(hub, tmp_path / "home", monkeypatch):
-        demo.prompts(6, seed=8).push_to_hub("ada/prompts")
-        commit = hub.repo("ada/prompts").branches["main"]
-        whole = provenance.source(load_dataset("ada/prompts", split="train"))
-        stream = load_dataset("ada/prompts", split="train", streaming=True)
-        streamed = provenance.source(stream)
-        for found in (whole, streamed):
-            assert (found.id, found.revision, found.split, found.config) == ("ada/prompts", commit, "train", "default")
-        assert whole.fingerprint and streamed.fingerprint
-        again = provenance.source(load_dataset("ada/prompts", split="train", streaming=True))
-        assert again == streamed != provenance.source(stream.take(3))
-
-
-def test_local_prompts_have_a_fingerprint_where_it_repeats():
-    rows = {"prompt": ["a", "b"]}
-    dataset, same, other = Dataset.from_dict(rows), Dataset.from_dict(rows), Dataset.from_dict({"prompt": ["a", "c"]})
-    found = [provenance.source(one).fingerprint for one in (dataset, same, other)]
-    assert found[0] == found[1] != found[2]
-    streams = [provenance.source(one.to_iterable_dataset()).fingerprint for one in (dataset, same, other)]
-    assert streams[0] == streams[1] != streams[2]
-    assert provenance.source(IterableDataset.from_generator(lambda: iter([rows]))).fingerprint is None
+def test_the_license_is_stored_under_its_old_name_and_read_under_both():
+    manifest = Manifest(
+        version="1.0.0",
+        counts=Counts(rows=1, failed=0),
+        splits={},
+        begun="",
+        finished="",
+        license=License(license="mit"),
+    )
+    stored = json.loads(manifest.to_json())
+    assert stored["licence"]["license"] == "mit" and "license" not in stored
+    stored["license"] = stored.pop("licence")
+    assert Manifest.model_validate(stored) == manifest

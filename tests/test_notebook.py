@@ -4,6 +4,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 CELLS = [
     "import datasets; datasets.disable_progress_bars()\nfrom tessy_hf import demo",
     "prompts = demo.prompts(12, seed=6)\ntessy_transform = demo.transform(temperature=0, journal=None)",

@@ -18,3 +18,8 @@ def test_every_public_name_is_there():
 
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(tessy_hf, "TessyTransfrom")
+
+
+def test_the_core_imports_on_windows():
+    code = "import sys; sys.modules['resource'] = None; from tessy_hf import TessyTransform, demo"
+    subprocess.run([sys.executable, "-c", code], check=True)

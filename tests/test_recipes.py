@@ -19,6 +19,8 @@ from tessy_hf.recipe import Placement, read, read_placement
 from tests.engines.servers import free_ports
 from tests.worlds import R1, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 RUNS = sorted([*RECIPES.glob("*.yaml"), RECIPES / "miniature" / "tessy.yaml"])

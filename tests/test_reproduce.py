@@ -17,6 +17,8 @@ from tessy_hf import demo
 from tessy_hf.demo.world import FAMILIES, make_problem, write
 from tessy_hf.errors import SettingsError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "recipes" / "miniature"
 

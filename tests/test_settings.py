@@ -160,7 +160,7 @@ def test_a_verifier_is_in_the_fingerprint_by_what_it_does_however_it_is_given():
         ({"verifier": "numbr"}, "exact, number, math-verify, python-tests"),
         ({"verifier": {"name": "number", "colum": "x"}}, "Arguments: column"),
         ({"verifier": {"function": "me.right", "hash": "0"}}, "'me.right'"),
-        ({"verifier": 3}, "not known"),
+        ({"verifier": 3}, "Unknown verifier 3"),
     ],
     ids=str,
 )

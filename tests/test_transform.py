@@ -350,6 +350,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_an_interrupt_ends_the_run_and_all_its_processes(num_proc):
     import psutil
@@ -370,6 +371,7 @@ def test_an_interrupt_ends_the_run_and_all_its_processes(num_proc):
     assert not [pid for pid in family if psutil.pid_exists(pid)]
 
 
+@pytest.mark.slow
 def test_a_script_that_never_closes_its_transform_ends_quietly():
     code = """
         from tessy_hf import demo

@@ -1,8 +1,19 @@
 """Small tokenizers of the kinds that real models have, trained in a second on a bit of text."""
 
+import json
 from functools import cache
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 TEXT = """Okay, so I need to find the sum of the first ten primes. Wait, is 1 a prime? No, it isn't.
@@ -97,32 +108,64 @@ def _gpt2():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)
 
 
-def _gemma():
-    """A tokenizer that marks spaces in its normalizer, so that its normalized text is not what anybody wrote."""
+def _marking(normalizer, pre_tokenizer, strip):
+    """A BPE tokenizer that spells a space as "▁" and unknown characters as bytes, as SentencePiece does."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([line for line in TEXT.split("\n") if line], trainer)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", chat_template=CHATML
-    )
+    trained = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in trained["merges"]]
+    tokenizer = Tokenizer(models.BPE(trained["vocab"], merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
+    return _think_tags(tokenizer, "<eos>", bos_token="<bos>", unk_token="<unk>")
+
+
+def _think_tags(tokenizer, eos, **options):
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=CHATML, **options)
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    fast.add_tokens(["<think>", "</think>"])
+    fast.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
     return fast
 
 
+def _gemma():
+    return _marking(normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous"), strip=False)
+
+
+def _llama():
+    """Puts a space before a text: only at its very beginning."""
+    return _marking(None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), strip=True)
+
+
+def _llama2():
+    """Puts a space before a text, and after each special token."""
+    return _marking(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, strip=True)
+
+
+def _superbpe():
+    """Has tokens of several words, and of line ends with words, as it splits text nowhere."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=440, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    return _think_tags(tokenizer, "<eos>")
+
+
 TOKENIZERS = {"qwen": _qwen, "harmony": _harmony, "r1": _r1, "gpt2": _gpt2}
-MARKING = {"gemma": _gemma}
-"""Tokenizers that mark spaces in the text before they look for ids."""
+RARER_TOKENIZERS = {"gemma": _gemma, "llama": _llama, "llama-2": _llama2, "superbpe": _superbpe}
+"""Those that mark spaces before they look for ids, and one whose tokens reach over spaces and line ends."""
 
 
 @cache
 def make_tokenizer(kind):
-    return (TOKENIZERS | MARKING)[kind]()
+    return (TOKENIZERS | RARER_TOKENIZERS)[kind]()
 
 
 def save_models(kind, folder, seed):

@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
-from tessy_hf.rows.columns import assistant_text
+from tessy_hf.rows.columns import pieces
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,24 @@ def tokenize(row, *, tokenizer, template, weights, max_length):
 
 
 def locate(row, text):
-    """Return where the assistant's text starts in the rendered chat, and where each span ends in it.
+    """Return the index at which the assistant's text starts in the rendered chat, and the end of each span in it.
 
-    A template may only add or take whitespace at the ends of spans, such as around the thinking.
+    A template may only add or remove whitespace at the ends of spans, such as around the thinking.
     """
-    whole, _ = assistant_text(row)
-    pieces = [whole[span["start"] : span["end"]].strip() for span in row["spans"] or []]
-    if not pieces:
-        raise DatasetError("A row has no spans, so nobody knows who wrote it. Train on rows that ended with 'stop'.")
-    start = at = max(text.rfind(pieces[0]), 0)
+    texts = [(piece.before + piece.text + piece.after).strip() for piece in pieces(row)]
+    if not texts:
+        raise DatasetError(
+            "A row has no spans that cover its text, so its authors are unknown. Train on unedited rows that ended "
+            "with 'stop'."
+        )
+    start = at = max(text.rfind(texts[0]), 0)
     ends = []
-    for piece in pieces:
+    for piece in texts:
         found = text.find(piece, at)
         if found < 0 or text[at:found].strip():
             raise TemplateError(
-                f"The chat template renders the assistant's text in another way than the row has it: {piece[:60]!r} "
-                f"is not at {text[at : at + 60]!r}. Pass a chat_template that keeps the whole content."
+                f"The chat template changes the assistant's text: expected {piece[:60]!r}, found "
+                f"{text[at : at + 60]!r}. Pass a chat_template that keeps the whole content."
             )
         at = found + len(piece)
         ends.append(at)

@@ -13,7 +13,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 from trl.chat_template_utils import get_training_chat_template
 
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
-from tessy_hf.report import load
+from tessy_hf.rows.loading import load_finished
 
 
 @dataclass
@@ -41,7 +41,7 @@ def main(arguments=None):
     parser = TrlParser((Data, AuthorWeights, SFTConfig, ModelConfig))
     data, weights, config, model = parser.parse_args_and_config(arguments)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    rows = complete(load(data.data, data.split), data.system_prompt)
+    rows = complete(load_finished(data.data, data.split), data.system_prompt)
     template = training_template(tokenizer, rows[0])
     if weights == AuthorWeights():
         kind, rows, collator = SFTTrainer, rows.select_columns("messages"), None

@@ -1,10 +1,9 @@
-"""Read a boundary predictor: which tokens of a text are style, and which are capability.
+"""Boundary predictors tell style from capability: token ids go in, a boolean per token comes out, ``True`` for style.
 
-Token ids go in, one boolean per asked position comes out (``True`` for style). The model is a stock
-``AutoModelForTokenClassification``. Knows nothing of authors or rollback.
+The model is a stock ``AutoModelForTokenClassification``. Knows nothing of authors or rollback.
 
-A token at position ``p`` of the thinking is always read from a window that starts at :func:`window_start` of ``p``, so
-what is predicted depends on the text alone and not on how it was cut into chunks (METHOD decision: k is a speed knob).
+A token at position ``p`` of the thinking is always read from the window that starts at :func:`window_start` of ``p``,
+so labels depend on the text alone and not on how it was cut into chunks.
 """
 
 from __future__ import annotations
@@ -31,20 +30,21 @@ LabelShift = Literal[0, 1]
 """0: the label at token j is about token j. 1: it is about token j + 1."""
 
 DEFAULT_WINDOW = 200
-"""Tokens of thinking that are read at most (what the released scripts use)."""
+"""The most tokens of thinking to read, as in the authors' released scripts."""
 
 MAX_BATCH = 256
+"""The most windows in one forward pass."""
 
 
 class Convention(NamedTuple):
-    """How a checkpoint's labels are to be read."""
+    """How a checkpoint's labels are read."""
 
     label_shift: LabelShift
     style_label: int
 
 
 SHIPPED = "tessy_hf.boundary.small"
-"""The name of the small predictor that comes with this package (folder ``small`` beside this file)."""
+"""The name of the small predictor in this package (the folder ``small`` next to this file)."""
 
 _SHIPPED_FOLDER = Path(__file__).with_name("small")
 
@@ -52,11 +52,11 @@ KNOWN_CHECKPOINTS = {
     "CoopReason/Boundary_Predictor_Teacher_Code": Convention(label_shift=1, style_label=1),
     "CoopReason/Boundary_Predictor_Student_Code": Convention(label_shift=1, style_label=1),
 }
-"""Foreign checkpoints whose config does not state the convention."""
+"""Published checkpoints whose config does not state their convention."""
 
 
 def window_start(position: int, window: int) -> int:
-    """Return where the window of a token begins: a multiple of half the window, at most ``window`` tokens back."""
+    """Return the start of a token's window: a multiple of half the window, at most ``window`` tokens back."""
     stride = max(1, window // 2)
     return max(0, -(-(position + 1 - window) // stride)) * stride
 
@@ -64,21 +64,21 @@ def window_start(position: int, window: int) -> int:
 class BoundaryPredictor:
     """A token classifier that tells style from capability.
 
-    Describes the checkpoint until :meth:`start` loads it, so that it can be pickled and fingerprinted.
+    Only describes the checkpoint until :meth:`start` loads it, so it can be pickled and fingerprinted.
 
     Args:
-        model: Hub id or folder; by default the small predictor that comes with this package, for English reasoning
-            text (see ``recipes/boundary/README.md`` for how good it is).
+        model: Hub id or folder; by default the small predictor in this package, for English reasoning text (see
+            ``recipes/boundary/README.md`` for its quality).
         revision: Branch, tag or commit on the Hub.
-        label_shift: See :data:`LabelShift`; needed where the checkpoint's config does not state it.
-        style_label: The label number that means style; needed where the config's label names do not say it.
-        window: How many tokens are read at most; by default what the config says, else 200.
+        label_shift: See :data:`LabelShift`; required if the checkpoint's config does not state it.
+        style_label: The number of the label for style; required if the config's label names do not state it.
+        window: The most tokens to read; by default the config's ``window``, else 200.
         device: Torch device; by default CUDA, then MPS, then CPU.
-        engine: What runs it: ``transformers``, or ``vllm``, which reads only what is new in a window.
+        engine: ``transformers``, or ``vllm``, which computes only the new tokens of a window.
         **options: For vLLM, passed to ``vllm.EngineArgs``, for instance ``gpu_memory_utilization=0.1``.
 
     Raises:
-        BoundaryError: The engine is unknown, or an option is not for it.
+        BoundaryError: The engine is unknown, or does not take options.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class BoundaryPredictor:
         if engine not in ("transformers", "vllm") or (options and engine != "vllm"):
             raise BoundaryError(
                 f"BoundaryPredictor got engine={engine!r} with the options {sorted(options)}. Expected is "
-                'engine="transformers" without further options, or engine="vllm"; correct or leave these out.'
+                'engine="transformers" without options, or engine="vllm". Fix or remove them.'
             )
         self.model = str(model)
         self.revision = revision
@@ -108,14 +108,14 @@ class BoundaryPredictor:
 
     @classmethod
     def from_pretrained(cls, model: str | Path = SHIPPED, **options: Any) -> BoundaryPredictor:
-        """Load a predictor at once.
+        """Create a predictor and load it.
 
         Args:
             model: Hub id or folder.
             **options: As for the class.
 
         Raises:
-            BoundaryError: There is no such token classifier, or nothing states how its labels are to be read.
+            BoundaryError: There is no such token classifier, or its label convention is not stated anywhere.
         """
         predictor = cls(str(model), **options)
         predictor.start()
@@ -123,17 +123,17 @@ class BoundaryPredictor:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the predictions, for the run's fingerprint."""
+        """Everything that decides the predictions, for the run's fingerprint."""
         identity = {"model": self.model, "revision": self.revision, **self._stated}
         return {**identity, "weights": _shipped_digest()} if self.model == SHIPPED else identity
 
     def start(self) -> None:
-        """Load the model. Does nothing where it is loaded."""
+        """Load the model, if it is not loaded yet."""
         if self._live is None:
             self._live = _Live(self)
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Unload the model."""
         if self._live is not None:
             self._live.reader.close()
             self._live = None
@@ -146,14 +146,14 @@ class BoundaryPredictor:
         return self._live
 
     def probabilities(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return, for each id of each window, how probable its label holds style to be. Not for a predictor in vLLM.
+        """Return, for each id of each window, the probability that its label says style.
 
         Raises:
-            BoundaryError: It runs in vLLM.
+            BoundaryError: The predictor runs in vLLM, which does not return probabilities.
         """
         reader = self.live.reader
         if not isinstance(reader, TorchReader):
-            raise BoundaryError(f"{self!r} runs in vLLM, which is not asked for probabilities. Leave engine= out.")
+            raise BoundaryError(f"{self!r} runs in vLLM, which returns no probabilities. Leave engine= out.")
         return reader.probabilities(windows)
 
     @property
@@ -163,7 +163,7 @@ class BoundaryPredictor:
 
     @property
     def window(self) -> int:
-        """How many tokens are read at most."""
+        """The most tokens to read."""
         return self.live.window
 
     @property
@@ -172,9 +172,9 @@ class BoundaryPredictor:
         return self.live.vocabulary
 
     async def labels(self, window: Sequence[int], since: int = 0) -> Sequence[bool]:
-        """Return, for each token of ``window`` from ``since`` on, whether its label says style.
+        """Return, for each token of ``window`` from index ``since`` on, whether its label says style.
 
-        Calls that wait are read together.
+        Concurrent calls are batched.
 
         Raises:
             BoundaryError: The model failed.
@@ -190,12 +190,12 @@ class BoundaryPredictor:
 
 
 class _Live:
-    """A loaded predictor: its convention, its window, its vocabulary and what reads it."""
+    """A loaded predictor: label convention, window, vocabulary and reader."""
 
     def __init__(self, predictor: BoundaryPredictor) -> None:
         model, revision, stated = predictor.model, predictor.revision, predictor._stated
         if model == SHIPPED:
-            _shipped_digest()  # complains where there is none
+            _shipped_digest()  # raises if it is missing
             model = str(_SHIPPED_FOLDER)
         config, tokenizer = _describe(model, revision)
         network = _load(model, revision) if predictor._engine == "transformers" else None
@@ -218,23 +218,21 @@ class _Live:
 
 
 class TorchReader:
-    """A loaded classifier with one worker thread; what waits while it works is read in one batch."""
+    """A loaded classifier with one worker thread; calls that arrive during a forward pass form the next batch."""
 
     def __init__(self, network: PreTrainedModel, style_label: int, device: str | None) -> None:
         import torch
 
-        from tessy_hf.engines.transformers import keep_freed_memory, pick_device, share_cores
+        from tessy_hf.engines.devices import pick_device, share_cores
 
         self._torch = torch
         self._style_label = style_label
         self._device = pick_device(device)
-        if self._device == "cpu":
-            keep_freed_memory()
         # Half precision is slow on a CPU, and its rounding depends on the batch.
         self._network = (network.float() if self._device == "cpu" else network.to(self._device)).eval()
         self._network.config.use_cache = False
         causal = [module.is_causal for module in network.modules() if hasattr(module, "is_causal")]
-        self._needs_mask = not (causal and all(causal))  # else no token sees the padding, which comes after it
+        self._needs_mask = not (causal and all(causal))  # in a causal model no token sees the padding on its right
         self._waiting: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]] = []
         self._busy = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-boundary", initializer=share_cores)
@@ -246,7 +244,7 @@ class TorchReader:
         self._waiting.append((window, future))
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._next_batch, loop)  # later in this turn of the loop: let the others join first
+            loop.call_soon(self._next_batch, loop)  # after calls that are ready in this iteration of the loop
         return (await future)[since:]
 
     def _next_batch(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -279,12 +277,12 @@ class TorchReader:
         return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
 
     def probabilities(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return, for each id of each window, how probable its label holds style to be."""
+        """Return, for each id of each window, the probability that its label says style."""
         style = self._logits(windows).float().softmax(-1)[..., self._style_label].cpu().tolist()
         return [shares[: len(window)] for shares, window in zip(style, windows, strict=True)]
 
     def _logits(self, windows: Sequence[Sequence[int]]) -> Any:
-        """Run the classifier over windows of ids, right-padded into one batch."""
+        """Run the classifier over windows right-padded to one batch; logits of shape (windows, tokens, labels)."""
         torch = self._torch
         lengths = np.array([len(window) for window in windows])
         mask = np.arange(lengths.max()) < lengths[:, None]
@@ -295,7 +293,7 @@ class TorchReader:
             return self._network(input_ids=torch.from_numpy(ids).to(self._device), **masked).logits
 
     def close(self) -> None:
-        """Let go of the model."""
+        """End the worker thread."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
 
@@ -305,15 +303,15 @@ def is_shipped() -> bool:
 
 
 def _shipped_digest() -> str:
-    """Return a hash of the small predictor's weights, so that a run knows them wherever the package is installed.
+    """Return a hash of the small predictor's weights, which identifies them in any installation.
 
     Raises:
-        BoundaryError: This installation has none.
+        BoundaryError: This installation lacks it.
     """
     if not is_shipped():
         raise BoundaryError(
-            f"No boundary predictor is named, and the small one that comes with tessy-hf is not in {_SHIPPED_FOLDER}. "
-            "Install the package whole, or pass a Hub id or folder."
+            f"No boundary predictor was given, and the small one of tessy-hf is missing from {_SHIPPED_FOLDER}. "
+            "Reinstall the package, or pass a Hub id or folder."
         )
     return _digest(_SHIPPED_FOLDER / "model.safetensors")
 
@@ -323,7 +321,7 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-_EXPECTED = "A Hub id or folder with a token-classification model in safetensors and its tokenizer is expected."
+_EXPECTED = "Expected is a Hub id or folder with a token-classification model in safetensors and its tokenizer."
 
 
 def _describe(model: str, revision: str | None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -355,7 +353,7 @@ def _load(model: str, revision: str | None) -> PreTrainedModel:
 
 
 def _convention(model: str, config: Any, stated: dict[str, Any]) -> Convention:
-    """Settle how labels are read: stated by the user, else by the config, else by the table of known checkpoints."""
+    """Return how labels are read, as stated by the user, else by the config, else by :data:`KNOWN_CHECKPOINTS`."""
     known = KNOWN_CHECKPOINTS.get(model)
     named = [i for i, name in (config.id2label or {}).items() if str(name).lower() == "style"]
     candidates: dict[str, tuple[Any, ...]] = {
@@ -369,14 +367,15 @@ def _convention(model: str, config: Any, stated: dict[str, Any]) -> Convention:
         found["style_label"] = 1 if found["label_shift"] is not None else None
     if found["label_shift"] not in (0, 1):
         raise BoundaryError(
-            f"The config of the boundary predictor {model!r} does not say if a label is about its own token or the "
-            f"next one (label_shift is {found['label_shift']!r}; labels {dict(config.id2label)}). "
+            f"The config of the boundary predictor {model!r} does not state whether a label is about its own token or "
+            f"the next one (label_shift is {found['label_shift']!r}; labels {dict(config.id2label)}). "
             "Pass BoundaryPredictor(..., label_shift=0) for its own token (the paper's text) or label_shift=1 for the "
             "next token (the authors' released checkpoints), or add it to config.json."
         )
     if found["style_label"] not in range(config.num_labels):
         raise BoundaryError(
-            f"The boundary predictor {model!r} has the labels {dict(config.id2label)}; none is called 'style'. "
-            "Pass BoundaryPredictor(..., style_label=1) with the number that means style, or name it in config.json."
+            f"The boundary predictor {model!r} has the labels {dict(config.id2label)}; none is named 'style'. "
+            "Pass BoundaryPredictor(..., style_label=1) with the number of the label for style, or name it in "
+            "config.json."
         )
     return Convention(found["label_shift"], int(found["style_label"]))

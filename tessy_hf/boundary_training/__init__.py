@@ -1,1 +1,1 @@
-"""How a boundary predictor is made: annotate, train, measure. Publishing is in `hub`."""
+"""Train boundary predictors: annotate traces, train, evaluate. Publishing is in `hub`."""

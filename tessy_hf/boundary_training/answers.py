@@ -1,6 +1,6 @@
-"""Read what an annotator answered: quotes of a text in, the places of its style spans out, or why it is rejected.
+"""Parse an annotator's answer: quotes of a text go in, the offsets of its style spans come out, or a fault.
 
-Strict on purpose: a span that is guessed at would teach the predictor a boundary that nobody saw. Knows nothing of
+Strict on purpose: a guessed span would teach the predictor a boundary that no annotator marked. Knows nothing of
 models or files.
 """
 
@@ -23,10 +23,10 @@ Fault = Literal[
     "nested",
     "failed",
 ]
-"""Why an answer was rejected. ``failed``: there was none, for the engine failed; it is asked again by the next run."""
+"""Why an answer was rejected. ``failed`` means that the request failed; the next run asks again."""
 
 
-class Rejected(Exception):  # noqa: N818 - not an error of the run: the answer is counted and the run goes on
+class Rejected(Exception):  # noqa: N818 - not an error: the answer is counted and the run continues
     """An answer cannot be used.
 
     Args:
@@ -42,10 +42,10 @@ _FENCE = re.compile(r"```[A-Za-z]*[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 
 def parse(answer: str) -> list[str]:
-    """Read an answer: a JSON array of strings, alone or in one code fence.
+    """Parse a JSON array of strings, alone or in one code fence.
 
     Raises:
-        Rejected: It is none.
+        Rejected: The answer is anything else.
     """
     answer = answer.strip()
     if not answer:
@@ -53,7 +53,7 @@ def parse(answer: str) -> list[str]:
     fence = _FENCE.fullmatch(answer)
     try:
         quotes = json.loads(fence[1] if fence else answer)
-    except (ValueError, RecursionError):  # RecursionError: nested beyond what the parser follows
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         raise Rejected("not json") from None
     if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
         raise Rejected("not an array of strings")
@@ -61,10 +61,10 @@ def parse(answer: str) -> list[str]:
 
 
 def locate(text: str, quotes: Sequence[str]) -> list[tuple[int, int]]:
-    """Find quotes in a text: verbatim, as whole words, in order, without overlap. Each is taken where it comes first.
+    """Find quotes in a text: verbatim, as whole words, in order, without overlap. The first match of each counts.
 
     Raises:
-        Rejected: One is not to be found so.
+        Rejected: A quote cannot be found like this.
     """
     spans: list[tuple[int, int]] = []
     for quote in (quote.strip() for quote in quotes):
@@ -90,5 +90,5 @@ def _why_not(places: Sequence[int], whole: Sequence[int], length: int, spans: Se
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:
-    """Return whether no word is cut at either end."""
+    """Return whether neither end lies inside a word."""
     return not any(0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum() for at in (start, end))

@@ -1,21 +1,20 @@
-"""Measure a boundary predictor on segments whose style spans are marked.
+"""Evaluate a boundary predictor: it and segments with marked style spans go in, an :class:`Evaluation` comes out.
 
-A predictor and segments go in, an :class:`Evaluation` comes out. What is measured is what the method acts on: the
-label of a token, the characters it covers, the words it turns into runs of one kind, and where the first such run
-ends. Accuracy alone would say little, for about 85% of the characters are capability.
+Measured is what the method acts on: labels of tokens, the characters they cover, words, and the first boundary.
+Accuracy alone says little, because about 85% of the characters are capability.
 
-Definitions, all free of the predictor's vocabulary where they do not name tokens:
+Definitions, independent of the predictor's tokenizer unless they name tokens:
 
-* Whitespace is nobody's, so no token of whitespace alone is judged. Characters are all that stand in the segment,
-  exactly as marked; a predicted span reaches from the first to the last letter of a run of style, with the whitespace
-  within it. What lies between two marked spans that touch is not marked, so it counts as an error that no predictor of
-  tokens can avoid; beside the character F1 stands the one without whitespace, which is free of it.
-* A word is style if it overlaps a marked span; it is *predicted* to be style if the token that holds its first letter
-  is, for that is how the method judges it (:meth:`tessy_hf.method.alternation.Row.boundary`).
-* A span is a longest run of words of one kind; a predicted style span is right if it begins and ends at the same words
-  as a marked one.
-* The first boundary is the first word that is not of the kind the segment begins with: what the predictor of the
-  author whose kind that is has to find. Where there is none it lies after the last word.
+* Tokens of whitespace alone are not judged. Characters are all characters of the segment as they are marked; a
+  predicted span reaches from the first to the last letter of a run of style, including the whitespace inside. The gap
+  between two marked spans that touch is not marked, an error that no predictor of tokens can avoid; the character F1
+  without whitespace is free of it.
+* A word is style if it overlaps a marked span. It is *predicted* to be style if the token with its first letter is, as
+  the method judges words.
+* A span is a longest run of words of one kind. A predicted style span is correct if it begins and ends at the same
+  words as a marked one.
+* The first boundary is the first word of the other kind than the segment begins with, which is what an author's
+  predictor has to find. Without such a word it lies after the last word.
 """
 
 from __future__ import annotations
@@ -30,45 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from tessy_hf.boundary.predictor import BoundaryPredictor, LabelShift, window_start
+from tessy_hf.boundary.predictor import BoundaryPredictor, LabelShift
+from tessy_hf.boundary_training.readings import Probabilities, Reading, is_causal, read
 from tessy_hf.boundary_training.segments import UNKNOWN, Mask, Segment, token_kinds, word_kinds
-from tessy_hf.vocabulary import words
-
-Probabilities = NDArray[np.float64]
 
 BINS = 10
 FURTHEST = 10
-"""Boundary errors of more words than this are counted as this many."""
-
-UNJUDGED = np.nan
-"""The probability of a token that nothing is said about: the first one, for predictors that look ahead."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What a predictor says of a text.
-
-    Attributes:
-        offsets: ``(start, end)`` characters of each token.
-        style: How probable it is that each token is style; :data:`UNJUDGED` where nothing is said.
-    """
-
-    offsets: list[tuple[int, int]]
-    style: Probabilities
-
-    def words(self, text: str, own_kind: bool) -> list[bool]:
-        """Return whether each word is read as style; ``own_kind`` is what holds where nothing is said."""
-        ends = np.array([end for _, end in self.offsets])
-        kinds = []
-        for start, end in words(text):
-            letter = end - len(text[start:end].lstrip())
-            share = self.style[min(int(np.searchsorted(ends, letter, side="right")), len(ends) - 1)]
-            kinds.append(own_kind if np.isnan(share) else bool(share > 0.5))
-        return kinds
+"""Larger boundary errors, in words, are counted as this."""
 
 
 class Score(BaseModel):
-    """Precision, recall and their harmonic mean; 0 where there is nothing to divide by."""
+    """Precision, recall and F1; 0 where undefined."""
 
     precision: float
     recall: float
@@ -76,34 +47,34 @@ class Score(BaseModel):
 
     @classmethod
     def of(cls, right: float, predicted: float, marked: float) -> Score:
-        """Make a score of how many were right, predicted and marked."""
+        """Compute a score from the numbers of correct, predicted and marked items."""
         return cls(
             precision=_share(right, predicted), recall=_share(right, marked), f1=_share(2 * right, predicted + marked)
         )
 
 
 class BoundaryErrors(BaseModel):
-    """How far the predicted first boundary lies from the marked one."""
+    """Distance of the predicted first boundary from the marked one."""
 
     exact: float
-    """Share of segments in which it is right."""
+    """Share of segments with an exact boundary."""
     within_1: float
     within_3: float
     distribution: dict[int, int]
-    """How many segments have which error, below 0 where it is too early; errors beyond 10 count as 10."""
+    """Segments by error; negative is too early. Errors beyond 10 count as 10."""
 
 
 class Bin(BaseModel):
-    """Tokens whose probability of style lies in one tenth of the range."""
+    """Tokens whose probability of style lies in one tenth of [0, 1]."""
 
     tokens: int
     mean_probability: float
     style: float
-    """Share of them that is marked as style."""
+    """Share of these tokens that is marked as style."""
 
 
 class Figures(BaseModel):
-    """All figures of some segments."""
+    """All figures of a set of segments."""
 
     segments: int
     tokens: int
@@ -114,17 +85,17 @@ class Figures(BaseModel):
     char: Score
     char_f1_without_whitespace: float
     char_f1_interval: tuple[float, float]
-    """95% interval of the character F1, drawing problems again (bootstrap)."""
+    """95% bootstrap interval of the character F1, resampling problems."""
     span: Score
     boundary_words: BoundaryErrors
     boundary_tokens: BoundaryErrors
     calibration: list[Bin]
     calibration_error: float
-    """Mean distance of probability and share over the tenths, weighted by tokens (expected calibration error)."""
+    """Expected calibration error over ten bins, weighted by tokens."""
 
 
 class Evaluation(BaseModel):
-    """What :func:`evaluate` found. The first figures are those most asked for."""
+    """The result of :func:`evaluate`, headline figures first."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -138,18 +109,18 @@ class Evaluation(BaseModel):
     label_shift: LabelShift
     window: int
     causal: bool
-    """Whether a label depends on the text before it alone. If not, the figures here are what it says of finished
-    text; while a row is written it sees less."""
+    """Whether a label depends only on the text before it. If not, these figures hold for finished text; while a row is
+    written the predictor sees less."""
     overall: Figures
     by_family: dict[str, Figures]
     by_source_model: dict[str, Figures]
     by_author: dict[str, Figures]
-    """Segments that begin with style, as the student's text does, and with capability, as the teacher's does."""
+    """``student``: segments that begin with style, as the student's turns do; ``teacher``: those with capability."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """One segment's counts, from which all figures are summed up."""
+    """One segment's counts, which all figures are summed from."""
 
     segment: Segment
     length: int
@@ -164,11 +135,11 @@ class _Counts:
 
 
 def evaluate(predictor: BoundaryPredictor, segments: Sequence[Segment]) -> Evaluation:
-    """Measure a predictor.
+    """Evaluate a predictor.
 
     Args:
-        predictor: Loaded on first use, with its label convention known or stated.
-        segments: At least one.
+        predictor: The predictor, which is loaded on first use.
+        segments: At least one segment.
 
     Raises:
         BoundaryError: The predictor cannot be loaded or read.
@@ -187,7 +158,7 @@ def evaluate(predictor: BoundaryPredictor, segments: Sequence[Segment]) -> Evalu
 
 
 def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment]) -> Evaluation:
-    """Measure what was read, whatever read it."""
+    """Evaluate readings, whatever predictor they come from."""
     counts = [_count(reading, segment) for reading, segment in zip(readings, segments, strict=True)]
     overall = _figures(counts)
     by_family = _by(counts, lambda count: count.segment.family)
@@ -210,42 +181,6 @@ def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment]) 
     )
 
 
-# --- reading
-
-
-def read(predictor: BoundaryPredictor, texts: Sequence[str], batch_size: int = 32) -> list[Reading]:
-    """Let a predictor read texts the way the method does: each token from the window that belongs to its position."""
-    encodings = [predictor.vocabulary.encode(text) for text in texts]
-    asked = [
-        (text, start, positions[-1] + 1, positions)
-        for text, encoding in enumerate(encodings)
-        for start, group in groupby(range(len(encoding.ids)), lambda p: window_start(p, predictor.window))
-        if (positions := list(group))
-    ]
-    asked.sort(key=lambda window: window[1] - window[2])  # longest first: batches of like length
-    said = [np.full(len(encoding.ids), UNJUDGED) for encoding in encodings]
-    for begin in range(0, len(asked), batch_size):
-        batch = asked[begin : begin + batch_size]
-        windows = [encodings[text].ids[start:stop] for text, start, stop, _ in batch]
-        answers = predictor.probabilities(windows)
-        for (text, start, _, positions), answer in zip(batch, answers, strict=True):
-            said[text][positions] = [answer[p - start] for p in positions]
-    ahead = predictor.label_shift
-    return [
-        Reading(encoding.offsets, np.concatenate(([UNJUDGED] * ahead, style[: len(style) - ahead])))
-        for encoding, style in zip(encodings, said, strict=True)
-    ]
-
-
-def is_causal(predictor: BoundaryPredictor, text: str) -> bool:
-    """Return whether what is said of the first half of a text stays the same when the second half is another."""
-    ids = predictor.vocabulary.encode(text).ids[: predictor.window]
-    half = (len(ids) + 1) // 2
-    windows = ids, [*ids[:half], *ids[:half][: len(ids) - half]]
-    said, of_another = (predictor.probabilities([window])[0][:half] for window in windows)
-    return bool(np.allclose(said, of_another, rtol=0, atol=1e-5))
-
-
 # --- counting
 
 
@@ -257,7 +192,7 @@ def _count(reading: Reading, segment: Segment) -> _Counts:
     for (start, end), style in zip(reading.offsets, said, strict=True):
         predicted[start:end] |= style
     heard = [start for (start, _), share in zip(reading.offsets, reading.style, strict=True) if not np.isnan(share)]
-    begin = min(heard, default=len(segment.text))  # nothing is said of what stands before
+    begin = min(heard, default=len(segment.text))  # characters before it are not judged
     written = segment.written()
     predicted, marked, written = _joined(predicted, written)[begin:], segment.style()[begin:], written[begin:]
     marked_words = word_kinds(segment)
@@ -280,7 +215,7 @@ def _count(reading: Reading, segment: Segment) -> _Counts:
 
 
 def _joined(predicted: Mask, written: Mask) -> Mask:
-    """Return predicted characters, with the whitespace between two of them and without that around them."""
+    """Return predicted characters, including whitespace between two of them but not around them."""
     joined = predicted & written
     letters = np.flatnonzero(written)
     for one, following in zip(letters, letters[1:], strict=False):
@@ -294,7 +229,7 @@ def _char_counts(predicted: Mask, marked: Mask) -> tuple[int, int, int]:
 
 
 def _first(kinds: Sequence[bool], own_kind: bool) -> int:
-    """Return the index of the first that is not of the author's own kind, or how many there are."""
+    """Return the index of the first item of the other kind, or the number of items."""
     return next((i for i, kind in enumerate(kinds) if kind != own_kind), len(kinds))
 
 
@@ -304,7 +239,7 @@ def _span_counts(predicted: Sequence[bool], marked: Sequence[bool]) -> tuple[int
 
 
 def _runs(kinds: Sequence[bool]) -> set[tuple[int, int]]:
-    """Return the first and last word of each longest run of style."""
+    """Return the first and last index of each longest run of style."""
     runs = (list(group) for style, group in groupby(range(len(kinds)), lambda i: kinds[i]) if style)
     return {(run[0], run[-1]) for run in runs}
 
@@ -368,7 +303,7 @@ def _calibration(kinds: NDArray[np.int8], style: Probabilities) -> tuple[list[Bi
 
 
 def _interval(chars: NDArray[Any], problems: Sequence[str], draws: int = 1000) -> tuple[float, float]:
-    """Return the 95% interval of the character F1 when problems, not segments, are drawn again."""
+    """Return the 95% bootstrap interval of the character F1, resampling problems."""
     _, group = np.unique(np.array(problems), return_inverse=True)
     totals = np.zeros((group.max() + 1, 3))
     np.add.at(totals, group, chars)
@@ -387,7 +322,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def plot(evaluation: Evaluation, path: Path) -> None:
-    """Draw calibration and boundary errors into an image file.
+    """Draw calibration and boundary errors to an image file.
 
     Raises:
         ImportError: matplotlib is missing.

@@ -1,7 +1,7 @@
-"""Draw segments from reasoning traces: rows in, pieces of their thinking out, to be marked by an annotator.
+"""Draw segments from reasoning traces: rows go in, pieces of their thinking come out, for an annotator to mark.
 
 What is drawn from a trace depends on the trace and the seed alone, so a rerun draws the same. Lone surrogates, which
-no tokenizer and no dataset can hold, become question marks. Knows nothing of models.
+neither tokenizers nor datasets can hold, become question marks. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -13,43 +13,21 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from tessy_hf.boundary.traces import thinking
+from tessy_hf.boundary_training.settings import FEWEST_WORDS, Drawing
 from tessy_hf.vocabulary import words
-
-FEWEST_WORDS = 10
-"""Traces with fewer words are passed over."""
-
-
-class Drawing(BaseModel):
-    """What is drawn from the traces."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    words: int = Field(default=60, ge=FEWEST_WORDS)
-    """Words in a segment."""
-    per_trace: int = Field(default=1, ge=1)
-    """Most segments of one trace."""
-    aligned_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the segments that shall begin at a span start. The annotator is shown half a segment more of these,
-    and the segment is cut to begin at one of the spans marked in it."""
-    seed: int = 0
-    """Of the draw and of sampling."""
-    limit: int | None = Field(default=None, ge=1)
-    """Most segments altogether. A rerun may change it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A segment drawn from a trace, before anyone marked it.
+    """A segment drawn from a trace, not marked yet.
 
     Attributes:
-        id: Made of the trace and the place in it.
-        text: What the annotator is shown.
-        aligned: Whether the segment is to be cut to begin at a span start.
+        id: The trace's id and the segment's words in it.
+        text: The text that the annotator is shown.
+        aligned: Whether the segment will be cut to begin at a span start.
         trace_id: The trace.
-        problem_id: What the trace is about.
+        problem_id: The problem that the trace is about.
         source_model: The model that wrote it.
         family: That model's family.
     """
@@ -66,7 +44,7 @@ class Drawn:
 def draw(
     traces: Iterable[Mapping[str, Any]], settings: Drawing, source_model: str = "", family: str = ""
 ) -> Iterator[Drawn]:
-    """Draw segments; ``source_model`` and ``family`` are those of the traces, where the rows do not say."""
+    """Draw segments; ``source_model`` and ``family`` hold for traces whose rows do not state them."""
     count = 0
     for row in traces:
         text = _unicode(thinking(row) or "")
@@ -90,7 +68,7 @@ def draw(
 
 
 def _places(length: int, settings: Drawing, random: Random) -> Iterator[tuple[int, int, bool]]:
-    """Choose first and last word of the segments of one trace, without overlap."""
+    """Choose the first and last words of one trace's segments, without overlap, and whether each is aligned."""
     slot = settings.words + settings.words // 2
     slots = list(range(random.randint(0, max(0, min(slot, length - slot))), max(1, length - slot + 1), slot))
     for first in sorted(random.sample(slots, min(settings.per_trace, len(slots)))):
@@ -101,7 +79,7 @@ def _places(length: int, settings: Drawing, random: Random) -> Iterator[tuple[in
 
 
 def _problem(row: Mapping[str, Any]) -> str:
-    """Return what names the row's problem: its id, or a hash of the question."""
+    """Return the id of the row's problem, or a hash of its question."""
     if row.get("problem_id"):
         return str(row["problem_id"])
     turns = row.get("messages") or row.get("conversations") or []

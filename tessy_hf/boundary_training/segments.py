@@ -1,7 +1,7 @@
-"""Segments of thinking with their style spans marked: what predictors are trained on and measured with.
+"""Segments of thinking with marked style spans, the data that predictors are trained and evaluated on.
 
-Rows of a dataset go in, checked :class:`Segment` objects come out, and from these the kind of each character, word and
-token. Knows nothing of models.
+Rows of a dataset go in; checked :class:`Segment` objects come out, and the kind of each character, word and token.
+Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tessy_hf.errors import DatasetError
 from tessy_hf.vocabulary import words
 
 UNKNOWN = -1
-"""The kind of a token of whitespace alone: nobody's, so nothing is learnt or measured on it."""
+"""The kind of a token of whitespace alone. It belongs to no author and is left out of training and evaluation."""
 
 Mask = NDArray[np.bool_]
 Kinds = NDArray[np.int8]
@@ -28,16 +28,16 @@ Kinds = NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of thinking and where in it style stands.
+    """A piece of thinking and its style spans.
 
     Attributes:
         text: The text.
         spans: ``(start, end)`` character offsets of the style spans, in order, without overlap.
-        problem: What the thinking was about; segments of one problem are never split between training and validation.
+        problem: The problem that it is about; segments of one problem are never split between training and validation.
         family: The family of the model that wrote it, for figures by family.
         source_model: The model that wrote it, for figures by model.
-        weight: How much it counts in training.
-        key: What to call it in errors.
+        weight: Its weight in training.
+        key: Its name in errors.
     """
 
     text: str
@@ -52,10 +52,10 @@ class Segment:
     def from_row(cls, row: Mapping[str, Any], number: int = 0) -> Segment:
         """Read a row with ``text`` and ``style_spans`` (a list of ``{"start", "end"}``, with or without ``"text"``).
 
-        ``problem_id``, ``family``, ``source_model``, ``weight`` and ``id`` are read where there are any.
+        Optional columns: ``problem_id``, ``family``, ``source_model``, ``weight`` and ``id``.
 
         Raises:
-            DatasetError: A column is missing, or a span does not lie in the text, in order.
+            DatasetError: A column is missing, or spans are out of order or outside the text.
         """
         key = str(row.get("id") or f"number {number}")
         if not isinstance(row.get("text"), str) or row.get("style_spans") is None:
@@ -70,8 +70,8 @@ class Segment:
             if not before <= start < end <= len(text) or (said is not None and said != text[start:end]):
                 raise DatasetError(
                     f"Segment {key!r}: the style span {start}-{end} ({said!r}) does not fit its text of {len(text)} "
-                    f"characters, where {text[start:end]!r} stands and the span before ends at {before}. Expected "
-                    "are character offsets, in order, without overlap; mend or drop the row."
+                    f"characters, which has {text[start:end]!r} there; the span before ends at {before}. Expected are "
+                    "character offsets, in order, without overlap. Fix or drop the row."
                 )
         weight = row.get("weight")
         return cls(
@@ -96,14 +96,14 @@ class Segment:
         return np.fromiter((not c.isspace() for c in self.text), dtype=bool, count=len(self.text))
 
     def part(self, start: int, end: int | None = None) -> Segment:
-        """Return the part of the segment between two characters."""
+        """Return the part of the segment between two character offsets."""
         end = len(self.text) if end is None else end
         inside = ((max(a, start) - start, min(b, end) - start) for a, b in self.spans)
         spans = tuple((a, b) for a, b in inside if a < b)
         return replace(self, text=self.text[start:end], spans=spans, key=f"{self.key}[{start}:{end}]")
 
     def marked(self) -> list[dict[str, Any]]:
-        """Return the style spans as a dataset holds them: offsets, and for people the text."""
+        """Return the style spans as rows of a dataset: offsets, and the text for people to read."""
         return [{"start": start, "end": end, "text": self.text[start:end]} for start, end in self.spans]
 
     def to_row(self) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def read_segments(source: str | Path | Iterable[Mapping[str, Any] | Segment]) ->
     """Read segments from a JSONL file, or from rows such as those of a ``datasets.Dataset``.
 
     Raises:
-        DatasetError: There are none, the file cannot be read, or a row is not a segment.
+        DatasetError: There are no segments, the file cannot be read, or a row is not a segment.
     """
     rows = _lines(Path(source)) if isinstance(source, (str, Path)) else source
     segments = [row if isinstance(row, Segment) else Segment.from_row(row, n) for n, row in enumerate(rows)]
     if not segments:
-        raise DatasetError("There are no segments. At least one row with `text` and `style_spans` is expected.")
+        raise DatasetError("There are no segments. Expected is at least one row with `text` and `style_spans`.")
     return segments
 
 
@@ -137,7 +137,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DatasetError(
-            f"The segments {str(path)!r} cannot be read: {error}. A file with one JSON object a line is expected."
+            f"The segments {str(path)!r} cannot be read: {error}. Expected is a file with one JSON object per line."
         ) from error
 
 
@@ -145,12 +145,12 @@ def split_by_problem(segments: Sequence[Segment], share: float, seed: int = 0) -
     """Split into training and validation so that no problem is in both.
 
     Args:
-        segments: What to split.
-        share: Which share of the problems is for validation.
-        seed: Of the draw; equal seeds and problems give equal splits.
+        segments: The segments.
+        share: Share of the problems that go to validation.
+        seed: Seed of the draw; equal seeds and problems give equal splits.
 
     Raises:
-        DatasetError: A segment names no problem, or there are fewer than two problems.
+        DatasetError: A segment has no problem, or there are fewer than two problems.
     """
     nameless = next((segment for segment in segments if not segment.problem), None)
     if nameless is not None:
@@ -161,8 +161,8 @@ def split_by_problem(segments: Sequence[Segment], share: float, seed: int = 0) -
     problems = sorted({segment.problem for segment in segments})
     if len(problems) < 2:
         raise DatasetError(
-            f"All segments are on the problem {problems[0]!r}. At least two are needed to split by problem; "
-            "pass the validation segments yourself."
+            f"All segments are about the problem {problems[0]!r}. At least two problems are needed for a split by "
+            "problem; pass the validation segments yourself."
         )
     Random(seed).shuffle(problems)
     chosen = set(problems[: min(len(problems) - 1, max(1, round(share * len(problems))))])
@@ -175,7 +175,7 @@ def split_by_problem(segments: Sequence[Segment], share: float, seed: int = 0) -
 def token_kinds(segment: Segment, offsets: Sequence[tuple[int, int]]) -> Kinds:
     """Return the kind of each token: 1 for style, 0 for capability, :data:`UNKNOWN` for whitespace alone.
 
-    A token that overlaps a style span is style (METHOD, "Boundary predictor training").
+    A token that overlaps a style span is style.
     """
     written = np.concatenate(([0], np.cumsum(segment.written())))
     style = np.concatenate(([0], np.cumsum(segment.style() & segment.written())))
@@ -186,13 +186,13 @@ def token_kinds(segment: Segment, offsets: Sequence[tuple[int, int]]) -> Kinds:
 
 
 def word_kinds(segment: Segment) -> list[bool]:
-    """Return, for each word, whether it overlaps a style span. Words are those on whose ends the method cuts."""
+    """Return, for each word, whether it overlaps a style span. The method hands over at the ends of these words."""
     style = segment.style() & segment.written()
     return [bool(style[start:end].any()) for start, end in words(segment.text)]
 
 
 def span_starts(segment: Segment) -> list[int]:
-    """Return at which characters, after the first, a span of either kind starts."""
+    """Return the character offsets, other than the first, at which a span of either kind starts."""
     kinds, places = word_kinds(segment), words(segment.text)
     changes = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
     return [places[i][1] - len(segment.text[slice(*places[i])].lstrip()) for i in changes]

@@ -1,7 +1,7 @@
-"""Make a small base model from plain thinking: a byte-level BPE, then a causal language model trained on the texts.
+"""Train a small base model from plain thinking: texts go in, a byte-level BPE and a causal language model come out.
 
-For where no pretrained base is at hand or a few megabytes are all there is: what a language model learns of which word
-comes next is most of what a predictor needs to know of a text.
+For machines without a pretrained base, or predictors of a few megabytes: predicting the next word teaches most of what
+a boundary predictor needs to know about a text.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ END = "<|endoftext|>"
 
 
 class WarmUp(BaseModel):
-    """The shape of a small base model (Qwen3's architecture) and how it is trained."""
+    """The shape of a small base model of Qwen3's architecture, and its training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocabulary: int = Field(default=4096, ge=300)
-    """Tokens in its vocabulary."""
+    """Vocabulary size."""
     hidden_size: int = 192
-    """Width. ``head_dim`` is 32, the least that all engines serve."""
+    """Width. ``head_dim`` is 32, the smallest that all engines support."""
     layers: int = 4
     heads: int = 6
-    """Attention heads; half as many for keys and values."""
+    """Attention heads; half as many key-value heads."""
     intermediate_size: int = 512
     steps: int = Field(default=1000, ge=0)
-    """Language-model steps; 0 leaves the weights random."""
+    """Training steps of the language model; 0 leaves the weights random."""
     batch_size: int = 32
     block: int = 128
     """Tokens of a training sequence."""
@@ -50,11 +50,11 @@ class WarmUp(BaseModel):
 
 
 def warm_up(texts: Iterable[str], out: str | Path, settings: WarmUp | None = None) -> Path:
-    """Make a base model.
+    """Train a base model.
 
     Args:
         texts: Plain thinking.
-        out: The folder to write. Where it holds a model of the same settings already, that one is kept.
+        out: The folder to write. A model with the same settings that is there already is kept.
         settings: Its shape and training.
 
     Raises:
@@ -71,8 +71,8 @@ def warm_up(texts: Iterable[str], out: str | Path, settings: WarmUp | None = Non
     ids = np.concatenate([[*text.ids, tokenizer.eos_token_id] for text in encoded] or [[]]).astype(np.int64)
     if len(ids) <= settings.block:
         raise DatasetError(
-            f"The texts to make a base model from have {len(ids)} tokens. More than {settings.block}, the length of "
-            "one training sequence, are needed; pass more thinking."
+            f"The texts for a base model have {len(ids)} tokens. More than {settings.block}, the length of one "
+            "training sequence, are needed; pass more thinking."
         )
     network = _train(ids, len(tokenizer), tokenizer.eos_token_id, settings)
     network.save_pretrained(folder)
@@ -82,7 +82,7 @@ def warm_up(texts: Iterable[str], out: str | Path, settings: WarmUp | None = Non
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """Train a byte-level BPE; return it as a fast tokenizer of `transformers`."""
+    """Train a byte-level BPE and return it as a fast tokenizer of `transformers`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

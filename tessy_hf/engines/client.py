@@ -22,8 +22,8 @@ from tessy_hf.retries import TRANSIENT_STATUSES, retry_after
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DOWN_STATUSES = frozenset({502, 503, 504, 521, 522, 523, 530})
-"""What gateways answer for a server that is gone, and servers that are starting or stopping."""
+DOWN_STATUSES = frozenset({502, 503, 504, *range(520, 529), 530})
+"""What gateways (Cloudflare too) answer for a server that is gone, and servers that are starting or stopping."""
 
 BUSY_STATUSES = frozenset({429, 529})
 """What servers answer that want fewer requests."""

@@ -225,7 +225,7 @@ class CompletionsAPI:
         text = text[: min(found)] if found else text.rstrip("\ufffd")  # part of a character that was cut
         if not text and not stopped:
             raise AnswerError("answered with an empty text")
-        ids = self._vocabulary.encode(text).ids
+        ids = self._vocabulary.encode(text, request.prompt_ids[-1]).ids
         if len(ids) > most:
             return ids[:most], None
         return ids, self._any_stop(request) if stopped else None

@@ -60,12 +60,17 @@ class Reply:
 
     async def events(self) -> AsyncGenerator[list[str], None]:
         """Yield the data of server-sent events, of those that arrive together in one list."""
-        texts, rest = self._response.aiter_text(), ""
+        batches = self._batches()
         while True:
             async with self._connections.limits(self._server):
-                text = await anext(texts, None)
-            if text is None:
+                batch = await anext(batches, None)
+            if batch is None:
                 return
+            yield batch
+
+    async def _batches(self) -> AsyncGenerator[list[str], None]:
+        rest = ""
+        async for text in self._response.aiter_text():
             *lines, rest = (rest + text).split("\n")
             data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
             if events := [self._connections.redact(event) for event in data if event != "[DONE]"]:

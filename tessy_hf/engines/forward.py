@@ -20,12 +20,12 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of the argument that takes keys and values, newest first."""
 
 
+def takes(model_class: Any, name: str) -> bool:
+    """Return whether a model's ``forward`` declares an argument."""
+    return name in inspect.signature(model_class.forward).parameters
+
+
 @memoized
-def arguments(model_class: Any) -> frozenset[str]:
-    """Return the names of the arguments that a model's ``forward`` declares."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
-
-
 def cache_argument(model_class: Any) -> str:
     """Return the name under which a model takes its cache.
 
@@ -33,7 +33,7 @@ def cache_argument(model_class: Any) -> str:
         SettingsError: It takes none, so a text cannot be continued without reading it again.
     """
     for name in CACHE_ARGUMENTS:
-        if name in arguments(model_class):
+        if takes(model_class, name):
             return name
     raise SettingsError(
         f"{model_class.__name__}.forward takes neither of {', '.join(CACHE_ARGUMENTS)}. A causal language model with "
@@ -56,8 +56,14 @@ def forward(
         Logits of shape (rows, width or ``logits_to_keep``, vocabulary), and the cache.
 
     Raises:
-        SettingsError: The model takes no cache.
+        SettingsError: The model takes or returns no cache.
     """
-    name = cache_argument(type(network))
+    model_class: Any = type(network)
+    name = cache_argument(model_class)
     output = network(input_ids=input_ids, use_cache=True, **{name: cache}, **inputs)
+    if name not in output:
+        raise SettingsError(
+            f"{type(network).__name__} returned no cache. A causal language model is expected, this one seems to be "
+            "an encoder. Check the model's name."
+        )
     return output.logits, output[name]

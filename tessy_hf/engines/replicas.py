@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 MOVE_SECONDS = 2.0
 """So long a row waits for its own server rather than go to another one, which would have to read its prompt again."""
 
+PROBE_SECONDS = 12.0
+"""So long a server that was down gets one request at a time: longer than it may take to refuse a connection, but not
+as long as it may take to answer."""
+
 BACKOFF = RetryPolicy(first_pause=0.1, longest_pause=10.0)
 """How long a server that failed is left alone."""
 
@@ -53,19 +57,32 @@ class Service:
 
 @dataclass(eq=False)
 class Replica:
-    """One server: its rows, its turns, and until when it is left alone."""
+    """One server: its rows, its turns, and until when it is left alone.
+
+    Attributes:
+        url: Its address.
+        service: What it offers.
+        most: Most requests at once.
+        rows: The rows it has.
+        down: Whether nothing served there when it was last asked.
+        error: How it was found to be down or busy when it was last asked, or ``None``.
+        failing_since: When it began to be so, by ``time.monotonic()``.
+    """
 
     url: str
     service: Service
     most: int
     rows: set[str] = field(default_factory=set)
     down: bool = False
+    error: ReplicaError | None = None
+    failing_since: float = 0.0
     _limit: float = field(init=False)
     _running: int = 0
     _probing: bool = False
-    _waiting: deque[asyncio.Future[float | None]] = field(default_factory=deque)
+    _waiting: deque[asyncio.Future[int | None]] = field(default_factory=deque)
     _failures: int = 0
-    _failed_at: float = 0.0
+    _turns: int = 0
+    _turns_at_failure: int = 0
     _closed_until: float = 0.0
     _timer: asyncio.TimerHandle | None = None
 
@@ -77,53 +94,53 @@ class Replica:
         """For how many more seconds it is left alone."""
         return max(0.0, self._closed_until - time.monotonic())
 
-    async def enter(self) -> float | None:
+    async def enter(self) -> int | None:
         """Wait for a turn.
 
         Returns:
-            When it began, for :meth:`leave`; ``None`` where the row is to be routed again.
+            Its number; ``None`` where the row is to be routed again.
         """
         if not self._waiting and self._open:
             return self._begin()
-        turn: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
             return await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and (entered := turn.result()) is not None:
-                self.leave(entered)
+            if turn.done() and not turn.cancelled() and (number := turn.result()) is not None:
+                self.leave(number)
             raise
 
-    def leave(self, entered: float, *, answered: bool = False) -> None:
+    def leave(self, turn: int, *, answered: bool = False) -> None:
         """End a turn; a request that was answered lets a little more be asked at once."""
         self._running -= 1
         if answered:
             self._limit = min(float(self.most), self._limit + 1 / self._limit)
-        if entered > self._failed_at:
+        if turn > self._turns_at_failure:
             self._probing = False
         self._admit()
 
-    def answered(self, entered: float) -> None:
+    def answered(self, turn: int) -> None:
         """Note an answer to a request: the server serves."""
-        if entered > self._failed_at:  # requests sent before the last failure say nothing new
-            self.down, self._failures = False, 0
+        if turn > self._turns_at_failure:  # requests sent before the last failure say nothing new
+            self.down, self.error, self._failures = False, None, 0
             self._reopen()
 
-    def failed(self, entered: float, error: ReplicaError) -> None:
+    def failed(self, turn: int, error: ReplicaError) -> None:
         """Leave the server alone for a while, or ask it for half as much at once, where it is down or busy.
 
         Requests sent before the last failure say nothing new.
         """
-        if entered <= self._failed_at:
+        if turn <= self._turns_at_failure:
             return
-        self._failures, self._failed_at = self._failures + 1, time.monotonic()
+        self.failing_since = self.failing_since if self.error is not None else time.monotonic()
+        self.error, self._failures, self._turns_at_failure = error, self._failures + 1, self._turns
         if error.kind == "busy":
             self._limit = max(1.0, self._limit / 2)
         self.down, self._probing = error.kind == "down", False
         pause = BACKOFF.pause(self._failures, error)
-        self._closed_until = self._failed_at + pause
-        self.stop_timer()
-        self._timer = asyncio.get_running_loop().call_later(pause, self._reopen)
+        self._closed_until = time.monotonic() + pause
+        self._set_timer(pause, self._reopen)
 
     def turn_away(self) -> None:
         """Let the rows that wait for a turn be routed again."""
@@ -142,10 +159,20 @@ class Replica:
         most = self._running < max(1, int(self._limit)) and not (self.down and self._probing)
         return most and not self.pause
 
-    def _begin(self) -> float:
-        self._running += 1
+    def _begin(self) -> int:
+        self._running, self._turns = self._running + 1, self._turns + 1
         self._probing = self.down  # one request finds out whether it serves again
-        return time.monotonic()
+        if self._probing:
+            self._set_timer(PROBE_SECONDS, self._serves)
+        return self._turns
+
+    def _serves(self) -> None:
+        self.down = self._probing = False
+        self._admit()
+
+    def _set_timer(self, seconds: float, then: Callable[[], None]) -> None:
+        self.stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(seconds, then)
 
     def _reopen(self) -> None:
         self._closed_until = 0.0
@@ -172,14 +199,19 @@ class Turn:
 class Replicas:
     """The servers there are now, and which of them has which row.
 
+    Args:
+        outage_seconds: So long may none of them answer, once one was down or busy, before rows are given up.
+
     Attributes:
         answered_at: When any of them last answered, by ``time.monotonic()``; 0 before.
         missed: Set when one is found to be down.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outage_seconds: float) -> None:
         self._all: list[Replica] = []
         self._homes: dict[str, Replica] = {}
+        self._outage_seconds = outage_seconds
+        self._idle_until = 0.0
         self.answered_at = 0.0
         self.missed = asyncio.Event()
 
@@ -198,6 +230,18 @@ class Replicas:
     def all_down(self) -> bool:
         """Whether none serves."""
         return all(replica.down for replica in self._all)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether all of them are down or busy and have been for too long, pauses that have begun included."""
+        if not all(replica.error for replica in self._all):
+            return False
+        since = max(self.answered_at, self._idle_until, *(replica.failing_since for replica in self._all))
+        return time.monotonic() + self.pause - since > self._outage_seconds
+
+    def idle(self) -> None:
+        """Note that no row has been asking: the time until now was no outage."""
+        self._idle_until = time.monotonic()
 
     @property
     def exact(self) -> bool:
@@ -220,13 +264,13 @@ class Replicas:
     @asynccontextmanager
     async def turn(self, row: str) -> AsyncIterator[Turn]:
         """Wait for a turn at the row's server; where the request fails in it, the next one may be elsewhere."""
-        replica, entered = await self._enter(row)
+        replica, number = await self._enter(row)
         answered = False
         try:
-            yield Turn(replica.url, replica.service, partial(self._answered, replica, entered))
+            yield Turn(replica.url, replica.service, partial(self._answered, replica, number))
             answered = True
         except ReplicaError as error:
-            self._failed(row, replica, entered, error)
+            self._failed(row, replica, number, error)
             answered = error.kind == "invalid"
             raise
         except RequestError:
@@ -234,8 +278,8 @@ class Replicas:
             raise
         finally:
             if answered:
-                self._answered(replica, entered)
-            replica.leave(entered, answered=answered)
+                self._answered(replica, number)
+            replica.leave(number, answered=answered)
 
     def release(self, row: str) -> None:
         """Forget which server has a row."""
@@ -248,31 +292,36 @@ class Replicas:
         for replica in self._all:
             replica.stop_timer()
 
-    async def _enter(self, row: str) -> tuple[Replica, float]:
+    async def _enter(self, row: str) -> tuple[Replica, int]:
         while True:
             replica = self._route(row)
-            if (entered := await replica.enter()) is not None:
-                return replica, entered
+            if replica.error is not None and replica.pause and self.given_up:
+                raise ReplicaError(str(replica.error), replica.error.kind, 0.0)
+            if (number := await replica.enter()) is not None:
+                return replica, number
 
-    def _answered(self, replica: Replica, entered: float) -> None:
+    def _answered(self, replica: Replica, turn: int) -> None:
         was_down, self.answered_at = replica.down, time.monotonic()
-        replica.answered(entered)
+        replica.answered(turn)
         if was_down and not replica.down:
             logger.info("The server at %s serves again.", replica.url)
             for other in self._all:
                 if other.pause:
                     other.turn_away()
 
-    def _failed(self, row: str, replica: Replica, entered: float, error: ReplicaError) -> None:
+    def _failed(self, row: str, replica: Replica, turn: int, error: ReplicaError) -> None:
         if error.kind in ("lost", "invalid"):
             self._place(row, avoid=replica)
             return
         was_down = replica.down
-        replica.failed(entered, error)
+        replica.failed(turn, error)
         error.retry_after = 0.0  # the server is left alone; others may be asked at once
         if replica.down:
             self.missed.set()
-        if self._away(replica):
+        if self.given_up:
+            for each in self._all:
+                each.turn_away()
+        elif self._away(replica):
             replica.turn_away()
         if replica.down and not was_down and not self.all_down:
             logger.warning("%s Its rows go to the other servers until it serves again.", error)
@@ -284,6 +333,8 @@ class Replicas:
 
     def _away(self, replica: Replica) -> bool:
         """Whether a server's rows had better go to another one."""
+        if not replica.pause:
+            return False
         best = self.pause
         return replica.pause - best > (0.0 if replica.down and not best else MOVE_SECONDS)
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os.path import commonprefix
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request
@@ -23,6 +24,9 @@ from tessy_hf.vocabulary import Vocabulary, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MINIATURE_STUDENT = Path(__file__).parent.parent / "demo" / "models" / "student"
+"""Only its tokenizer is read."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,7 @@ class ScriptedEngine:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            from tessy_hf.demo import STUDENT
-
-            self._tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+            self._tokenizer = AutoTokenizer.from_pretrained(_MINIATURE_STUDENT)
         return self._tokenizer
 
     @property
@@ -124,7 +126,7 @@ class ScriptedEngine:
             raise fault
         assert self._vocabulary is not None, "start() comes first"
         if request.row not in self._plays:
-            self._plays[request.row] = _Play(self._find(request.row), self._vocabulary)
+            self._plays[request.row] = _Play(self._find(request.row), self._vocabulary, request.prompt_ids[-1])
         return self._plays[request.row].play(request, self.tokenizer.eos_token_id)
 
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
@@ -169,6 +171,7 @@ class _Play:
 
     script: Script
     vocabulary: Vocabulary
+    after: int  # the id that the row's prompt ends in
     turns: int = 0
     cursor: int = 0
     turn_prompt: int = -1
@@ -180,13 +183,16 @@ class _Play:
         pieces = [self.script.thinking] if isinstance(self.script.thinking, str) else list(self.script.thinking)
         self.begins = [0, *accumulate(map(len, pieces))] if not isinstance(self.script.thinking, str) else None
         self.text = "".join(pieces)
-        encoded = self.vocabulary.encode(self.text)
+        encoded = self.vocabulary.encode(self.text, self.after)
         self.ids, self.ends = encoded.ids, [end for _, end in encoded.offsets]
+        for at in range(len(self.ids) - 2, -1, -1):
+            if encoded.offsets[at + 1][0] < self.ends[at]:  # they share a character
+                self.ends[at] = self.ends[at + 1]
 
     def play(self, request: Request, eos: int | None) -> Completion:
         stop = eos if eos in request.stop_ids else min(request.stop_ids)
         if request.part == "answer":
-            ids = self.vocabulary.encode(self.script.answer).ids
+            ids = self.vocabulary.encode(self.script.answer, request.prompt_ids[-1]).ids
             return Completion(ids[: request.max_tokens], stop if len(ids) <= request.max_tokens else None)
         written = request.prompt_ids[self.turn_prompt :] if self.turn_prompt >= 0 else None
         if written is None or list(written) != self.turn_ids:
@@ -202,8 +208,8 @@ class _Play:
             self.cursor = self.begins[min(self.turns, len(self.begins) - 1)]
         elif self.turn_prompt >= 0:
             stop = self.turn_prompt + len(self.turn_ids) + 1
-            now = self.vocabulary.decode(request.prompt_ids[self.turn_prompt : stop])
-            before = self.vocabulary.decode(self.turn_ids)
+            now, _ = self.vocabulary.read(request.prompt_ids[self.turn_prompt : stop])
+            before, _ = self.vocabulary.read(self.turn_ids)
             same = len(commonprefix([now, before]))
             whole = (end for _, end in words(before) if end <= same and self._is_word_end(self.cursor + end))
             self.cursor += max(whole, default=0)
@@ -221,8 +227,9 @@ class _Play:
         begin = self.ends[self.index - 1] if self.index else 0
         self.head = []
         if self.index < len(self.ids) and begin != character:
-            self.head = self.vocabulary.encode(self.text[character : self.ends[self.index]]).ids
-            self.index += 1
+            end = self.ends[self.index]
+            self.head = self.vocabulary.encode(self.text[character:end], self.ids[0]).ids
+            self.index = bisect_right(self.ends, end)
 
     def _next_ids(self, count: int) -> list[int]:
         """Return the ids that follow those already written in this turn."""

@@ -204,7 +204,8 @@ class _Session:
             context_length=engine.given_context_length,
             protocols=engine.protocols,
         )
-        self.replicas = Replicas()
+        self.replicas = Replicas(engine.retry_timeout)
+        self._asking = 0  # rows
         self.membership = Membership(
             engine.model, engine.addresses, self.replicas, self._client.inspect, engine.max_connections
         )
@@ -285,11 +286,15 @@ class _Session:
                     yield piece
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]], what: str, stop: Callable[[Failures], bool]) -> T:
-        begin = time.monotonic()
+        if not self._asking:
+            self.replicas.idle()
+        begin, self._asking = time.monotonic(), self._asking + 1
         try:
             return await self._policy.call_async(attempt, stop=stop, notify=self._note)
         except ReplicaError as error:
             raise self._failure(error, what, begin) from error
+        finally:
+            self._asking -= 1
 
     def _note(self, failures: Failures) -> None:
         """Log what is waited for, unless a server answered the row, if badly."""
@@ -300,12 +305,7 @@ class _Session:
         """Whether a row is tried no more. Where no server answers anybody, all rows wait, until the run ends."""
         if _kind(failures.error) not in ("down", "busy"):
             return self._policy.exhausted(failures)
-        often = failures.count >= MOST_REFUSALS and self._policy.exhausted(failures)
-        return often or self._silence(failures.since) > self._engine.retry_timeout
-
-    def _silence(self, since: float) -> float:
-        """Seconds without an answer to anybody, since then at most, once the first server may be asked again."""
-        return time.monotonic() + self.replicas.pause - max(since, self.replicas.answered_at)
+        return self.replicas.given_up or failures.count >= MOST_REFUSALS and self._policy.exhausted(failures)
 
     def _failure(self, error: ReplicaError, what: str, begin: float) -> EngineDeadError | RequestError:
         """Return the row's failure, or the engine's where no server has answered anybody since."""
@@ -313,8 +313,7 @@ class _Session:
             f"{self._engine.model!r} did not answer {what} within {time.monotonic() - begin:.1f} s: {error} "
             "Look at the server's log; timeout= and retry_timeout= of ServerEngine set how long it may take."
         )
-        silent = error.kind in ("down", "busy") and self._silence(0.0) > self._engine.retry_timeout
-        dead = silent or self.replicas.all_down or self.replicas.answered_at < begin
+        dead = self.replicas.given_up or self.replicas.answered_at < begin
         return EngineDeadError(message) if dead else RequestError(message, retryable=True)
 
 

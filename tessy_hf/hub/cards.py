@@ -1,8 +1,8 @@
-"""The card of a released dataset: its numbers and its manifest go in, a card comes out, the user's own words kept.
+"""Render the card of a released dataset: numbers and manifest go in, a card comes out, the user's edits kept.
 
-The metadata goes through ``DatasetCardData``. The text is made of parts, each between two marks. A part that was not
-touched since it was written is written anew; a part that the user changed, and all text outside the marks, stays as
-it is. Whatever comes from models, servers or users is put on the card inert. Knows nothing of the Hub.
+The text is made of parts, each between two marks. A part that nobody changed since it was rendered is rendered again;
+a part that the user changed, and all text outside the marks, stays. Text from models, servers and users is escaped.
+Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
+import yaml
+
+from tessy_hf.errors import DatasetError
+from tessy_hf.hub import layout
 from tessy_hf.report.tables import Table, count, percent, tables
 from tessy_hf.rows.columns import COLUMNS
 
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard, DatasetCardData
-    from jinja2 import Template
+    from jinja2 import Environment
 
     from tessy_hf.manifest import HardwareRecord, Manifest, ModelRecord
+
+CARD = Path(__file__).with_name("templates") / "dataset_card.md"
 
 TAGS = ("tessy", "synthetic", "reasoning", "sft")
 """Tags of every dataset written with this package."""
@@ -45,6 +51,7 @@ def dataset_card(
     previous: str | None = None,
     *,
     figures: Mapping[str, str] | None = None,
+    other_splits: Mapping[str, layout.Info] | None = None,
 ) -> DatasetCard:
     """Write the card of a release.
 
@@ -52,104 +59,67 @@ def dataset_card(
         summary: The numbers of all its rows, see :meth:`tessy_hf.report.statistics.Statistics.summary`.
         manifest: Its manifest.
         repo_id: The dataset on the Hub.
-        previous: The card that stands there now, whose own words, metadata and other configurations are kept.
+        previous: The card that is there now; its own text, metadata and other configurations are kept.
         figures: Paths in the repository of the figures to show, with a description of each.
+        other_splits: Sizes of other splits of the configuration that the present card does not give.
 
     Returns:
-        The card. Its metadata is what was there, with licence (where one was given), tags, size, and the files and
+        The card. Its metadata is what was there, with license (where one was given), tags, size, and the files and
         columns of this configuration brought up to date.
     """
-    data, body = _before(previous)
-    _update(data, manifest)
-    parts = _render(
-        "dataset_card.md",
+    data, body = read_card(previous)
+    _update(data, manifest, other_splits)
+    parts = render_parts(
+        CARD.read_text(encoding="utf-8"),
         summary=summary,
         tables=tables(summary),
         manifest=manifest,
         repo_id=repo_id,
         tag=f"v{manifest.version}",
-        licences=_licences(data),
+        licenses=_licenses(data),
         student=_student(manifest),
         alternates=all(method.startswith("tessy") for method in summary["methods"]) and bool(summary["methods"]),
         own_columns=[name for name in _names(manifest.features) if name not in COLUMNS],
         incomplete=summary["rows"] - summary["finish_reasons"].get("stop", 0),
         failures=_failures(manifest),
         counts_failed=0 < manifest.counts.failed == summary["rows"] - manifest.counts.rows,
-        figures=[{"path": path, "description": told} for path, told in (figures or {}).items()],
+        figures=[{"path": path, "description": description} for path, description in (figures or {}).items()],
     )
-    return _card(data, merge(body, parts))
-
-
-def style_spans_card(summary: dict[str, Any], repo_id: str, previous: str | None = None) -> DatasetCard:
-    """Write the card of a dataset of marked style spans, of the numbers that :func:`style_spans_summary` gives."""
-    data, body = _before(previous)
-    data.license = data.license or summary["licences"]
-    data.language = data.language or ["en"]
-    data.task_categories = data.task_categories or ["token-classification"]
-    data["tags"] = _united(data.get("tags"), ("tessy", "reasoning", "style", "boundary-prediction"))
-    data.size_categories = [size_category(summary["segments"])]
-    return _card(data, merge(body, _render("style_spans_card.md", summary=summary, repo_id=repo_id)))
-
-
-def style_spans_summary(rows: Iterable[Mapping[str, Any]], sources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """Count segments with marked style spans.
-
-    Args:
-        rows: Rows with ``text``, ``style_spans``, ``source_model``, ``family``, ``problem_id``, ``trace_id`` and
-            ``annotator``.
-        sources: Where the segments are from, by the beginning of their ``trace_id``: ``name``, ``url``, ``licence``.
-    """
-    kept = list(rows)
-    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {"source_model": {}, "annotator": {}, "source": {}}
-    for row in kept:
-        for column in ("source_model", "annotator"):
-            groups[column].setdefault(str(row[column]), []).append(row)
-        groups["source"].setdefault(str(row["trace_id"]).split("-")[0], []).append(row)
-    counted = {column: {name: _marked(of) for name, of in sorted(by.items())} for column, by in groups.items()}
-    return {
-        **_marked(kept),
-        "problems": len({row["problem_id"] for row in kept}),
-        "words": round(sum(len(row["text"].split()) for row in kept) / max(len(kept), 1)),
-        **counted,
-        "sources": {name: dict(sources[name]) for name in counted["source"]},
-        "licences": sorted({sources[name]["license"] for name in counted["source"]}),
-    }
-
-
-def _marked(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-    spans = [span["end"] - span["start"] for row in rows for span in row["style_spans"]]
-    characters = sum(len(row["text"]) for row in rows)
-    return {
-        "segments": len(rows),
-        "spans": len(spans),
-        "characters": characters,
-        "style_share": sum(spans) / characters if characters else None,
-        "span_characters": sum(spans) / len(spans) if spans else None,
-    }
+    return make_card(data, merge(body, parts))
 
 
 def size_category(rows: int) -> str:
-    """Return the Hub's name for so many rows."""
+    """Return the Hub's size category of a number of rows."""
     return next((size for power, size in enumerate(SIZES) if rows < 1000 * 10**power), "n>1T")
 
 
 # --- the metadata
 
 
-def _before(previous: str | None) -> tuple[DatasetCardData, str]:
-    """Return the metadata and the text of the card that is there now, if there is one."""
+def read_card(previous: str | None) -> tuple[DatasetCardData, str]:
+    """Return the metadata and the text of a card, if there is one.
+
+    Raises:
+        DatasetError: Its metadata is not valid YAML.
+    """
     from huggingface_hub import DatasetCard, DatasetCardData
 
     if previous is None or not previous.strip():
         return DatasetCardData(), ""
     text = previous.replace("\r\n", "\n")
-    card = DatasetCard(text if text.lstrip().startswith("---\n") else f"---\n{{}}\n---\n{text}")
+    try:
+        card = DatasetCard(text if text.lstrip().startswith("---\n") else f"---\n{{}}\n---\n{text}")
+    except (yaml.YAMLError, ValueError) as error:
+        raise DatasetError(
+            f"The metadata of the dataset's card cannot be read: {error} YAML between two lines of --- is expected; "
+            "fix the card, or push to another repository."
+        ) from error
     return cast("DatasetCardData", card.data), card.text
 
 
-def _update(data: DatasetCardData, manifest: Manifest) -> None:
-    """Bring the metadata up to date; what the user wrote there and other configurations stay."""
-    given = manifest.licence.model_dump(exclude_none=True) if manifest.licence.license else {}
+def _update(data: DatasetCardData, manifest: Manifest, other_splits: Mapping[str, layout.Info] | None) -> None:
+    """Update the metadata; what the user wrote there, and other configurations, stay."""
+    given = manifest.license.model_dump(exclude_none=True) if manifest.license.license else {}
     for name, value in given.items():
         data[name] = value
     data.task_categories = data.task_categories or ["text-generation"]
@@ -160,44 +130,12 @@ def _update(data: DatasetCardData, manifest: Manifest) -> None:
     sources = [run.source.id for run in manifest.runs if run.source and run.source.id]
     if prompts := list(filter(_REPO.fullmatch, sources)):
         data.source_datasets = _united(data.source_datasets, prompts)
-    _update_files(data, manifest)
-    infos = data["dataset_info"] if isinstance(data["dataset_info"], list) else [data["dataset_info"]]
-    data.size_categories = [size_category(sum(split["num_examples"] for info in infos for split in info["splits"]))]
+    layout.update(data, manifest, other_splits)
+    data.size_categories = [size_category(layout.rows_on_card(data))]
 
 
-def _update_files(data: DatasetCardData, manifest: Manifest) -> None:
-    """Say where the files of this configuration's splits are and what is in them, beside those of other splits."""
-    from datasets import DatasetInfo
-    from datasets.info import DatasetInfosDict
-    from datasets.utils.metadata import MetadataConfigs
-
-    from tessy_hf.manifest import failures_split
-
-    name, pushed = manifest.config_name, manifest.splits
-    config = MetadataConfigs.from_dataset_card_data(data).get(name, {})
-    gone = {*pushed, failures_split(manifest.split)}
-    others = [file for file in config.get("data_files", []) if isinstance(file, dict) and file["split"] not in gone]
-    files = [{"split": split, "path": _pattern(of.shards[0].path)} for split, of in pushed.items() if of.shards]
-    MetadataConfigs({name: {**config, "data_files": [*files, *others]}}).to_dataset_card_data(data)
-    known = DatasetInfosDict.from_dataset_card_data(data).get(name, DatasetInfo())
-    splits = [
-        {"name": split, "num_bytes": record.uncompressed_bytes, "num_examples": record.rows}
-        for split, record in pushed.items()
-    ]
-    kept = [split for split in known._to_yaml_dict().get("splits") or [] if split["name"] not in gone]
-    info = DatasetInfo._from_yaml_dict({"features": manifest.features, "splits": [*splits, *kept]})
-    info.download_size = sum(record.bytes for record in pushed.values())
-    info.dataset_size = sum(split["num_bytes"] for split in (*splits, *kept))
-    DatasetInfosDict({name: info}).to_dataset_card_data(data)
-
-
-def _pattern(path: str) -> str:
-    """Return the pattern of a split's files, from the path of one of them."""
-    return re.sub(r"\d+(-of-\d+)?\.parquet$", "*.parquet", path)
-
-
-def _licences(data: DatasetCardData) -> list[str]:
-    """Return what the card states: the licence by its own name, where it has one, and where to read it."""
+def _licenses(data: DatasetCardData) -> list[str]:
+    """Return the license that the card states, by its own name where it has one, and its URL."""
     stated = data.get("license_name") or data.license or []
     return [*_united(stated, ()), *filter(None, [data.get("license_link")])]
 
@@ -211,14 +149,14 @@ def _united(given: Any, ours: Iterable[str]) -> list[str]:
 
 
 def merge(body: str, parts: Mapping[str, str]) -> str:
-    """Put newly written parts into a card's text, in the places of those that nobody has changed since.
+    """Replace the parts of a card's text that nobody changed since they were rendered.
 
     Args:
         body: The text as it is, without its metadata.
         parts: The parts by name, in the order of a new card.
 
     Returns:
-        The text. Parts that it lacks come after those that it has; in a text without any they come first.
+        The text. New parts come after those that are there; in a text without any they come first.
     """
     left = dict(parts)
 
@@ -243,17 +181,21 @@ def _digest(text: str) -> str:
     return hashlib.sha256("\n".join(line.rstrip() for line in text.strip().split("\n")).encode()).hexdigest()[:8]
 
 
-def _card(data: DatasetCardData, body: str) -> DatasetCard:
+def make_card(data: DatasetCardData, body: str) -> DatasetCard:
+    """Return a card of its metadata and its text."""
     from huggingface_hub import DatasetCard
 
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _render(template: str, **fields: Any) -> dict[str, str]:
-    """Render each block of a template; a field that is missing is an error."""
-    made = _template(template)
-    context = made.new_context(fields)
-    return {name: _tidy("".join(block(context))) for name, block in made.blocks.items()}
+def render_parts(template: str, **fields: Any) -> dict[str, str]:
+    """Render each block of a card's template, by name; a missing field is an error.
+
+    Every value is shown as text, never as markup, unless a filter of :func:`_environment` made it :class:`Markdown`.
+    """
+    loaded = _environment().from_string(template)
+    context = loaded.new_context(fields)
+    return {name: _tidy("".join(block(context))) for name, block in loaded.blocks.items()}
 
 
 def _tidy(text: str) -> str:
@@ -261,8 +203,8 @@ def _tidy(text: str) -> str:
 
 
 @cache
-def _template(name: str) -> Template:
-    """Load a template whose every value is made inert, unless a filter already has."""
+def _environment() -> Environment:
+    """Return the environment of the cards' templates, with their filters."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, finalize=_inert, autoescape=False)  # noqa: S701 - Markdown
@@ -277,25 +219,24 @@ def _template(name: str) -> Template:
         dataset=lambda name: _link(name, "https://huggingface.co/datasets/"),
         revision=_revision,
         url=lambda path: Markdown(quote(path)),
-        github=lambda name: _link(name, "https://github.com/"),
+        link=lambda name, base: _link(name, base),
         grid=_grid,
-        marked_by=lambda title, groups: _grid(_by_group(title, groups), names=True),
         join_codes=lambda names: Markdown(", ".join(map(code, names))),
     )
     environment.globals["hardware"] = _hardware
-    return environment.from_string((resources.files("tessy_hf.hub") / "templates" / name).read_text("utf-8"))
+    return environment
 
 
 class Markdown(str):
-    """Text that is put on a card as it is."""
+    """Text that goes onto a card unescaped."""
 
 
 def code(text: Any, cell: bool = False) -> Markdown:
-    """Return any text as a code span in one line: nothing in it is markup, nor a link.
+    """Return any text as a code span on one line: nothing in it is markup or a link.
 
     Args:
         text: The text.
-        cell: Whether it stands in a table, where a bar would end the cell.
+        cell: Whether it is in a table, where a bar would end the cell.
     """
     line = " ".join(re.sub(r"[\x00-\x1f\x7f\u2028\u2029]", " ", str(text)).split()) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
@@ -305,31 +246,21 @@ def code(text: Any, cell: bool = False) -> Markdown:
 
 
 def _inert(value: Any) -> Markdown:
-    """Return a value so that it is shown as it is: every sign that could be markup is spelled as an entity."""
+    """Escape a value: every character that could be markup becomes an entity."""
     if isinstance(value, Markdown):
         return value
     if value is None:
-        raise ValueError("A field of the card is empty. Its template has to say what is written where it is.")
+        raise ValueError("A field of the card is None. The template has to say what is shown in its place.")
     line = " ".join(str(value).split())
     return Markdown(re.sub(r"[^\w\s,.;%()–’'/-]|_", lambda sign: f"&#{ord(sign[0])};", line))
 
 
 def _grid(table: Table, names: bool = False) -> Markdown:
-    """Return a table; ``names`` says that the first column holds names, in code spans, and not words."""
+    """Return a table; with ``names``, those in the first column become code spans."""
     lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)]]
     lines += [[code(line[0], cell=True) if names else _inert(line[0]), *map(_inert, line[1:])] for line in table.lines]
     drawn = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return Markdown(drawn + (f"\n\n{_inert(table.note)}" if table.note else ""))
-
-
-def _by_group(title: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
-    head = (title, "segments", "style spans", "characters", "style, of the characters", "characters of a span, mean")
-    lines = [
-        (name, *(count(told[key]) for key in ("segments", "spans", "characters")), percent(told["style_share"]),
-         count(told["span_characters"]))
-        for name, told in groups.items()
-    ]  # fmt: skip
-    return Table("", head, lines)
 
 
 def _link(name: str, base: str, cell: bool = False) -> Markdown:
@@ -356,11 +287,11 @@ def _names(features: list[Any] | dict[str, Any]) -> list[str]:
 
 
 def _failures(manifest: Manifest) -> Markdown | None:
-    """Say what became of failed and incomplete rows."""
+    """Return a sentence on where failed and incomplete rows are."""
     if not manifest.counts.failed:
         return None
     complete = ", ".join(map(code, manifest.complete))
-    told = f"{count(manifest.counts.failed)} rows that did not end with {complete} are "
+    failed = f"{count(manifest.counts.failed)} rows that did not end with {complete} are "
     if manifest.failures_split:
-        return Markdown(told + f"not in this split but in the split {code(manifest.failures_split)}.")
-    return Markdown(told + "left out of this release.")
+        return Markdown(failed + f"not in this split but in the split {code(manifest.failures_split)}.")
+    return Markdown(failed + "left out of this release.")

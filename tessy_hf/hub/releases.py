@@ -1,4 +1,8 @@
-"""Releases on the Hub, read back: what is in one, how to make it again, how two of them differ. Writes nothing."""
+"""Read releases from the Hub: show one, reproduce it, compare two.
+
+The name of a release goes in (``user/name@v1.0.0``); its manifests, a recipe, a command or differences come out.
+Writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import HubError
-from tessy_hf.hub.repository import Repository
+from tessy_hf.hub.repository import Repository, read_tables
+from tessy_hf.hub.versions import read_manifest
 from tessy_hf.manifest import Manifest, ModelRecord, RunRecord, SpeakerRecord
 from tessy_hf.rows import parquet as shards
 
@@ -21,15 +26,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHOWN = 5
-"""So many ids of rows are named in a difference."""
+"""Most row ids listed in a difference."""
 
 
 @contextmanager
 def opened(name: str, token: str | None = None) -> Iterator[tuple[Repository, str]]:
-    """Open a release by name; give the repository and the release's commit.
+    """Open a release by name; yields the repository and the release's commit.
 
     Args:
-        name: ``user/name@v1.0.0``; without a tag, what is on ``main``. A branch or commit will do as well.
+        name: ``user/name@v1.0.0``, or with a branch or commit; without one, ``main``.
         token: A token, where the repository is private and the environment has none.
 
     Raises:
@@ -53,11 +58,9 @@ def manifests(name: str, token: str | None = None) -> list[Manifest]:
 
 def _manifests(repo: Repository, commit: str, name: str) -> list[Manifest]:
     places = [path.split("/")[1:3] for path in repo.files(commit, "tessy") if path.endswith("/manifest.json")]
-    found = [repo.manifest(commit, config, split) for config, split in places]
+    found = [read_manifest(repo, commit, config, split) for config, split in places]
     if not found:
-        raise HubError(
-            f"{name} has no manifest. A release made by tessy_hf is expected; give one as user/name@v1.0.0."
-        )
+        raise HubError(f"{name} has no manifest. Pass a release made by tessy_hf, as user/name@v1.0.0.")
     return [manifest for manifest in found if manifest is not None]
 
 
@@ -75,24 +78,24 @@ def run_of(name: str, fingerprint: str | None = None) -> RunRecord:
     chosen = [run for run in runs.values() if fingerprint in (None, run.fingerprint)]
     if len(chosen) != 1:
         raise HubError(
-            f"{name} has the runs {', '.join(runs) or 'none'}. One is to be made again; pass --run with one of them."
+            f"{name} has the runs {', '.join(runs) or 'none'}. One is expected; pass --run with one of them."
         )
     return chosen[0]
 
 
 def outline(manifest: Manifest) -> list[tuple[str, str]]:
-    """Return what a reader wants to know first, as names and words."""
+    """Return the main facts of a release as pairs of label and text."""
     counts = manifest.counts
     ends = ", ".join(f"{reason} {number}" for reason, number in counts.finish_reasons.items())
     lines = [
         ("version", manifest.version + (f", adds to {manifest.appends_to}" if manifest.appends_to else "")),
         ("rows", f"{counts.rows}, and {counts.failed} failed or incomplete{_failures(manifest)}"),
-        ("ended", ends),
-        ("licence", manifest.licence.license_name or manifest.licence.license or "not stated"),
+        ("finish reasons", ends),
+        ("license", manifest.license.license_name or manifest.license.license or "not stated"),
         ("pushed", manifest.finished),
     ]
     for run in manifest.runs:
-        lines.append(("run", f"{run.fingerprint}, {run.method or 'method not known'}, begun {run.begun or '–'}"))
+        lines.append(("run", f"{run.fingerprint}, {run.method or 'unknown method'}, begun {run.begun or '–'}"))
         for author, speaker in (("teacher", run.teacher), ("student", run.student)):
             if speaker is not None:
                 lines.append((author, f"{_model(speaker.model)}, engine {speaker.engine}"))
@@ -115,18 +118,18 @@ def _model(model: ModelRecord) -> str:
     return f"{model.name} at {model.revision or model.digest or model.requested_revision or '–'}"
 
 
-# --- making it again
+# --- reproducing it
 
 
 def recipe(run: RunRecord) -> dict[str, Any]:
-    """Return a run's recipe, as :mod:`tessy_hf.recipe` reads it, with models at the commits that were used.
+    """Return a run's recipe for :mod:`tessy_hf.recipe`, with models at the commits that were used.
 
     Raises:
-        HubError: The record does not tell the models.
+        HubError: The record does not name the models.
     """
     if run.teacher is None or run.student is None:
         raise HubError(
-            f"The record of run {run.fingerprint} does not tell its models. One made by a TessyTransform is expected; "
+            f"The record of run {run.fingerprint} does not name its models. One made by a TessyTransform is expected; "
             "ask the publisher for the recipe."
         )
     return {**run.settings, "teacher": _speaker(run.teacher), "student": _speaker(run.student)}
@@ -155,12 +158,12 @@ def _revision(model: ModelRecord) -> str | None:
 
 
 def command(name: str, run: RunRecord, *, several: bool = False) -> str:
-    """Return the one command that makes a run's rows again.
+    """Return the command that reproduces a run's rows.
 
     Args:
         name: The release, ``user/name@v1.0.0``.
         run: The run.
-        several: Whether the release has several runs, so that this one has to be named.
+        several: Whether the release has several runs, so that the command must name this one.
     """
     source = run.source
     prompts = "PROMPTS.jsonl" if source is None or source.id is None else source.id
@@ -173,7 +176,7 @@ def command(name: str, run: RunRecord, *, several: bool = False) -> str:
         words += ["--config", str(source.config)]
     words += ["--run", run.fingerprint] if several else []
     for author, speaker in (("teacher", run.teacher), ("student", run.student)):
-        if speaker is not None and speaker.engine == "server":  # where models are served is nobody else's business
+        if speaker is not None and speaker.engine == "server":  # server addresses are not recorded
             words += ["--set", f"{author}.options.base_url=http://HOST:8000/v1"]
     return " ".join(map(shlex.quote, words))
 
@@ -187,12 +190,12 @@ class Difference:
 
     Attributes:
         config_name: The configuration.
-        split: The split, failures included where they were pushed.
+        split: The split, with its failures where they were pushed.
         rows: Rows before and after.
-        added: Ids of new rows (the first few) and their number; likewise the others.
+        added: Ids of new rows (the first few) and their number; likewise for ``removed`` and ``changed``.
         removed: Rows that are gone.
-        changed: Rows whose content is another.
-        facts: What else differs, as name, before and after: settings, models, libraries, columns.
+        changed: Rows with other content.
+        facts: Other differences as name, before and after: settings, models, libraries, columns.
     """
 
     config_name: str
@@ -205,7 +208,7 @@ class Difference:
 
 
 def diff(repo_id: str, before: str, after: str, token: str | None = None) -> list[Difference]:
-    """Compare two releases of a dataset. Of files that both have in common nothing is downloaded.
+    """Compare two releases of a dataset. Files that both have are not downloaded.
 
     Args:
         repo_id: The dataset.
@@ -231,19 +234,19 @@ def diff(repo_id: str, before: str, after: str, token: str | None = None) -> lis
 def _difference(
     repo: Repository, old: tuple[Manifest | None, str], new: tuple[Manifest | None, str], place: tuple[str, str]
 ) -> Difference:
-    told = Difference(*place)
-    told.rows = tuple(manifest.counts.rows if manifest else 0 for manifest in (old[0], new[0]))  # type: ignore[assignment]
+    found = Difference(*place)
+    found.rows = tuple(manifest.counts.rows if manifest else 0 for manifest in (old[0], new[0]))  # type: ignore[assignment]
     common = {shard.sha256 for shard in _shards(old[0])} & {shard.sha256 for shard in _shards(new[0])}
     rows = [_rows(repo, manifest, commit, common) for manifest, commit in (old, new)]
-    told.added = _some(key for key in rows[1] if key not in rows[0])
-    told.removed = _some(key for key in rows[0] if key not in rows[1])
-    told.changed = _some(key for key in rows[1] if key in rows[0] and rows[0][key] != rows[1][key])
-    told.facts = [
+    found.added = _some(key for key in rows[1] if key not in rows[0])
+    found.removed = _some(key for key in rows[0] if key not in rows[1])
+    found.changed = _some(key for key in rows[1] if key in rows[0] and rows[0][key] != rows[1][key])
+    found.facts = [
         (name, before, after)
         for name in sorted({*_facts(old[0]), *_facts(new[0])})
         if (before := _facts(old[0]).get(name, "–")) != (after := _facts(new[0]).get(name, "–"))
     ]
-    return told
+    return found
 
 
 def _shards(manifest: Manifest | None) -> list[Any]:
@@ -251,12 +254,12 @@ def _shards(manifest: Manifest | None) -> list[Any]:
 
 
 def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[Any, bytes]:
-    """Return a hash of each row by its key, but for the rows in files that both releases have."""
+    """Return a hash of each row by its key, except for rows in files that both releases have."""
     if manifest is None:
         return {}
     paths = [shard.path for shard in _shards(manifest) if shard.sha256 not in common]
     id_column = next((run.settings.get("id_column") for run in manifest.runs if run.settings.get("id_column")), None)
-    return {key: digest for table in repo.tables(paths, commit) for key, digest in _hashed(table, id_column)}
+    return {key: digest for table in read_tables(repo, paths, commit) for key, digest in _hashed(table, id_column)}
 
 
 def _hashed(table: pa.Table, id_column: str | None) -> Iterator[tuple[Any, bytes]]:
@@ -270,12 +273,12 @@ def _some(keys: Iterator[Any]) -> tuple[list[Any], int]:
 
 
 def _facts(manifest: Manifest | None) -> dict[str, str]:
-    """Return what a reader may want compared, flat."""
+    """Return the facts of a release to compare, as a flat mapping."""
     if manifest is None:
         return {}
     facts: dict[str, Any] = {"version": manifest.version, "failed": manifest.counts.failed}
     facts["columns"] = ", ".join(feature["name"] for feature in manifest.features)
-    facts["licence"] = manifest.licence.license
+    facts["license"] = manifest.license.license
     facts |= {f"rows: {reason}": count for reason, count in manifest.counts.finish_reasons.items()}
     for number, run in enumerate(manifest.runs, start=1):
         name = "run" if len(manifest.runs) == 1 else f"run {number}"

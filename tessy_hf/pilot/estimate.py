@@ -1,7 +1,7 @@
-"""What a run would cost, from a short pilot of it: tokens, requests, hours, GPU-hours, and where it is slow.
+"""Estimate what a run costs from a short pilot: tokens, requests, hours, GPU-hours, and the bottleneck.
 
-A transform and some of its prompts go in. The pilot's rows are thrown away; its rates hold for as many rows in flight
-as it had, so it should be a few times longer than the window.
+A transform and its prompts go in, an :class:`Estimate` comes out. The pilot's rows are thrown away. Its rates hold for
+as many rows in flight as it had, so it should have a few times more rows than the window.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class AuthorCost:
 
     Attributes:
         kept_tokens: Tokens of the finished rows that it wrote.
-        generated_tokens: Tokens that it generates for them, rolled back ones included.
-        requests: How often it is asked.
-        hours: Hours for which it has work, on the hardware of the pilot.
-        gpu_hours: The same, times its GPUs.
+        generated_tokens: Tokens that it generates for them, including those rolled back.
+        requests: Requests sent to it.
+        hours: Hours during which it is busy, on the hardware of the pilot.
+        gpu_hours: ``hours`` times its GPUs.
     """
 
     kept_tokens: int
@@ -48,18 +48,18 @@ class AuthorCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run of ``prompts`` prompts would cost.
+    """What a whole run would cost.
 
     Attributes:
         prompts: How many prompts the run has.
         pilot_rows: How many rows the pilot wrote.
         pilot_failed: How many of them failed; they are left out of all means.
-        hours: Hours that the run takes as the pilot was run.
+        hours: Hours that the run takes on the hardware of the pilot.
         teacher: The teacher's part.
         student: The student's part.
-        waiting: For what rows waited, as shares: ``teacher``, ``student``, ``predictors``.
-        bottleneck: For what they waited longest.
-        replicas: Replicas of teacher and student that would have work for the same time.
+        waiting: Share of the rows' waiting time by what they waited for: ``teacher``, ``student``, ``predictors``.
+        bottleneck: What rows waited for longest.
+        replicas: A ratio of teacher to student replicas at which both have about the same work.
     """
 
     prompts: int
@@ -77,30 +77,6 @@ class Estimate:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Pilot:
-    """A pilot that was run.
-
-    Attributes:
-        prompts: How many prompts the whole run has.
-        rows: The rows it wrote, failed ones included.
-        seconds: How long it took for them.
-        loads: For what they waited.
-        gpus: GPUs of ``teacher`` and ``student``.
-    """
-
-    prompts: int
-    rows: list[dict[str, Any]]
-    seconds: float
-    loads: dict[str, Load]
-    gpus: dict[str, int]
-
-    @property
-    def good(self) -> list[dict[str, Any]]:
-        """The rows that did not fail."""
-        return [row for row in self.rows if row["finish_reason"] != "error"]
-
-
 def estimate(
     transform: TessyTransform,
     prompts: Dataset | IterableDataset,
@@ -108,7 +84,7 @@ def estimate(
     rows: int = 64,
     gpus: Mapping[str, int] | None = None,
 ) -> Estimate:
-    """Run a pilot and scale it up.
+    """Run a pilot and scale its costs up.
 
     Args:
         transform: The run. It is used with its own engines, without its journal.
@@ -118,68 +94,58 @@ def estimate(
         gpus: GPUs of ``teacher`` and ``student`` in the pilot, 1 each by default.
 
     Raises:
-        DatasetError: There is no prompt, the number of prompts is not known, or every pilot row failed.
+        DatasetError: There are no prompts, their number is unknown, or every row of the pilot failed.
         SettingsError: ``gpus`` names another model, or ``rows`` is below 1.
     """
-    return scale_up(run_pilot(transform, prompts, total, rows, gpus))
-
-
-def run_pilot(
-    transform: TessyTransform,
-    prompts: Dataset | IterableDataset,
-    total: int | None = None,
-    rows: int = 64,
-    gpus: Mapping[str, int] | None = None,
-) -> Pilot:
-    """Run a pilot; see :func:`estimate`."""
     gpus = {"teacher": 1, "student": 1, **(gpus or {})}
     if set(gpus) != set(AUTHORS) or rows < 1:
         raise SettingsError(
-            f"A pilot of rows={rows} with gpus={gpus} cannot be run. At least one row and GPUs of teacher and student "
-            "are expected, for instance rows=64, gpus={'teacher': 8, 'student': 1}."
+            f"Cannot run a pilot of rows={rows} with gpus={gpus}. Expected are at least one row, and GPUs of teacher "
+            "and student, for instance rows=64, gpus={'teacher': 8, 'student': 1}."
         )
     total = len(prompts) if total is None and hasattr(prompts, "__len__") else total
     if total is None:
-        raise DatasetError("A stream does not tell how many prompts it has. Pass total= with the number to plan for.")
-    first, run = _first(prompts, rows), transform.without_journal()
-    with run:
-        next(iter(first.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
-        before, begin = run.loads(), time.monotonic()
-        written = list(first.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
-        seconds, after = time.monotonic() - begin, run.loads()
-    loads = {name: load - before[name] if name in before else load for name, load in after.items()}
-    pilot = Pilot(total, written, seconds, loads, gpus)
-    if not pilot.good:
+        raise DatasetError("The number of prompts in a stream is unknown. Pass total= with the number to plan for.")
+    written, seconds, loads = _run_pilot(transform.without_journal(), _first(prompts, rows))
+    good = [row for row in written if row["finish_reason"] != "error"]
+    if not good:
         raise DatasetError(
-            f"All {len(written)} rows of the pilot failed; the first with: {written[0]['error']} Mend that first."
+            f"All {len(written)} rows of the pilot failed; the first with: {written[0]['error']} Fix that first."
         )
-    return pilot
-
-
-def scale_up(pilot: Pilot) -> Estimate:
-    """Return what the whole run would cost."""
-    good, loads, costs = pilot.good, pilot.loads, {}
+    scale = total / len(good)
+    costs = {author: _cost(author, good, loads.get(author), scale, gpus[author]) for author in AUTHORS}
     waited = sum(load.waited for load in loads.values())
-    scale = pilot.prompts / len(good)
-    for author in AUTHORS:
-        load = loads.get(author)
-        hours = scale * load.busy / 3600 if load else 0.0
-        costs[author] = AuthorCost(
-            kept_tokens=round(scale * sum(row[f"{author}_tokens"] for row in good)),
-            generated_tokens=round(scale * sum(row[f"generated_{author}_tokens"] for row in good)),
-            requests=round(scale * load.times) if load else 0,
-            hours=hours,
-            gpu_hours=hours * pilot.gpus[author],
-        )
     return Estimate(
-        prompts=pilot.prompts,
-        pilot_rows=len(pilot.rows),
-        pilot_failed=len(pilot.rows) - len(good),
-        hours=scale * pilot.seconds / 3600,
+        prompts=total,
+        pilot_rows=len(written),
+        pilot_failed=len(written) - len(good),
+        hours=scale * seconds / 3600,
         **costs,
         waiting={name: load.waited / waited for name, load in loads.items()} if waited else {},
         bottleneck=max(loads, key=lambda name: loads[name].waited),
         replicas=_replicas(costs["teacher"].hours, costs["student"].hours),
+    )
+
+
+def _run_pilot(run: TessyTransform, prompts: Dataset) -> tuple[list[dict[str, Any]], float, dict[str, Load]]:
+    """Write the rows of the pilot; return them, the seconds it took, and what they waited for."""
+    with run:
+        next(iter(prompts.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
+        before, begin = run.loads(), time.monotonic()
+        written = list(prompts.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
+        seconds, after = time.monotonic() - begin, run.loads()
+    return written, seconds, {name: load - before[name] if name in before else load for name, load in after.items()}
+
+
+def _cost(author: str, rows: list[dict[str, Any]], load: Load | None, scale: float, gpus: int) -> AuthorCost:
+    """Scale up one model's part of the pilot's rows; a model that was never asked has no load."""
+    hours = scale * load.busy / 3600 if load else 0.0
+    return AuthorCost(
+        kept_tokens=round(scale * sum(row[f"{author}_tokens"] for row in rows)),
+        generated_tokens=round(scale * sum(row[f"generated_{author}_tokens"] for row in rows)),
+        requests=round(scale * load.times) if load else 0,
+        hours=hours,
+        gpu_hours=hours * gpus,
     )
 
 
@@ -188,12 +154,12 @@ def _first(prompts: Dataset | IterableDataset, rows: int) -> Dataset:
 
     first = list(islice(prompts, rows))
     if not first:
-        raise DatasetError("There are no prompts. A pilot needs at least one; look at the file or the split.")
+        raise DatasetError("There are no prompts. A pilot needs at least one; check the file and the split.")
     return Dataset.from_list(first, features=prompts.features)
 
 
 def _replicas(teacher: float, student: float) -> dict[str, int]:
-    """Return small numbers of replicas with about the same work for each."""
+    """Return small numbers of replicas that balance these hours of work."""
     if not teacher or not student:
         return {"teacher": int(teacher > 0), "student": int(student > 0)}
     ratio = teacher / student

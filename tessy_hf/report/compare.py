@@ -1,14 +1,15 @@
-"""How the texts of two or more datasets of the same prompts differ: rows go in, numbers come out.
+"""Compare datasets of the same prompts: their rows go in, similarity, lengths, authors and typical words come out.
 
-The paper's section 4.6 and figures 8, 12, 14, 16 and 17, and how likely a student finds the texts. Knows nothing of
-files, figures or pages. Needs scikit-learn (``pip install "tessy-hf[report]"``).
+Follows the paper's section 4.6 and figures 8, 12, 14, 16 and 17, and measures how unlikely a student finds the texts.
+Knows nothing of models (a scorer is passed in), files, figures or pages. Needs scikit-learn
+(``pip install "tessy-hf[report]"``).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -18,30 +19,29 @@ import numpy.typing as npt
 
 from tessy_hf.boundary.traces import thinking as thinking_of
 from tessy_hf.dialects import detect, render
-from tessy_hf.engines.forward import forward
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
-from tessy_hf.rows.columns import assistant_text, content_text
+from tessy_hf.report.statistics import evenly
+from tessy_hf.rows.columns import assistant_text, content_text, pieces
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from tessy_hf.vocabulary import Vocabulary
 
 PROMPTS = ("prompt", "source_prompt", "problem", "question", "instruction")
-"""Columns in which the prompt of a plain trace is looked for."""
+"""Columns that may hold the prompt of a plain trace, first match wins."""
 QUANTILES = (0.05, 0.5, 0.95)
 WORDS = 12
-"""So many words typical of each dataset are told."""
-STRETCH = 512
-"""Tokens read by the student at a time, so that memory does not grow with a row."""
+"""How many typical words are reported for each dataset."""
 
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['’][^\W\d_]+)?")
 Numbers = npt.NDArray[Any]
 
+Scorer = Callable[[Sequence[int], int], Sequence[float]]
+"""Takes token ids and an index; returns the negative log-likelihood in nats of each id from that index on."""
+
 
 @dataclass(frozen=True)
 class Text:
-    """What one dataset holds for one prompt: its pieces are ``(author or "", part, text)``."""
+    """One dataset's text for one prompt. Each piece is ``(author, part, text)``; an unknown author is ``""``."""
 
     prompt: str
     pieces: tuple[tuple[str, str, str], ...]
@@ -53,17 +53,17 @@ class Text:
 
 @dataclass
 class Side:
-    """One dataset's texts, in the order of the common prompts, and what they became."""
+    """One dataset's texts in the order of the common prompts, with their token counts."""
 
     name: str
     texts: list[Text]
     bags: list[tuple[Numbers, Numbers]] = field(default_factory=list)
-    """For each text its different tokens, and how often each occurs."""
+    """For each text its distinct token ids and their counts."""
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"thinking": [], "answer": []})
-    """For each text the tokens of its parts."""
+    """For each part the number of tokens of each text."""
 
     def tokenize(self, vocabulary: Vocabulary) -> None:
-        """Count the tokens of all texts; the ids themselves are not kept."""
+        """Count the tokens of all texts. The sequences of ids are not kept."""
         for text in self.texts:
             parts = {part: vocabulary.encode(text.part(part)).ids for part in self.lengths}
             for part, ids in parts.items():
@@ -72,49 +72,34 @@ class Side:
 
 
 def read(row: Mapping[str, Any]) -> Text | None:
-    """Return a row's text, or ``None`` where it has none.
+    """Return a row's text, or ``None`` if it has no prompt or no text.
 
-    Read are tessy rows, chats in ``messages``, and plain traces with a prompt in one of :data:`PROMPTS`, thinking as
+    Reads tessy rows, chats in ``messages``, and plain traces with a prompt in one of :data:`PROMPTS`, thinking where
     :func:`tessy_hf.boundary.traces.thinking` finds it, and an ``answer``.
     """
     prompt = _prompt(row)
-    pieces = _pieces(row) if row.get("spans") else ()
-    if not pieces:
+    spans = pieces(row) if row.get("spans") else []
+    cut = tuple((piece.author, piece.part, piece.text) for piece in spans)
+    if not cut:
         thinking, answer = thinking_of(row) or "", row.get("answer")
         if answer is None and row.get("messages"):
             answer = assistant_text(row)[0].rpartition("</think>")[2].strip()
-        pieces = (("", "thinking", thinking), ("", "answer", answer or ""))
-    return Text(prompt, pieces) if prompt and any(text for *_, text in pieces) else None
+        cut = (("", "thinking", thinking), ("", "answer", answer or ""))
+    return Text(prompt, cut) if prompt and any(text for *_, text in cut) else None
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
-    """Return the last turn of the user: what rows of the same prompt share, whatever stands before it."""
+    """Return the user's last turn: rows of the same prompt share it, whatever their system prompt."""
     given = next((row[name] for name in ("messages", *PROMPTS) if row.get(name)), "")
     if isinstance(given, str):
         return given.strip()
     return next((content_text(turn["content"]).strip() for turn in reversed(given) if turn["role"] == "user"), "")
 
 
-def _pieces(row: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    """Cut the assistant's text at its spans, without the marks around the thinking."""
-    whole, dialect = assistant_text(row)
-    spans = row["spans"]
-    if not whole or spans[-1]["end"] != len(whole):
-        return ()
-    thought = [at for at, span in enumerate(spans) if span["part"] == "thinking"]
-    pieces = []
-    for at, span in enumerate(spans):
-        text = whole[span["start"] : span["end"]]
-        text = text.removeprefix(dialect.open) if at == 0 else text
-        text = text.removesuffix(dialect.close) if thought and at == thought[-1] else text
-        pieces.append((str(span["author"]), str(span["part"]), text))
-    return tuple(pieces)
-
-
 def match(datasets: Mapping[str, Iterable[Mapping[str, Any]]], limit: int) -> list[Side]:
     """Return the texts of the prompts that all datasets have, at most ``limit`` of them, evenly spaced.
 
-    Of several rows of a prompt the first counts.
+    If a prompt has several rows, the first one is taken.
 
     Raises:
         DatasetError: A dataset has no texts, or the datasets share too few prompts to compare.
@@ -126,54 +111,53 @@ def match(datasets: Mapping[str, Iterable[Mapping[str, Any]]], limit: int) -> li
             texts.setdefault(text.prompt, text)
         if not texts:
             raise DatasetError(
-                f"No row of {name!r} has a prompt and a text. Tessy rows, chats in `messages`, or traces with one of "
-                f"{', '.join(PROMPTS)} and `thinking` or `answer` are expected. Rename its columns."
+                f"No row of {name!r} has a prompt and a text. Expected are tessy rows, chats in `messages`, or traces "
+                f"with one of {', '.join(PROMPTS)} and `thinking` or `answer`. Rename its columns."
             )
     first, *others = found.values()
     shared = [prompt for prompt in first if all(prompt in texts for texts in others)]
     if len(shared) < 3:
         counts = ", ".join(f"{len(texts)} in {name!r}" for name, texts in found.items())
         raise DatasetError(
-            f"The datasets share {len(shared)} prompts ({counts}). At least 3 prompts that are the same, word for "
-            "word, are expected. Compare datasets that were made of the same prompts."
+            f"The datasets share {len(shared)} prompts ({counts}). At least 3 identical prompts are expected. Compare "
+            "datasets that were made from the same prompts."
         )
-    most = min(limit, len(shared))
-    kept = [shared[at * len(shared) // most] for at in range(most)]
+    kept = [shared[at] for at in evenly(len(shared), limit)]
     return [Side(name, [texts[prompt] for prompt in kept]) for name, texts in found.items()]
 
 
 def analyze(
     datasets: Mapping[str, Iterable[Mapping[str, Any]]], vocabulary: Vocabulary, *, limit: int = 10_000,
-    student: PreTrainedModel | None = None, nll_rows: int = 200, nll_tokens: int = 4096,
+    scorer: Scorer | None = None, nll_rows: int = 200, nll_tokens: int = 4096,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare datasets of the same prompts.
 
     Args:
         datasets: Two or three datasets by name.
-        vocabulary: The student's, by which texts become tokens.
-        limit: Most prompts that are compared (the paper: 10,000).
-        student: The model whose negative log-likelihood of the texts is measured, if any.
-        nll_rows: How many rows of each dataset the student reads.
-        nll_tokens: How many tokens of a row it reads at most.
+        vocabulary: The student's vocabulary, in whose tokens texts are counted.
+        limit: The most prompts to compare (the paper: 10,000).
+        scorer: Measures how unlikely the student finds the texts; without one that is left out.
+        nll_rows: How many rows of each dataset are scored.
+        nll_tokens: How many tokens of prompt and text are scored at most.
 
     Returns:
         Plain values, ready for JSON. Similarities are cosines of TF-IDF vectors over token counts.
 
     Raises:
-        DatasetError: The datasets share no prompts, or hold no texts.
-        SettingsError: There are not two or three datasets, or a limit is too low.
+        DatasetError: The datasets share too few prompts, or hold no texts.
+        SettingsError: There are not two or three datasets, or a limit is below 3.
         TessyError: scikit-learn is not installed.
     """
     if len(datasets) not in (2, 3) or min(limit, nll_rows, nll_tokens) < 3:
         raise SettingsError(
-            f"{len(datasets)} datasets with limits {limit}, {nll_rows} and {nll_tokens} were given. Two or three "
-            "datasets of different names are expected, and limits of at least 3."
+            f"Got {len(datasets)} datasets with limits {limit}, {nll_rows} and {nll_tokens}. Expected are two or "
+            "three datasets with different names, and limits of at least 3."
         )
     sides = match(datasets, limit)
     for side in sides:
         side.tokenize(vocabulary)
     vectors = tf_idf([side.bags for side in sides])
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "names": [side.name for side in sides],
         "prompts": len(sides[0].texts),
         "tokenizer": vocabulary.name,
@@ -184,16 +168,16 @@ def analyze(
         "words": typical_words(sides),
         "nll": None,
     }
-    if student is not None:
-        told["nll"] = {side.name: likelihood(side, vocabulary, student, nll_rows, nll_tokens) for side in sides}
-    return told
+    if scorer is not None:
+        found["nll"] = {side.name: likelihood(side, vocabulary, scorer, nll_rows, nll_tokens) for side in sides}
+    return found
 
 
 # --- bags of tokens
 
 
 def tf_idf(bags: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> list[Any]:
-    """Return each dataset's token counts as TF-IDF rows of length one; the document frequencies are of all texts.
+    """Return each dataset's token counts as TF-IDF rows of unit length; document frequencies are those of all texts.
 
     Raises:
         TessyError: scikit-learn is not installed.
@@ -214,14 +198,14 @@ def tf_idf(bags: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> list[Any]:
 
 
 def similarities(sides: Sequence[Side], vectors: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return, for each two datasets, the cosine of texts of the same prompt (appendix A.6), and of different ones."""
-    told = []
+    """Return for each pair of datasets the mean cosine of texts of the same prompt (appendix A.6) and of others."""
+    found = []
     for left, right in combinations(range(len(sides)), 2):
         same = _cosines(vectors[left], vectors[right])
         other = _cosines(vectors[left], vectors[right][np.roll(np.arange(len(same)), 1)])
         names = [sides[left].name, sides[right].name]
-        told.append({"of": names, "mean": _mean(same), "sd": float(same.std()), "other_prompts": _mean(other)})
-    return told
+        found.append({"of": names, "mean": _mean(same), "sd": float(same.std()), "other_prompts": _mean(other)})
+    return found
 
 
 def _cosines(left: Any, right: Any) -> Numbers:
@@ -233,13 +217,13 @@ def _mean(values: Numbers) -> float:
 
 
 def principal_components(vectors: Sequence[Any]) -> dict[str, Any]:
-    """Return each text's place on the first two principal components of all texts (figure 8)."""
+    """Return each text's coordinates on the first two principal components of all texts (figure 8)."""
     from scipy.sparse import vstack
     from sklearn.decomposition import PCA
 
     everything = vstack(vectors).tocsr()
     pca = PCA(2, svd_solver="arpack", random_state=0)
-    with np.errstate(divide="ignore", invalid="ignore"):  # texts that are all the same vary in nothing
+    with np.errstate(divide="ignore", invalid="ignore"):  # identical texts have no variance
         places = pca.fit_transform(everything).round(5)
     explained = np.nan_to_num(pca.explained_variance_ratio_, posinf=0.0)
     rows = vectors[0].shape[0]
@@ -264,7 +248,7 @@ def _lengths(side: Side) -> dict[str, Any]:
 
 
 def _authors(side: Side, vocabulary: Vocabulary) -> dict[str, int] | None:
-    """Return the tokens by author, where it is known who wrote the texts (figure 17)."""
+    """Return the tokens by author (figure 17), or ``None`` if the author of some text is unknown."""
     if not all(author for text in side.texts for author, *_ in text.pieces):
         return None
     counts = Counter[str](teacher=0, student=0)
@@ -275,9 +259,9 @@ def _authors(side: Side, vocabulary: Vocabulary) -> dict[str, int] | None:
 
 
 def typical_words(sides: Sequence[Side]) -> dict[str, Any]:
-    """Return words typical of each dataset, with how often all use them in a thousand words (figure 16).
+    """Return words typical of each dataset, with their frequency in all of them per thousand words (figure 16).
 
-    Typical are the words that add most to the Kullback-Leibler divergence from the other datasets.
+    The most typical words are those that add most to the Kullback-Leibler divergence from the other datasets.
     """
     counts = [Counter(_words(side)) for side in sides]
     known = sorted(set().union(*counts))
@@ -302,27 +286,26 @@ def _words(side: Side) -> Iterable[str]:
 
 
 def likelihood(
-    side: Side, vocabulary: Vocabulary, student: PreTrainedModel, rows: int, most: int
+    side: Side, vocabulary: Vocabulary, scorer: Scorer, rows: int, most: int
 ) -> dict[str, dict[str, float]]:
-    """Return the student's negative log-likelihood in nats a token, over all texts and by who wrote what.
+    """Return the negative log-likelihood in nats per token, over all texts and by author and part.
 
-    Each text stands after its prompt in the student's own format, as it would be trained on.
+    Each text follows its prompt in the student's own format, as it would be trained on.
     """
-    sums: dict[str, list[float]] = {}
-    count = min(rows, len(side.texts))
-    for at in range(count):
-        text = side.texts[at * len(side.texts) // count]
-        ids, begins, owners = _as_trained(text, vocabulary)
-        losses = _losses(student, ids[:most], begins)
-        for owner, loss in zip(owners, losses, strict=False):
+    losses: dict[str, list[float]] = {}
+    for at in evenly(len(side.texts), rows):
+        ids, begins, owners = _as_trained(side.texts[at], vocabulary)
+        for owner, loss in zip(owners, scorer(ids[:most], begins), strict=False):
             for kind in {"all", owner} - {""}:
-                told = sums.setdefault(kind, [0.0, 0])
-                told[0], told[1] = told[0] + loss, told[1] + 1
-    return {kind: {"nll": total / tokens, "tokens": tokens} for kind, (total, tokens) in sorted(sums.items())}
+                losses.setdefault(kind, []).append(loss)
+    return {kind: {"nll": sum(nlls) / len(nlls), "tokens": len(nlls)} for kind, nlls in sorted(losses.items())}
 
 
 def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, list[str]]:
-    """Return the ids of prompt and text, where the text begins, and who wrote each of its tokens ("": a mark)."""
+    """Return the ids of prompt and text, the index at which the text begins, and the author and part of each token.
+
+    A marker's tokens have the author ``""``.
+    """
     dialect = detect(vocabulary)
     ids = vocabulary.encode_template(render(vocabulary, dialect, [{"role": "user", "content": text.prompt}]))
     begins, owners = len(ids), []
@@ -336,19 +319,3 @@ def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, lis
         ids += encoded.ids + marks
         owners += [kinds[min(place, len(kinds) - 1)] for place in places] + [""] * len(marks)
     return ids, begins, owners
-
-
-def _losses(student: PreTrainedModel, ids: Sequence[int], begins: int) -> list[float]:
-    """Return the negative log-likelihood of each id from ``begins`` on, reading :data:`STRETCH` ids at a time."""
-    import torch
-
-    given = torch.tensor([ids], device=student.device)
-    losses: list[float] = []
-    cache = None
-    with torch.inference_mode():
-        for start in range(0, len(ids) - 1, STRETCH):
-            stop = min(start + STRETCH, len(ids) - 1)
-            logits, cache = forward(student, given[:, start:stop], cache)
-            scores = logits[0].float().log_softmax(-1)
-            losses += (-scores.gather(1, given[0, start + 1 : stop + 1, None])[:, 0]).tolist()
-    return losses[max(begins - 1, 0) :]

@@ -1,10 +1,12 @@
-"""What :func:`tessy_hf.report.compare.analyze` found, as figures and as one HTML page. Knows nothing of rows or models."""
+"""The page of ``tessy analyze``: what :func:`tessy_hf.report.compare.analyze` returns goes in, HTML comes out.
+
+Knows nothing of rows or models.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,83 +21,83 @@ from tessy_hf.report.figures import (
     style,
     thousands,
 )
+from tessy_hf.report.html import inline, render
 from tessy_hf.report.statistics import AUTHORS
 from tessy_hf.report.tables import Table, count, percent, share
-from tessy_hf.report.viewer import svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 800
-"""So many texts of each dataset are drawn, evenly spaced; centres are of all."""
+"""At most this many texts of each dataset are drawn, evenly spaced; centers are those of all texts."""
 _WIDE = (12.8, 3.4)  # inches
 
 
-def names(told: dict[str, Any]) -> list[str]:
-    """Return which figures there are: some need spans or a student."""
-    authors = ["authors"] if any(told["authors"].values()) else []
-    return ["map", "tokens", *authors, *(["nll"] if told["nll"] else []), "words"]
+def names(found: dict[str, Any]) -> list[str]:
+    """Return the names of the figures that can be drawn; some need spans or a scorer."""
+    authors = ["authors"] if any(found["authors"].values()) else []
+    return ["map", "tokens", *authors, *(["nll"] if found["nll"] else []), "words"]
 
 
-def draw(name: str, told: dict[str, Any], theme: ThemeName = "light") -> Figure:
+def draw(name: str, found: dict[str, Any], theme: ThemeName = "light") -> Figure:
     """Draw one figure.
 
     Args:
         name: One of :func:`names`.
-        told: What was found.
-        theme: The colours.
+        found: The comparison.
+        theme: The colors.
 
     Raises:
         TessyError: matplotlib is not installed.
     """
     with style(THEMES[theme]) as new_figure:
         figure: Figure = new_figure(figsize=_WIDE) if name == "words" else new_figure()
-        _DRAW[name](figure, told, THEMES[theme])
+        _DRAW[name](figure, found, THEMES[theme])
         return figure
 
 
-def image(name: str, told: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
-    """Draw one figure as a file."""
+def image(name: str, found: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
+    """Draw one figure and return it as a file."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in SVG the page's own letters are used
-        return save(draw(name, told, theme), theme, kind)
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in SVG the page's font is used
+        return save(draw(name, found, theme), theme, kind)
 
 
-def describe(name: str, told: dict[str, Any]) -> str:
-    """Say in a sentence what a figure shows, for those who cannot see it."""
-    similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in told["similarity"])
-    words = told["words"]["words"]
+def describe(name: str, found: dict[str, Any]) -> str:
+    """Describe a figure in one sentence, as alternative text."""
+    similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in found["similarity"])
+    words = found["words"]["words"]
     return {
         "map": f"The texts on their first two principal components. {similar}.",
-        "tokens": "Mean tokens of a text: "
-        + ", ".join(f"{name} {count(round(told['tokens'][name]['row']['mean'], 1))}" for name in told["names"])
+        "tokens": "Mean tokens per text: "
+        + ", ".join(f"{name} {count(round(found['tokens'][name]['row']['mean'], 1))}" for name in found["names"])
         + ".",
         "authors": "Who wrote the tokens: "
-        + ", ".join(f"{name} {_teacher(told['authors'][name])} by the teacher" for name in told["names"])
+        + ", ".join(f"{name} {_teacher(found['authors'][name])} by the teacher" for name in found["names"])
         + ".",
-        "nll": "The student's negative log-likelihood of a token, by who wrote it.",
-        "words": f"How often each dataset uses the words most typical of one of them: {', '.join(words)}.",
+        "nll": "The student's mean negative log-likelihood per token, by author.",
+        "words": f"Frequency in each dataset of the words most typical of one of them: {', '.join(words)}.",
     }[name]
 
 
 # --- the figures
 
 
-def _colours(theme: Theme, told: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(told["names"], (theme.teacher, theme.student, theme.third), strict=False))
+def _colors(theme: Theme, found: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(found["names"], (theme.teacher, theme.student, theme.third), strict=False))
 
 
-def _map(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+def _map(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
-    first, second = (f"component {at + 1} ({percent(part)})" for at, part in enumerate(told["pca"]["explained"]))
-    name_axes(axes, "Where the texts lie", first, second)
-    sides = list(zip(_colours(theme, told).items(), told["pca"]["points"], told["pca"]["centres"], strict=True))
-    for (name, colour), points, _ in sides:
+    first, second = (f"component {at + 1} ({percent(part)})" for at, part in enumerate(found["pca"]["explained"]))
+    name_axes(axes, "The texts on two principal components", first, second)
+    sides = list(zip(_colors(theme, found).items(), found["pca"]["points"], found["pca"]["centres"], strict=True))
+    for (name, color), points, _ in sides:
         some = points[:: -(-len(points) // POINTS)]
         x, y = zip(*some, strict=True)
-        axes.scatter(x, y, s=7, color=colour, alpha=0.35, linewidths=0, label=name)
-    for size, ((_, colour), _, centre) in zip((260, 130, 50), sides, strict=False):  # rings, where they meet
-        axes.scatter([centre[0]], [centre[1]], s=size, color=colour, edgecolors=theme.text, linewidths=1.5, zorder=3)
+        axes.scatter(x, y, s=7, color=color, alpha=0.35, linewidths=0, label=name)
+    for size, ((_, color), _, centre) in zip((260, 130, 50), sides, strict=False):  # rings where centers coincide
+        axes.scatter([centre[0]], [centre[1]], s=size, color=color, edgecolors=theme.text, linewidths=1.5, zorder=3)
     axes.grid(visible=True, axis="both")
     axes.set(xticks=[], yticks=[])
     put_legend(axes)
@@ -104,57 +106,57 @@ def _map(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
         handle.set(alpha=1, sizes=[36])
 
 
-def _tokens(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+def _tokens(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
-    longest = max(told["tokens"][name]["row"]["mean"] for name in told["names"])
-    for at, (name, colour) in enumerate(_colours(theme, told).items()):
-        parts = told["tokens"][name]
+    longest = max(found["tokens"][name]["row"]["mean"] for name in found["names"])
+    for at, (name, color) in enumerate(_colors(theme, found).items()):
+        parts = found["tokens"][name]
         thinking, answer = parts["thinking"]["mean"], parts["answer"]["mean"]
-        axes.barh(at, thinking, 0.5, color=colour)
-        axes.barh(at, answer, 0.5, left=thinking, color=colour, alpha=0.45)
+        axes.barh(at, thinking, 0.5, color=color)
+        axes.barh(at, answer, 0.5, left=thinking, color=color, alpha=0.45)
         _value(axes, thinking + answer, at, f"{thinking + answer:,.0f}", theme)
         said = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
         axes.annotate(said, (0, at), (0, -29), textcoords="offset points", va="center", color=theme.muted, size=8.5)
-    _rows(axes, told["names"], longest, theme)
+    _rows(axes, found["names"], longest, theme)
     axes.xaxis.set_major_formatter(thousands)
 
 
-def _authors(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+def _authors(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
-    known = [name for name in told["names"] if told["authors"][name]]
+    known = [name for name in found["names"] if found["authors"][name]]
     for at, name in enumerate(known):
         left = 0.0
         for author in AUTHORS:
-            tokens = told["authors"][name]
+            tokens = found["authors"][name]
             part = 100 * (share(tokens[author], sum(tokens.values())) or 0)
             axes.barh(at, part, 0.5, left=left, color=theme.of(author), label=author if not at else None)
             left += part
-        _value(axes, 100, at, f"teacher {_teacher(told['authors'][name])}", theme)
+        _value(axes, 100, at, f"teacher {_teacher(found['authors'][name])}", theme)
     _rows(axes, known, 112, theme)
     axes.set_xticks(range(0, 101, 20))
     put_legend(axes)
 
 
-def _nll(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+def _nll(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "How unlikely the student finds it", "negative log-likelihood (nats a token)", "")
-    bars = [(name, kind, one["nll"]) for name in told["names"] for kind, one in told["nll"][name].items()]
-    colours = _colours(theme, told)
+    name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
+    bars = [(name, kind, one["nll"]) for name in found["names"] for kind, one in found["nll"][name].items()]
+    colors = _colors(theme, found)
     for at, (name, kind, value) in enumerate(bars):
-        axes.barh(at, value, 0.7, color=colours[name], alpha=1 if kind == "all" else 0.5)
+        axes.barh(at, value, 0.7, color=colors[name], alpha=1 if kind == "all" else 0.5)
         _value(axes, value, at, f"{value:.2f}", theme)
     labels = [f"{name}: all" if kind == "all" else kind for name, kind, _ in bars]
     _rows(axes, labels, max(value for *_, value in bars), theme)
 
 
-def _words(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
+def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
-    axes.set_title("Words typical of one of them, in a thousand words", pad=12)
-    words, rates = told["words"]["words"], told["words"]["per_thousand"]
+    axes.set_title("Typical words, uses per thousand words", pad=12)
+    words, rates = found["words"]["words"], found["words"]["per_thousand"]
     darkest = max(max(line) for line in rates) ** 0.5 or 1
     for y, line in enumerate(rates):
         for x, rate in enumerate(line):
@@ -165,7 +167,7 @@ def _words(figure: Figure, told: dict[str, Any], theme: Theme) -> None:
     axes.grid(visible=False)
     axes.set(xlim=(-0.5, len(words) - 0.5), ylim=(len(rates) - 0.5, -0.5))
     axes.set_xticks(range(len(words)), words, rotation=45, ha="right", rotation_mode="anchor", color=theme.text)
-    axes.set_yticks(range(len(rates)), told["names"], color=theme.text)
+    axes.set_yticks(range(len(rates)), found["names"], color=theme.text)
     axes.tick_params(length=0)
 
 
@@ -192,54 +194,47 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
 # --- the page
 
 
-def write(out: Path, told: dict[str, Any]) -> None:
-    """Write what was found as one HTML file that needs nothing else and runs no script."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    here = resources.files(__package__)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    page = environment.from_string((here / "compare.html").read_text("utf-8")).render(
-        title=" · ".join(told["names"]),
-        subtitle=f"{told['prompts']:,} prompts that all have; tokens by {told['tokenizer']}",
-        style=Markup((here / "viewer.css").read_text("utf-8")),  # noqa: S704 - our own
-        tiles=[(f"Similarity, {_pair(one)}", f"{one['mean']:.3f}", _beside(one)) for one in told["similarity"]],
+def write(out: Path, found: dict[str, Any]) -> None:
+    """Write a comparison as one self-contained HTML file without scripts."""
+    page = render(
+        "compare.html",
+        title=" · ".join(found["names"]),
+        subtitle=f"{found['prompts']:,} common prompts; tokens of {found['tokenizer']}",
+        tiles=[(f"Similarity, {_pair(one)}", f"{one['mean']:.3f}", _beside(one)) for one in found["similarity"]],
         figures=[
-            {"svg": Markup(svg(image(name, told))), "description": describe(name, told), "wide": name == "words"}  # noqa: S704
-            for name in names(told)
+            {"svg": inline(image(name, found)), "description": describe(name, found), "wide": name == "words"}
+            for name in names(found)
         ],
-        tables=tables(told),
+        tables=tables(found),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
 
 
-def tables(told: dict[str, Any]) -> list[Table]:
+def tables(found: dict[str, Any]) -> list[Table]:
     """Return the numbers as tables of plain text."""
     similar = [(_pair(one), f"{one['mean']:.3f}", f"{one['sd']:.3f}", f"{one['other_prompts']:.3f}")
-               for one in told["similarity"]]  # fmt: skip
+               for one in found["similarity"]]  # fmt: skip
     note = (
-        "The cosine of two texts' TF-IDF vectors over the student's tokens, as in the paper's appendix A.6; 1 is the "
-        "same bag of tokens. The texts of different prompts show what any two texts share."
+        "Cosine of two texts' TF-IDF vectors over the student's tokens, as in the paper's appendix A.6; 1 means the "
+        "same bag of tokens. Texts of different prompts give the baseline that any two texts reach."
     )
-    head = ("", "the same prompt, mean", "sd", "different prompts, mean")
+    head = ("", "same prompt, mean", "sd", "different prompts, mean")
     made = [Table("Similarity", head, similar, note)]
     lengths = [
-        (f"{name}, {part}", *(count(round(value, 1)) for value in told["tokens"][name][part].values()))
-        for name in told["names"]
+        (f"{name}, {part}", *(count(round(value, 1)) for value in found["tokens"][name][part].values()))
+        for name in found["names"]
         for part in ("row", "thinking", "answer")
     ]
-    made.append(Table("Tokens of a text", ("", "mean", "p5", "median", "p95"), lengths))
-    if told["nll"]:
+    made.append(Table("Tokens per text", ("", "mean", "p5", "median", "p95"), lengths))
+    if found["nll"]:
         lines = [
             (f"{name}: {kind}", f"{one['nll']:.3f}", count(one["tokens"]))
-            for name in told["names"]
-            for kind, one in told["nll"][name].items()
+            for name in found["names"]
+            for kind, one in found["nll"][name].items()
         ]
-        note = (
-            "After the prompt, in the student's own format. High values of style are style that is not the student's."
-        )
-        made.append(Table("Negative log-likelihood under the student", ("", "nats a token", "tokens"), lines, note))
+        note = "After the prompt, in the student's own format. High values for style mean a style that is not its own."
+        made.append(Table("Negative log-likelihood under the student", ("", "nats per token", "tokens"), lines, note))
     return made
 
 
@@ -248,7 +243,7 @@ def _pair(one: dict[str, Any]) -> str:
 
 
 def _beside(one: dict[str, Any]) -> str:
-    return f"{one['other_prompts']:.3f} between texts of different prompts"
+    return f"{one['other_prompts']:.3f} for different prompts"
 
 
 def _teacher(tokens: dict[str, int] | None) -> str:

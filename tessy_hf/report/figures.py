@@ -1,6 +1,6 @@
-"""The figures of a dataset: a summary of :class:`tessy_hf.report.statistics.Statistics` goes in, matplotlib figures come out.
+"""Figures of a dataset: a summary (:mod:`tessy_hf.report.statistics`) goes in, matplotlib figures come out.
 
-Knows nothing of rows or of the Hub, and draws without pyplot, so that no window system and no global state is touched.
+Draws without pyplot, so that no window system and no global state is touched. Knows nothing of rows or of the Hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of a figure. Teacher and student can be told apart with every kind of colour vision."""
+    """The colors of a figure. Teacher and student are distinguishable with every kind of color vision."""
 
     text: str
     muted: str
@@ -34,7 +34,7 @@ class Theme:
     third: str
 
     def of(self, author: str) -> str:
-        """Return an author's colour."""
+        """Return an author's color."""
         return self.teacher if author == "teacher" else self.student
 
 
@@ -54,8 +54,8 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
 
     Args:
         name: One of :data:`NAMES`.
-        summary: The dataset's numbers.
-        theme: The colours.
+        summary: The dataset's statistics.
+        theme: The colors.
 
     Raises:
         TessyError: matplotlib is not installed.
@@ -67,22 +67,22 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
 
 
 def image(name: str, summary: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
-    """Draw one figure as a file. The same summary gives the same bytes with the same version of matplotlib."""
+    """Draw one figure and return it as a file, the same bytes for the same summary and version of matplotlib."""
     return save(draw(name, summary, theme), theme, kind)
 
 
 def save(figure: Figure, theme: ThemeName, kind: Kind) -> bytes:
-    """Return a figure as a file."""
+    """Encode a figure."""
     buffer = io.BytesIO()
     with style(THEMES[theme]):
         plain = {"Date": None} if kind == "svg" else {"Software": None}
-        transparent = kind == "svg"  # in the report the page shows through; a picture on its own is on paper
+        transparent = kind == "svg"  # in the report the page's background shows
         figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=120)
     return buffer.getvalue()
 
 
 def write(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Write all figures of a dataset as PNG files, for its card, and return where they are."""
+    """Write all figures of a dataset as PNG files, for its card, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in NAMES]
     for name, path in zip(NAMES, paths, strict=True):
@@ -91,19 +91,18 @@ def write(summary: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def describe(name: str, summary: dict[str, Any]) -> str:
-    """Say in a sentence what a figure shows, for those who cannot see it."""
+    """Describe a figure in one sentence, as alternative text."""
     share, spans, tokens = summary["teacher_share"]["row"], summary["spans"], summary["tokens"]
     return {
         "teacher_share": (
-            f"The teacher wrote between {_percent(share['quantiles']['0.05'])} and "
-            f"{_percent(share['quantiles']['0.95'])} of the tokens in nine rows of ten, "
-            f"{_percent(share['quantiles']['0.5'])} in the middle one."
+            f"The teacher's share of a row's tokens: median {_percent(share['quantiles']['0.5'])}, "
+            f"5th–95th percentile {_percent(share['quantiles']['0.05'])}–{_percent(share['quantiles']['0.95'])}."
         ),
         "share_along_row": "The teacher's share of the tokens from the beginning to the end of the thinking, "
         "then of the answer: " + _along(summary["position"]) + ".",
         "span_lengths": "; ".join(
-            f"{author}: {spans[author]['count']:,} spans, the middle one of "
-            f"{_number(spans[author]['quantiles']['0.5'])} tokens, the longest of {_number(spans[author]['max'])}"
+            f"{author}: {spans[author]['count']:,} spans, median {_number(spans[author]['quantiles']['0.5'])} tokens, "
+            f"longest {_number(spans[author]['max'])}"
             for author in AUTHORS
         )
         + ".",
@@ -128,7 +127,7 @@ def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> Non
     axes.stairs(row["histogram"]["counts"], edges, fill=True, color=theme.teacher, alpha=0.85, label="whole row")
     axes.stairs(thinking["histogram"]["counts"], edges, color=theme.text, linewidth=1.3, label="thinking alone")
     middle = 100 * row["quantiles"]["0.5"]
-    axes.axvline(middle, color=theme.text, linewidth=1.1, linestyle=(0, (4, 3)), label=f"median row, {middle:.0f} %")
+    axes.axvline(middle, color=theme.text, linewidth=1.1, linestyle=(0, (4, 3)), label=f"median row, {middle:.0f}%")
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 10))
     _whole_numbers(axes)
@@ -168,10 +167,10 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
     labels = [str(low) if high - low == 1 else f"{low}–{high - 1}" for low, high in pairwise(edges)]
     places = range(len(labels) - first)
     for author, shift in (("teacher", -0.2), ("student", 0.2)):
-        told = spans[author]
-        heights = [100 * count / max(told["count"], 1) for count in told["histogram"]["counts"][first:]]
-        middle = "none" if not told["count"] else f"median {_number(told['quantiles']['0.5'])} tokens"
-        axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {middle}")
+        own = spans[author]
+        heights = [100 * count / max(own["count"], 1) for count in own["histogram"]["counts"][first:]]
+        median = "none" if not own["count"] else f"median {_number(own['quantiles']['0.5'])} tokens"
+        axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {median}")
     axes.set_xticks(places, labels[first:])
     axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
     put_legend(axes)
@@ -197,8 +196,8 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
         share = bar["teacher"] / left if left else None
         total: Any = {"textcoords": "offset points", "va": "center", "color": theme.text, "weight": "bold"}
         axes.annotate(f"{left:,}", (left, place), (7, 0), **total)
-        told = "" if share is None else f"teacher {_percent(share)}"
-        axes.annotate(told, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
+        note = "" if share is None else f"teacher {_percent(share)}"
+        axes.annotate(note, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
     axes.set_yticks(range(3), list(bars), color=theme.text, size=10)
     axes.set(ylim=(2.6, -0.45), xlim=(0, whole * 1.16))
     axes.tick_params(axis="y", length=0)
@@ -220,17 +219,17 @@ _DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
 
 @contextmanager
 def style(theme: Theme) -> Iterator[Any]:
-    """Set how figures look while one is drawn or saved, and give what makes an empty one."""
+    """Apply a theme while a figure is drawn or saved; yields matplotlib's ``Figure`` class."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise TessyError(
-            'Figures are drawn with matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
+            'Figures need matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
     plain = {"text": theme.text, "xtick": theme.muted, "ytick": theme.muted}
     settings: Any = {
-        **{f"{name}.color": colour for name, colour in plain.items()},
+        **{f"{name}.color": color for name, color in plain.items()},
         **{f"axes.{name}": theme.text for name in ("labelcolor", "titlecolor")},
         **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
         **{f"{kind}.facecolor": theme.background for kind in ("figure", "axes", "savefig")},
@@ -250,10 +249,10 @@ def style(theme: Theme) -> Iterator[Any]:
         "ytick.major.size": 0,
         "legend.fontsize": 9,
         "legend.frameon": False,
-        "font.family": "DejaVu Sans",  # the one that comes with matplotlib: figures are the same everywhere
-        "text.parse_math": False,  # names are anybody's
+        "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look the same everywhere
+        "text.parse_math": False,  # a dataset's name may hold a $
         "svg.hashsalt": "tessy",
-        "svg.fonttype": "none",  # text stays text: the page's own letters, and readable
+        "svg.fonttype": "none",  # text stays text, in the page's font
         "figure.figsize": _SIZE,
         "figure.constrained_layout.use": True,
         "figure.constrained_layout.w_pad": 0.12,
@@ -264,14 +263,14 @@ def style(theme: Theme) -> Iterator[Any]:
 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
-    """Give a picture its title and its axes their names."""
+    """Set the title and the axis labels."""
     axes.set_title(title)
     axes.set_xlabel(x, labelpad=7)
     axes.set_ylabel(y, labelpad=7)
 
 
 def put_legend(axes: Axes) -> None:
-    """Put the legend in one line between title and picture, where it covers nothing."""
+    """Put the legend in one line between title and plot, where it covers nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3, borderpad=0, ncols=4, handlelength=1.3,
         columnspacing=1.6, handletextpad=0.5,
@@ -291,7 +290,7 @@ def _whole_numbers(axes: Axes) -> None:
 
 
 def thousands(value: float, _position: float = 0) -> str:
-    """Write a number short, as ticks are."""
+    """Format a tick: 1,234 or 1.5M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
         if value >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
@@ -299,7 +298,7 @@ def thousands(value: float, _position: float = 0) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
+    return "–" if share is None else f"{100 * share:.0f}%"
 
 
 def _number(value: float | None) -> str:

@@ -1,7 +1,7 @@
-"""The numbers of a dataset of finished rows: tables of rows go in, batch by batch; a summary comes out.
+"""Statistics of finished rows: Arrow tables go in, batch by batch; a summary of JSON values comes out.
 
-What is kept of the rows is counts, so that a hundred thousand rows need no more memory than a thousand. Knows nothing
-of cards, figures or the Hub: those are drawn from the summary.
+Only counts are kept, so that memory does not grow with the rows. Knows nothing of cards, figures or the Hub, which are
+made from the summary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tessy_hf.errors import DatasetError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from datasets import Dataset
 
 NEEDED = (
     "spans",
@@ -34,23 +35,23 @@ NEEDED = (
     "method",
     "run_fingerprint",
 )
-"""The columns that are read."""
+"""The columns that :meth:`Statistics.add` reads."""
 
 AUTHORS = ("teacher", "student")
 PARTS = ("thinking", "answer")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 POSITIONS = {"thinking": 20, "answer": 5}
-"""Into how many equal pieces each part of a row is cut to tell the teacher's share along it."""
+"""Number of equal pieces each part of a row is cut into, to show the teacher's share along it."""
 SHARE_STEPS = 10_000
-"""Shares are counted on a grid this fine; their means are exact."""
+"""Quantiles of shares are exact to one part in this many; means are exact."""
 ERRORS_KEPT = 500
-"""So many kinds of error are told apart; the rest is counted as other errors."""
+"""How many kinds of error are counted separately; the rest counts as "other errors"."""
 
 Numbers = npt.NDArray[Any]
 
 
 class Tally:
-    """Whole numbers, each with how often it was seen: exact means and quantiles, whatever the order."""
+    """A multiset of integers with exact means and quantiles."""
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
@@ -65,18 +66,18 @@ class Tally:
         self.counts.update(other.counts)
 
     def quantiles(self, at: Iterable[float] = QUANTILES) -> dict[str, int | None]:
-        """Return the smallest number that at least this share of all numbers does not exceed, by share."""
+        """Return for each quantile the smallest number that at least that share of all numbers does not exceed."""
         values = sorted(self.counts)
         upto = list(accumulate(self.counts[value] for value in values))
         return {str(q): values[bisect_left(upto, q * upto[-1])] if upto else None for q in at}
 
     def histogram(self, edges: list[int]) -> list[int]:
-        """Return how many numbers lie in each ``edges[i] <= number < edges[i + 1]``."""
+        """Return the count of numbers in each bin ``edges[i] <= number < edges[i + 1]``."""
         values, times = list(self.counts), list(self.counts.values())
         return [int(count) for count in np.histogram(values, bins=[*edges[:-1], edges[-1] - 0.5], weights=times)[0]]
 
     def summary(self) -> dict[str, Any]:
-        """Return count, total, mean, extremes and quantiles; ``None`` where there is nothing to tell."""
+        """Return count, total, mean, minimum, maximum and quantiles; ``None`` where they do not exist."""
         count, total = self.counts.total(), sum(value * times for value, times in self.counts.items())
         return {
             "count": count,
@@ -89,7 +90,7 @@ class Tally:
 
 
 class Statistics:
-    """What is told of a dataset on its card, in its figures and its report.
+    """Counts from which a dataset's card, figures and report are made.
 
     Incremental (:meth:`add` one table of rows after the other) and mergeable (:meth:`merge` those of other shards).
     """
@@ -108,7 +109,9 @@ class Statistics:
         self.lengths = {"row": Tally(), "thinking": Tally(), "answer": Tally()}
         self.spans = {author: Tally() for author in AUTHORS}
         self.spans_per_row = Tally()
-        self.along = {part: np.zeros((2, pieces)) for part, pieces in POSITIONS.items()}  # the teacher's, all
+        self.along = {
+            part: np.zeros((2, pieces)) for part, pieces in POSITIONS.items()
+        }  # row 0: the teacher's, row 1: all
 
     def add(self, table: pa.Table) -> None:
         """Count a batch of finished rows.
@@ -177,8 +180,8 @@ class Statistics:
     def summary(self) -> dict[str, Any]:
         """Return all numbers as JSON values.
 
-        Shares are between 0 and 1, lengths in the student's tokens; what does not exist (the mean of no rows) is
-        ``None``. Keys: ``rows``, ``finish_reasons``, ``failures``, ``methods``, ``run_fingerprints``,
+        Shares are between 0 and 1 and lengths are in the student's tokens. What does not exist, such as the mean of no
+        rows, is ``None``. Keys: ``rows``, ``finish_reasons``, ``failures``, ``methods``, ``run_fingerprints``,
         ``teacher_share`` (of a whole row, and of its thinking), ``tokens``, ``lengths``, ``spans`` (of the thinking,
         by author), ``spans_per_row``, ``discarded``, ``position``.
         """
@@ -225,7 +228,7 @@ class Statistics:
         longest = max((max(tally.counts, default=1) for tally in self.spans.values()), default=1)
         edges = [0, 1, 2, 3] if longest > 16 else list(range(longest + 2))
         while edges[-1] <= longest:
-            edges.append(2 * edges[-1] - 1)  # ever wider: 3-4, 5-8, ...
+            edges.append(2 * edges[-1] - 1)  # bins double in width: 3-4, 5-8, ...
         tally = self.spans[author]
         return {**tally.summary(), "histogram": {"edges": edges, "counts": tally.histogram(edges)}}
 
@@ -243,8 +246,21 @@ class Statistics:
         return {**by_author, "all": {"tokens": total, "share_of_cost": _ratio(total, cost)}, "cost": cost}
 
 
+def summarize(dataset: Dataset) -> dict[str, Any]:
+    """Return the summary of a dataset, see :meth:`Statistics.summary`."""
+    statistics = Statistics()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        statistics.add(table)
+    return statistics.summary()
+
+
+def evenly(rows: int, most: int) -> list[int]:
+    """Return at most ``most`` row indices out of ``rows``, evenly spaced."""
+    return list(range(rows)) if rows <= most else [at * rows // most for at in range(most)]
+
+
 def kind_of_error(error: str) -> str:
-    """Return an error without what differs between rows: quoted names and numbers."""
+    """Return an error without the quoted names and numbers that differ between rows."""
     return re.sub(r"""'[^']*'|"[^"]*"|\d+""", "…", " ".join(error.split()))[:200]
 
 
@@ -265,12 +281,12 @@ def _floats(table: pa.Table, name: str) -> Numbers:
 
 
 def _spans(table: pa.Table) -> tuple[Numbers, dict[str, Numbers]]:
-    """Return for each span of all rows its row, its tokens, and for each author and part whether it is of them."""
+    """Return for each span its row index, its tokens, and one mask for each author and part."""
     import pyarrow.compute as pc
 
     column = table.column("spans").combine_chunks()
     flat = pc.list_flatten(column)
-    if not len(flat):  # which may be a list of nothing, without fields
+    if not len(flat):  # its type may then lack the fields of a span
         return np.zeros(0, np.int64), {"tokens": np.zeros(0, np.int64), **dict.fromkeys(_KINDS, np.zeros(0, np.bool_))}
     tokens = np.asarray(pc.struct_field(flat, "tokens")).astype(np.int64)
     kinds = {value: np.asarray(pc.equal(pc.struct_field(flat, name), value)) for value, name in _KINDS.items()}
@@ -281,9 +297,12 @@ _KINDS = {**dict.fromkeys(AUTHORS, "author"), **dict.fromkeys(PARTS, "part")}
 
 
 def _along(row: Numbers, tokens: Numbers, teachers: Numbers, pieces: int) -> Numbers:
-    """Return how much of each of ``pieces`` equal pieces of the rows is the teacher's, and how much there is.
+    """Sum over rows the teacher's amount of each of ``pieces`` equal pieces of a row, and the whole amount.
 
-    Each row counts 1 over all pieces, however long it is. ``row`` is in order, as the spans of a row are.
+    Every row weighs the same, however long it is. ``row`` is sorted, as are the spans of a row.
+
+    Returns:
+        An array of shape ``(2, pieces)``.
     """
     total = np.bincount(row, tokens, minlength=1)
     before = np.concatenate([[0], np.cumsum(total)])[row]

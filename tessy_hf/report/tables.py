@@ -1,4 +1,4 @@
-"""The numbers of a dataset as small tables of words, for its card and its report: a summary goes in."""
+"""A dataset's statistics as small tables of text, for its card and its report: a summary goes in, tables come out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of plain text: nothing in it is escaped yet.
+    """A table of plain text; nothing in it is escaped.
 
     Attributes:
-        title: What it tells.
-        head: The columns' names.
-        lines: The cells, the first of each line being its name.
-        note: What one has to know to read it.
+        title: The heading.
+        head: The column names.
+        lines: The cells; the first of each line is its label.
+        note: An explanation below the table.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Table:
 
 
 def tables(summary: dict[str, Any]) -> dict[str, Table]:
-    """Return all tables of one dataset, by name."""
+    """Return all tables of one dataset by name."""
     made = {
         "finish_reasons": _finish_reasons(summary),
         "teacher_share": _teacher_share(summary),
@@ -44,7 +44,7 @@ def comparison(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Tab
     """Return two or more datasets side by side."""
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("rows", lambda s: count(s["rows"])),
-        ("ended by themselves", lambda s: percent(share(s["finish_reasons"].get("stop", 0), s["rows"]))),
+        ("finished normally", lambda s: percent(share(s["finish_reasons"].get("stop", 0), s["rows"]))),
         ("teacher's share of a row, mean", lambda s: percent(s["teacher_share"]["row"]["mean"])),
         ("tokens of a row, mean", lambda s: count(s["lengths"]["row"]["mean"])),
         ("tokens of a row, median", lambda s: count(s["lengths"]["row"]["quantiles"]["0.5"])),
@@ -65,12 +65,12 @@ def _finish_reasons(summary: dict[str, Any]) -> Table:
 
 
 def _teacher_share(summary: dict[str, Any]) -> Table:
-    told = [("whole row", summary["teacher_share"]["row"]), ("thinking", summary["teacher_share"]["thinking"])]
+    measured = [("whole row", summary["teacher_share"]["row"]), ("thinking", summary["teacher_share"]["thinking"])]
     lines = [
         (part, percent(shares["mean"]), *(percent(shares["quantiles"][str(q)]) for q in QUANTILES))
-        for part, shares in told
+        for part, shares in measured
     ]
-    note = "Of the kept tokens, counted with the student's tokenizer; the student's share is the rest."
+    note = "Share of the kept tokens, counted with the student's tokenizer. The rest is the student's."
     return Table("Teacher's share of the tokens", ("of the", "mean", *_QUANTILE_NAMES), lines, note)
 
 
@@ -82,12 +82,12 @@ def _tokens(summary: dict[str, Any]) -> Table:
         for author in AUTHORS
     ]  # fmt: skip
     both = [count(sum(tokens[part][author] for author in AUTHORS)) for part in PARTS]
-    thrown = discarded["all"]
-    lines.append(("both", *both, count(thrown["tokens"]), *[percent(thrown["share_of_cost"])] * 2))
+    total = discarded["all"]
+    lines.append(("both", *both, count(total["tokens"]), *[percent(total["share_of_cost"])] * 2))
     head = ("tokens", *PARTS, "discarded", "of its own tokens", "of the cost")
     note = (
         "Discarded tokens were generated and rolled back. The cost is all generated tokens, kept and discarded. Kept "
-        "tokens are counted with the student's tokenizer, discarded ones with that of their author."
+        "tokens are counted with the student's tokenizer, discarded ones with their author's."
     )
     return Table("Tokens", head, lines, note)
 
@@ -104,35 +104,35 @@ def _spans(summary: dict[str, Any]) -> Table:
 
 
 def _errors(summary: dict[str, Any]) -> Table:
-    lines = [(told["error"], count(told["rows"])) for told in summary["failures"]["errors"]]
-    return Table("Errors", ("what went wrong", "rows"), lines, "Names and numbers in the messages are left out.")
+    lines = [(one["error"], count(one["rows"])) for one in summary["failures"]["errors"]]
+    return Table("Errors", ("error", "rows"), lines, "Names and numbers in the messages are left out.")
 
 
-def _measured(told: dict[str, Any]) -> list[str]:
-    quantiles = [count(told["quantiles"][str(q)]) for q in QUANTILES]
-    return [count(told["count"]), count(told["mean"]), *quantiles, count(told["max"])]
+def _measured(tally: dict[str, Any]) -> list[str]:
+    quantiles = [count(tally["quantiles"][str(q)]) for q in QUANTILES]
+    return [count(tally["count"]), count(tally["mean"]), *quantiles, count(tally["max"])]
 
 
 _QUANTILE_NAMES = tuple("median" if q == 0.5 else f"p{100 * q:.0f}" for q in QUANTILES)
 
 
 def share(part: float, whole: float) -> float | None:
-    """Return a share, or ``None`` of nothing."""
+    """Return ``part / whole``, or ``None`` if the whole is 0."""
     return part / whole if whole else None
 
 
 def count(value: float | None) -> str:
-    """Return a number with at most one decimal."""
+    """Format a number with at most one decimal."""
     if value is None:
         return _NONE
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 def percent(value: float | None) -> str:
-    """Return a share in percent; a small one is not shown as nothing, nor almost all as all."""
+    """Format a share in percent. Only 0 is shown as 0% and only 1 as 100%."""
     if value is None:
         return _NONE
     rounded = f"{100 * value:.1f}"
     if rounded in ("0.0", "100.0") and 0 < value < 1:
-        return "< 0.1 %" if value < 0.5 else "> 99.9 %"
-    return f"{rounded} %"
+        return "<0.1%" if value < 0.5 else ">99.9%"
+    return f"{rounded}%"

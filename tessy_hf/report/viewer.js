@@ -1,26 +1,26 @@
-// The viewer of a report: finds rows in the index, unpacks their texts when they are wanted, shows who wrote what.
+// The viewer of a report: searches the index of rows, unpacks their texts on demand, colors spans by author.
 // Texts of models and prompts reach the page as text nodes only.
 "use strict";
 (() => {
-  const ITEM = 76; // the height of a row of the list in CSS pixels, as in the style sheet
-  const KEPT = 48; // unpacked chunks kept in memory, of about a megabyte each
-  const AHEAD = 4; // chunks that are unpacked at a time while searching
+  const ITEM = 76; // height of a list row in CSS pixels, as in the style sheet
+  const KEPT = 48; // unpacked chunks kept in memory, about a megabyte each
+  const AHEAD = 4; // chunks unpacked ahead while searching
   const AUTHORS = ["teacher", "student", "mark", "unknown"];
   const $ = (id) => document.getElementById(id);
   const number = (value) => (value === null ? "–" : value.toLocaleString("en-US"));
-  const percent = (share) => (share === null ? "–" : `${(share / 10).toFixed(0)} %`);
+  const percent = (share) => (share === null ? "–" : `${(share / 10).toFixed(0)}%`);
 
-  let index; // what the list and the filters need of every row, column by column
-  let chunks; // the row at which each chunk begins
-  let shown = []; // the rows that pass the filters, in the order of the list
-  let current = null; // the row in view
+  let index; // columns of all rows for the list and the filters
+  let chunks; // the first row of each chunk
+  let shown = []; // rows that pass the filters, in list order
+  let current = null; // the open row
   let query = "";
-  let searching = 0; // the number of the latest search: an older one gives up
-  let opening = 0; // the same for rows that are being opened
-  let besides = true;
+  let searching = 0; // number of the latest search; older ones stop
+  let opening = 0; // likewise for opening a row
+  let sideBySide = true;
   let emphasis = "both";
 
-  // --- small tools
+  // --- elements and packed data
 
   function make(tag, properties = {}, ...children) {
     const element = document.createElement(tag);
@@ -51,7 +51,7 @@
     else document.addEventListener("DOMContentLoaded", done, { once: true });
   });
 
-  const unpacked = new Map(); // chunk → promise of its rows, the latest used last
+  const unpacked = new Map(); // chunk → promise of its rows, least recently used first
   function chunk(at) {
     const rows = unpacked.get(at) ?? unpack(`rows-${at}`);
     unpacked.delete(at);
@@ -110,7 +110,7 @@
     });
   }
 
-  const lowered = new WeakMap(); // the rows of a chunk → their texts in small letters
+  const lowered = new WeakMap(); // rows of a chunk → their texts in lower case
   function haystacks(rows) {
     if (!lowered.has(rows)) lowered.set(rows, rows.map(haystack));
     return lowered.get(rows);
@@ -123,7 +123,7 @@
   }
 
   async function matching(candidates, mine) {
-    const wanted = new Map(); // chunk → the candidates in it
+    const wanted = new Map(); // chunk → its candidates
     for (const row of candidates) {
       const at = chunkOf(row);
       if (!wanted.has(at)) wanted.set(at, []);
@@ -131,7 +131,7 @@
     }
     const hits = new Set();
     const needle = query.toLowerCase();
-    let told = performance.now();
+    let painted = performance.now();
     let done = 0;
     const order = [...wanted.keys()];
     for (const at of order) {
@@ -142,9 +142,9 @@
         if (texts[row - chunks[at]].includes(needle)) hits.add(row);
       }
       done += 1;
-      if (performance.now() - told > 60) {
-        told = performance.now();
-        $("found").textContent = `searching … ${Math.round((100 * done) / wanted.size)} %`;
+      if (performance.now() - painted > 60) {
+        painted = performance.now();
+        $("found").textContent = `searching … ${Math.round((100 * done) / wanted.size)}%`;
         await new Promise((next) => setTimeout(next));
         if (mine !== searching) return null;
       }
@@ -181,7 +181,7 @@
     const space = $("space");
     space.style.height = `${shown.length * ITEM}px`;
     if (!shown.length) {
-      space.replaceChildren(make("p", { className: "none", textContent: "No row fits. Search for less, or reset the filters." }));
+      space.replaceChildren(make("p", { className: "none", textContent: "No row matches. Shorten the search or reset the filters." }));
       return;
     }
     const first = Math.max(0, Math.floor(list.scrollTop / ITEM) - 4);
@@ -220,7 +220,7 @@
   function bar(share) {
     const teacher = make("i");
     teacher.style.width = `${share / 10}%`;
-    return make("span", { className: "bar", title: `the teacher wrote ${percent(share)}` }, teacher);
+    return make("span", { className: "bar", title: `${percent(share)} by the teacher` }, teacher);
   }
 
   function reveal(place) {
@@ -258,7 +258,7 @@
   function close() {
     opening += 1;
     current = null;
-    $("row").replaceChildren(make("p", { className: "wait", textContent: "No row fits the search and the filters." }));
+    $("row").replaceChildren(make("p", { className: "wait", textContent: "No row matches the search and the filters." }));
     drawList();
   }
 
@@ -271,7 +271,7 @@
     steps.children[0].disabled = place <= 0;
     steps.children[1].disabled = place >= shown.length - 1;
     head.append(steps);
-    const two = Boolean(index.names[1]) && besides;
+    const two = Boolean(index.names[1]) && sideBySide;
     const columns = make("div", { className: two ? "columns two" : "columns" });
     columns.append(column(index.names[0], pieces, error, index.share[row], index.tokens[row], null));
     if (two) {
@@ -295,25 +295,25 @@
   }
 
   function legend() {
-    const line = make("div", { className: "legend", role: "group", "aria-label": "Who is shown in colour" });
+    const line = make("div", { className: "legend", role: "group", "aria-label": "Author to highlight" });
     for (const [who, text] of [["both", "Both authors"], ["teacher", "Teacher"], ["student", "Student"]]) {
       const choice = make("button", { type: "button", className: "chip", value: who });
       if (who !== "both") choice.append(make("span", { className: `swatch ${who}` }));
       choice.append(text);
       choice.setAttribute("aria-pressed", String(emphasis === who));
-      choice.addEventListener("click", () => emphasise(who));
+      choice.addEventListener("click", () => emphasize(who));
       line.append(choice);
     }
     if (index.names[1]) {
       const side = button("beside", `Beside ${index.names[1]}`, toggleBeside);
       side.className = "chip side";
-      side.setAttribute("aria-pressed", String(besides));
+      side.setAttribute("aria-pressed", String(sideBySide));
       line.append(side);
     }
     return line;
   }
 
-  function emphasise(who) {
+  function emphasize(who) {
     emphasis = who;
     $("row").dataset.emphasis = who;
     for (const choice of document.querySelectorAll(".legend .chip[value]:not([value=''])")) {
@@ -343,8 +343,8 @@
   }
 
   function missing(title) {
-    const told = make("p", { className: "note", textContent: "This dataset has no row with the same prompt." });
-    return make("section", { className: "column" }, make("h3", { textContent: title }), told);
+    const note = make("p", { className: "note", textContent: "This dataset has no row with the same prompt." });
+    return make("section", { className: "column" }, make("h3", { textContent: title }), note);
   }
 
   function text(title, part, pieces, tokens) {
@@ -355,11 +355,11 @@
     for (const [author, where, length, written] of pieces) {
       if (author < 2) turns += 1;
       if (where === part) {
-        const said = author === 2 ? written.trim() : written; // a marker has a line to itself
+        const said = author === 2 ? written.trim() : written; // markers have a line of their own
         const span = make("span", { className: `span ${AUTHORS[author]}` }, ...highlighted(said));
         if (author < 2) {
           span.tabIndex = -1;
-          span.told = {
+          span.facts = {
             author: AUTHORS[author], part: part ? "answer" : "thinking", tokens: length, before, all: tokens,
             turn: turns, turns: all, characters: [...written].length,
           };
@@ -375,7 +375,7 @@
     if (!query) return [written];
     const low = written.toLowerCase();
     const needle = query.toLowerCase();
-    if (low.length !== written.length) return [written]; // a letter whose small form is longer
+    if (low.length !== written.length) return [written]; // lower case changed the length, so offsets do not fit
     const parts = [];
     let from = 0;
     for (let at = low.indexOf(needle); at >= 0; at = low.indexOf(needle, from)) {
@@ -390,15 +390,15 @@
   function ribbon(spans, tokens) {
     const stops = [];
     const share = (count) => `${((100 * count) / Math.max(tokens, 1)).toFixed(3)}%`;
-    for (const { told } of spans) {
-      const colour = `var(--${told.author === "teacher" ? "teacher" : "student-fill"})`;
-      stops.push(`${colour} ${share(told.before)} ${share(told.before + told.tokens)}`);
+    for (const { facts } of spans) {
+      const color = `var(--${facts.author === "teacher" ? "teacher" : "student-fill"})`;
+      stops.push(`${color} ${share(facts.before)} ${share(facts.before + facts.tokens)}`);
     }
-    const line = make("div", { className: "ribbon", title: "The row from beginning to end. Click to go there." });
+    const line = make("div", { className: "ribbon", title: "The row from beginning to end. Click to jump there." });
     line.style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
     line.addEventListener("click", (event) => {
       const at = (tokens * event.offsetX) / line.clientWidth;
-      const there = spans.find(({ told }) => at < told.before + told.tokens) ?? spans[spans.length - 1];
+      const there = spans.find(({ facts }) => at < facts.before + facts.tokens) ?? spans[spans.length - 1];
       there.focus();
     });
     const scale = make("div", { className: "scale" }, make("span", { textContent: "0" }));
@@ -406,10 +406,10 @@
     return [line, scale];
   }
 
-  // --- who wrote a span
+  // --- the tooltip of a span
 
   function showTip(span) {
-    const { author, part, tokens, before, all, turn, turns, characters } = span.told;
+    const { author, part, tokens, before, all, turn, turns, characters } = span.facts;
     const tip = $("tip");
     const count = (value, unit) => `${number(value)} ${unit}${value === 1 ? "" : "s"}`;
     tip.replaceChildren(make("b", { textContent: `${author === "teacher" ? "Teacher" : "Student"}, ${part}` }));
@@ -446,11 +446,11 @@
     return make("details", {}, make("summary", { textContent: "Other columns" }), facts);
   }
 
-  // --- what the user does
+  // --- user actions
 
   function toggleBeside() {
     if (!index.names[1]) return;
-    besides = !besides;
+    sideBySide = !sideBySide;
     if (current !== null) open(current, { enter: false });
   }
 
@@ -500,7 +500,7 @@
     PageDown: () => step(8), PageUp: () => step(-8), Home: () => step(-Infinity), End: () => step(Infinity),
     Enter: () => open(current),
     ArrowRight: () => stepSpan(1), ArrowLeft: () => stepSpan(-1),
-    a: () => emphasise({ both: "teacher", teacher: "student", student: "both" }[emphasis]),
+    a: () => emphasize({ both: "teacher", teacher: "student", student: "both" }[emphasis]),
     b: toggleBeside,
   };
   const ANYWHERE = {
@@ -525,7 +525,7 @@
     }
     if (typing) return;
     const press = /^(Enter| )$/.test(event.key) && target.matches("button, summary");
-    const scrolls = /^(Arrow(Up|Down)|Page|Home|End)/.test(event.key) && target.closest("#row"); // reading: as usual
+    const scrolls = /^(Arrow(Up|Down)|Page|Home|End)/.test(event.key) && target.closest("#row"); // while reading a row, these keys scroll
     const action = ANYWHERE[event.key] ?? (inOverview() || press || scrolls ? null : KEYS[event.key]);
     if (!action) return;
     event.preventDefault();
@@ -562,7 +562,7 @@
       pending = setTimeout(refresh, 120);
     });
     $("sort").addEventListener("change", () => {
-      current = null; // the first row in the new order is what one wants to see
+      current = null; // show the first row in the new order
       refresh();
     });
     $("clear").addEventListener("click", reset);

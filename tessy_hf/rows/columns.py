@@ -6,7 +6,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.dialects import HARMONY, THINK_TAGS, Dialect
 from tessy_hf.errors import DatasetError
@@ -217,6 +217,49 @@ def assistant_text(row: Mapping[str, Any]) -> tuple[str, Dialect]:
     spans = row.get("spans") or []
     closed = not spans or spans[-1]["end"] > len(begun)
     return begun + (HARMONY.close if closed else "") + content, HARMONY
+
+
+class Piece(NamedTuple):
+    """One span of a finished row, cut out of the assistant text.
+
+    Attributes:
+        author: Who wrote it.
+        part: ``thinking`` or ``answer``.
+        tokens: Its tokens.
+        text: Its text without the markers around the thinking.
+        before: The markers that the span begins with: the opening one, and the closing one of an empty thinking.
+        after: The closing marker, where the span ends in it.
+    """
+
+    author: str
+    part: str
+    tokens: int
+    text: str
+    before: str
+    after: str
+
+
+def pieces(row: Mapping[str, Any]) -> list[Piece]:
+    """Cut a finished row's assistant text at its spans.
+
+    Returns:
+        The spans in order, or nothing where they do not cover the text (edited rows, rows of other origin). Markers
+        and texts, laid end to end, are the assistant text.
+    """
+    whole, dialect = assistant_text(row)
+    spans = row.get("spans") or []
+    if not whole or not spans or spans[0]["start"] != 0 or spans[-1]["end"] != len(whole):
+        return []
+    closing = max((at for at, span in enumerate(spans) if span["part"] == "thinking"), default=None)
+    opening = dialect.open if closing is not None else dialect.open + dialect.close
+    cut = []
+    for at, span in enumerate(spans):
+        text = whole[span["start"] : span["end"]]
+        before = opening if at == 0 and text.startswith(opening) else ""
+        after = dialect.close if at == closing and text.endswith(dialect.close) else ""
+        text = text[len(before) : len(text) - len(after)]
+        cut.append(Piece(str(span["author"]), str(span["part"]), span["tokens"], text, before, after))
+    return cut
 
 
 def _candidate(candidate: Candidate, chosen: bool) -> dict[str, Any]:

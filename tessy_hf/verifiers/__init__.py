@@ -1,1 +1,1 @@
-"""Verifiers: whether a finished text is right. Know no models."""
+"""Check whether finished answers are right; knows no models."""

@@ -1,18 +1,16 @@
-"""A program that nobody has read, run apart: files and standard input go in, exit code and output come out.
+"""Run an untrusted Python program: files and standard input go in, exit code and output come out.
 
-It runs in a process of its own, in an empty folder, with an environment that holds nothing of ours, with limits on
-time, memory and the size of files, and on Linux in namespaces of its own for the network and for processes: it reaches
-no host, and nothing it starts outlives it. What it can still do is read the files that this user may read, and write
-where this user may write: for programs that are out to do harm, run all of this in a container.
+The program runs in its own process, in an empty folder, with a minimal environment, with limits on time, memory and
+file size, and on Linux in its own network and process namespaces: it reaches no host, and nothing it starts outlives
+it. It can still read and write every file that this user may; against hostile programs, run everything in a container.
 
-This file is also what runs inside, before the program: hence nothing but the standard library at the top.
+This file is also the script that runs inside, before the program, so it imports only the standard library.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -30,8 +28,8 @@ class Finished(NamedTuple):
     """How a program ended.
 
     Attributes:
-        code: Its exit code, 128 and more for a signal; ``None`` where its time ran out.
-        output: What it wrote to standard output.
+        code: Its exit code, 128 plus the number of a signal, or ``None`` if its time ran out.
+        output: Its standard output.
     """
 
     code: int | None
@@ -45,24 +43,29 @@ def run(
 
     Args:
         files: Its files by name; ``main.py`` is run.
-        stdin: What it reads.
-        seconds: How long it may take, over all its processes.
-        memory_mb: The most memory each of its processes may address.
-        network: Whether it may reach the network, which is also for systems without namespaces.
+        stdin: Its standard input.
+        seconds: The time limit.
+        memory_mb: Address space of each of its processes, in MiB.
+        network: Whether it may use the network; needed on systems without namespaces.
 
     Raises:
-        SandboxError: This system permits no namespace without a network.
+        SandboxError: This system permits no network namespace, and ``network`` is false.
     """
     from tessy_hf.errors import SandboxError
 
+    if not hasattr(os, "fork"):
+        raise SandboxError(
+            f"Programs are run in processes of their own on Linux and macOS, not on {sys.platform}. Run there, or use "
+            "a verifier that runs no program."
+        )
     with tempfile.TemporaryDirectory(prefix="tessy-sandbox-", ignore_cleanup_errors=True) as folder:
         for name, text in files.items():
             (Path(folder) / name).write_bytes(text.encode("utf-8", "replace"))
         code, output = _run(folder, stdin, [str(int(seconds) + 1), str(memory_mb), str(int(network))], seconds)
     if code == _NO_NAMESPACE and not network:
         raise SandboxError(
-            "This system permits no network namespace (unshare failed), so a program cannot be kept from the network. "
-            "Run where user namespaces are permitted, or say network: true to run programs with the network."
+            "This system permits no network namespace (unshare failed), so programs cannot be cut off from the "
+            "network. Run where user namespaces are permitted, or set network: true to let programs use the network."
         )
     return Finished(code, output)
 
@@ -101,10 +104,12 @@ def _run(folder: str, stdin: str, limits: list[str], seconds: float) -> tuple[in
 
 
 def _enter(cpu_seconds: int, memory_mb: int, network: bool) -> None:
-    """Run ``main.py`` of this folder within limits and apart from others; end as it ends."""
+    """Replace this process by ``main.py``, within limits and in namespaces of its own."""
+    import resource  # not on Windows, where the rest of the package works
+
     libc = ctypes.CDLL(None, use_errno=True)
-    apart = _unshared(libc, network)
-    if not apart and not network:
+    isolated = _unshare(libc, network)
+    if not isolated and not network:
         os._exit(_NO_NAMESPACE)
     for what, most in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -113,14 +118,14 @@ def _enter(cpu_seconds: int, memory_mb: int, network: bool) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (most, most))
-    if apart:
-        _wait_for_child()
-        _wait_for_child()  # the parent is the first process of the namespace: all others end with it
+    if isolated:
+        _continue_in_child()
+        _continue_in_child()  # the parent is the namespace's init process: all others die with it
     os.execv(sys.executable, [sys.executable, "-I", "main.py"])
 
 
-def _wait_for_child() -> None:
-    """Go on in a child process; the parent ends as it does."""
+def _continue_in_child() -> None:
+    """Continue in a child process; the parent exits with the child's code."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -128,7 +133,8 @@ def _wait_for_child() -> None:
         os._exit(code if code >= 0 else 128 - code)
 
 
-def _unshared(libc: ctypes.CDLL, network: bool) -> bool:
+def _unshare(libc: ctypes.CDLL, network: bool) -> bool:
+    """Move this process into new namespaces, inside a new user namespace or, as root, without one."""
     if not hasattr(libc, "unshare"):  # not Linux
         return False
     wanted = _CLONE_NEWPID | (0 if network else _CLONE_NEWNET)

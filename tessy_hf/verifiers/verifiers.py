@@ -1,8 +1,8 @@
-"""What says whether a finished text is right: a row's columns go in, a verdict comes out.
+"""Verifiers check whether a finished answer is right: a row's columns go in, a verdict comes out.
 
-A verifier is any function of a row: a mapping with the input columns and the row's ``thinking``, ``answer`` and
-``finish_reason``. It returns a bool or a number, where 1 means right and the higher is the better. It runs in threads,
-for several rows at once. Those here can be named in a recipe:
+A verifier is any function of a row, a mapping with the input columns and the row's ``thinking``, ``answer`` and
+``finish_reason``. It returns a bool or a number; 1 means right, and higher is better. It is called from threads, for
+several rows at once. The verifiers here can be named in a recipe:
 
 .. code-block:: yaml
 
@@ -32,7 +32,7 @@ _FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL |
 
 @dataclass(frozen=True)
 class Exact:
-    """The answer is the expected text, up to white space at its ends and the length of white space in it."""
+    """The answer equals the expected text, up to whitespace."""
 
     name: ClassVar[str] = "exact"
     column: str = "reference_answer"
@@ -44,7 +44,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Number:
-    """The last number in the answer is the last number in the expected text, whatever stands around them."""
+    """The last number in the answer equals the last number in the expected text."""
 
     name: ClassVar[str] = "number"
     column: str = "reference_answer"
@@ -53,7 +53,7 @@ class Number:
         """Judge a row.
 
         Raises:
-            ValueError: Nothing numeric is expected.
+            ValueError: The expected text has no number.
         """
         expected = _last_number(str(row[self.column]))
         if expected is None:
@@ -71,9 +71,9 @@ def _last_number(text: str) -> Decimal | None:
 
 @dataclass(frozen=True)
 class MathVerify:
-    """The answer equals the expected one as mathematics, by ``math-verify``: fractions, sets, intervals, LaTeX.
+    """The answer is mathematically equal to the expected one by ``math-verify``: fractions, sets, intervals, LaTeX.
 
-    Each comparison is a process of its own, since a formula can take sympy for ever.
+    Each comparison runs in its own process, because sympy may never finish with a formula.
     """
 
     name: ClassVar[str] = "math-verify"
@@ -85,24 +85,24 @@ class MathVerify:
         """Judge a row.
 
         Raises:
-            ValueError: What is expected is no mathematics.
+            ValueError: The expected text is not mathematics.
         """
-        told = json.dumps([str(row[self.column]), row["answer"]])
-        limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb, "network": True}  # it runs our code alone
-        code, output = sandbox.run({"main.py": _MATH}, told, **limits)
+        texts = json.dumps([str(row[self.column]), row["answer"]])
+        limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb, "network": True}  # runs only our own code
+        code, output = sandbox.run({"main.py": _MATH}, texts, **limits)
         if output.strip() == "no gold":
             raise ValueError(f"column {self.column!r} is {row[self.column]!r}, which math-verify cannot read")
         return code == 0 and output.strip() == "True"
 
     def check(self) -> None:
-        """Refuse to start without ``math-verify``.
+        """Check before a run that ``math-verify`` works.
 
         Raises:
-            SettingsError: It is not there, or does not work.
+            SettingsError: It is not installed, or does not work.
         """
         if not self({self.column: "1/2", "answer": "$0.5$"}):
             raise SettingsError(
-                'The verifier "math-verify" does not work here: it should find 1/2 equal to 0.5. '
+                'The verifier "math-verify" does not work on this machine: it did not find 1/2 equal to 0.5. '
                 'Run: pip install "tessy-hf[math]"'
             )
 
@@ -118,10 +118,10 @@ print(verify(gold, parse(answer)) if gold else "no gold")
 
 @dataclass(frozen=True)
 class PythonTests:
-    """The program in the answer's last fenced block passes its tests, in a sandbox (:mod:`tessy_hf.verifiers.sandbox`).
+    """The program in the answer's last fenced block passes its tests in :mod:`tessy_hf.verifiers.sandbox`.
 
-    The column holds Python that finds the program's names there, such as ``assert add(1, 2) == 3``; or a list of
-    ``{"input": ..., "output": ...}``, with what the program reads and is to print.
+    The column holds Python code that uses the program's names, such as ``assert add(1, 2) == 3``, or a list of
+    ``{"input": ..., "output": ...}`` with the standard input and the expected standard output.
     """
 
     name: ClassVar[str] = "python-tests"
@@ -135,12 +135,12 @@ class PythonTests:
 
         Raises:
             ValueError: The column holds no tests.
-            SandboxError: This system permits no namespace without a network.
+            SandboxError: This system cannot cut programs off from the network.
         """
         blocks, tests = _FENCED.findall(row["answer"]), row[self.column]
         if not isinstance(tests, (str, list)) or not tests:
             raise ValueError(
-                f"column {self.column!r} is {tests!r}: Python code or a list of input and output expected"
+                f"column {self.column!r} is {tests!r}; expected is Python code or a list of {{input, output}}"
             )
         if not blocks:
             return False
@@ -149,7 +149,7 @@ class PythonTests:
         return all(self._prints(blocks[-1], test["input"], test["output"]) for test in tests)
 
     def _asserts(self, program: str, tests: str) -> bool:
-        passed = token_hex(8)  # a program that leaves early has not passed
+        passed = token_hex(8)  # a program that exits early does not print it
         main = f"import sys\nsys.path.insert(0, '.')\nfrom solution import *\n{tests}\nprint({passed!r})\n"
         code, output = self._run({"solution.py": program, "main.py": main})
         return code == 0 and output.rstrip().endswith(passed)
@@ -162,15 +162,15 @@ class PythonTests:
         return sandbox.run(files, stdin, seconds=self.seconds, memory_mb=self.memory_mb, network=self.network)
 
     def check(self) -> None:
-        """Refuse to start where programs cannot be run as they should be.
+        """Check before a run that programs can be run on this machine.
 
         Raises:
-            SandboxError: This system permits no namespace without a network.
-            SettingsError: A program that is right does not pass.
+            SandboxError: This system cannot cut programs off from the network.
+            SettingsError: A correct program does not pass.
         """
         if not self._asserts("def one():\n    return 1\n", "assert one() == 1"):
             raise SettingsError(
-                f"The verifier {self} cannot run the simplest program here. Give it more seconds or memory_mb."
+                f"The verifier {self} cannot run the simplest program on this machine. Raise seconds or memory_mb."
             )
 
 
@@ -182,7 +182,7 @@ VERIFIERS: dict[str, Any] = {kind.name: kind for kind in (Exact, Number, MathVer
 
 
 def build(given: Any) -> Verifier | None:
-    """Make a verifier of what a run was told: a name, a mapping with one, a function, or nothing.
+    """Build a verifier from a run's setting: a name, a mapping with ``name`` and arguments, a function, or ``None``.
 
     Raises:
         SettingsError: It is none of these, or the verifier does not take such an argument.
@@ -192,41 +192,38 @@ def build(given: Any) -> Verifier | None:
     described = {"name": given} if isinstance(given, str) else given
     if isinstance(described, Mapping) and "function" in described:
         raise SettingsError(
-            f"The verifier of this run was the function {described['function']!r}, which is not in its record. "
+            f"The verifier of this run was the function {described['function']!r}, whose code is not in its record. "
             "Pass it in Python: TessyTransform(..., verifier=function)."
         )
     name = described.get("name") if isinstance(described, Mapping) else None
     if name not in VERIFIERS:
         raise SettingsError(
-            f"The verifier {given!r} is not known. A function of a row is expected, or one of {', '.join(VERIFIERS)}, "
+            f"Unknown verifier {given!r}. Expected is a function of a row, or one of {', '.join(VERIFIERS)}, "
             'for instance verifier={"name": "number", "column": "reference_answer"}.'
         )
     try:
         made: Verifier = VERIFIERS[name](**{key: value for key, value in described.items() if key != "name"})
     except TypeError as error:
         raise SettingsError(
-            f"The verifier {given!r} cannot be made: {error}. Arguments: {_arguments(VERIFIERS[name])}."
+            f"The verifier {given!r} cannot be built: {error}. Arguments: "
+            f"{', '.join(field.name for field in fields(VERIFIERS[name]))}."
         ) from error
     return made
 
 
 def check(verifier: Any) -> None:
-    """Let a verifier that can, such as those of ours that run programs, say whether it works on this machine.
+    """Call a verifier's own check of this machine, if it has one.
 
     Raises:
-        SettingsError: It does not work.
-        SandboxError: It would need more than this system permits.
+        SettingsError: The verifier does not work.
+        SandboxError: This system cannot isolate programs as asked.
     """
     if hasattr(verifier, "check"):
         verifier.check()
 
 
-def _arguments(kind: Any) -> str:
-    return ", ".join(field.name for field in fields(kind))
-
-
 def describe(given: Any) -> dict[str, Any] | None:
-    """Return what decides a verifier's verdicts, as JSON values: for fingerprints and records."""
+    """Describe a verifier by JSON values that decide its verdicts, for fingerprints and records."""
     made = build(given)
     if made is None:
         return None
@@ -239,6 +236,6 @@ def describe(given: Any) -> dict[str, Any] | None:
 
 
 def column(given: Any) -> str | None:
-    """Return the input column that a verifier of ours reads; ``None`` where that is not known."""
+    """Return the input column that one of our verifiers reads, or ``None`` for a user's function."""
     made = build(given)
     return made.column if type(made) in VERIFIERS.values() else None  # type: ignore[union-attr]

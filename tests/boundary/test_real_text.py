@@ -12,10 +12,12 @@ from datasets import load_dataset
 from benchmarks.replay import check, turns
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform
 from tessy_hf.boundary.predictor import SHIPPED, is_shipped
-from tessy_hf.boundary_training.metrics import read
+from tessy_hf.boundary_training.readings import read
 from tessy_hf.boundary_training.segments import read_segments
 from tessy_hf.boundary_training.train import train_boundary
 from tests.worlds import make_tokenizer
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 EXCERPT = ROOT / "tests" / "data" / "traces_excerpt.jsonl"

@@ -11,6 +11,8 @@ from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
 from tessy_hf.boundary_training.metrics import evaluate
 from tessy_hf.boundary_training.segments import read_segments
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(tessy_hf.__file__).parent / "boundary" / "small"
 RECIPE = Path(__file__).parents[2] / "recipes" / "boundary" / "small"
 HELD_OUT = RECIPE / "held_out.jsonl"

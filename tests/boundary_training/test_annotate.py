@@ -14,10 +14,11 @@ from datasets import Dataset, load_dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker
 from tessy_hf.boundary_training import annotate as module
-from tessy_hf.boundary_training.annotate import AnnotationSettings, annotate
+from tessy_hf.boundary_training.annotate import annotate
 from tessy_hf.boundary_training.answers import locate
-from tessy_hf.boundary_training.sampling import Drawing, draw
+from tessy_hf.boundary_training.sampling import draw
 from tessy_hf.boundary_training.segments import Segment, span_starts
+from tessy_hf.boundary_training.settings import AnnotationSettings, Drawing
 from tessy_hf.errors import BoundaryError, EngineDeadError, RequestError, SettingsError
 from tests.worlds import CHATML, make_tokenizer
 
@@ -279,6 +280,7 @@ annotate(traces(12), Speaker(Killed()), sys.argv[1], rows_in_flight=3)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessy_hf.boundary_training.annotate import AnnotationSettings, _Answers, _collect
+from tessy_hf.boundary_training.annotation_folder import AnswerLog, collect
 from tessy_hf.boundary_training.answers import Fault, Rejected, locate, parse
 from tessy_hf.boundary_training.sampling import Drawn
 from tessy_hf.boundary_training.segments import Segment
+from tessy_hf.boundary_training.settings import AnnotationSettings
 from tessy_hf.vocabulary import words
 from tests.test_fuzz import JSON
 
@@ -220,15 +221,15 @@ def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, da
     said = data.draw(st.lists(st.one_of(st.none(), answers_to(text)), max_size=5))
     aligned = data.draw(st.booleans())
     path = tmp_path_factory.mktemp("answers") / "answers.jsonl"
-    answers = _Answers(path)
+    answers = AnswerLog(path)
     for order, answer in enumerate(said):
         told = {"answer": answer, "finished": answer is not None, "error": "gone" if answer is None else None}
         answers.add(Drawn(f"t:{order}", text, aligned, "t", "p", "m", "f"), order, told)
     answers.close()
-    again = _Answers(path)
+    again = AnswerLog(path)
     again.close()
     assert [row["answer"] for row in again.rows.values()] == said
-    rows, counts = _collect(again, AnnotationSettings(words=10))
+    rows, counts = collect(again, AnnotationSettings(words=10))
     outcomes = ["failed" if answer is None else check(text, answer) for answer in said]
     assert counts == Counter(outcome if isinstance(outcome, str) else "accepted" for outcome in outcomes)
     assert len(rows) == counts.get("accepted", 0)
@@ -238,9 +239,9 @@ def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, da
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_a_segment_of_white_space_is_kept_as_it_is(tmp_path, aligned):
-    answers = _Answers(tmp_path / "answers.jsonl")
+    answers = AnswerLog(tmp_path / "answers.jsonl")
     told = {"answer": "[]", "finished": True, "error": None}
     answers.add(Drawn("t:0", " \n", aligned, "t", "p", "m", "f"), 0, told)
     answers.close()
-    [row], counts = _collect(answers, AnnotationSettings(words=10))
+    [row], counts = collect(answers, AnnotationSettings(words=10))
     assert counts == {"accepted": 1} and row["text"] == " \n" and row["style_spans"] == []

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_fscore_support
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
-from tessy_hf.boundary_training.metrics import Reading, evaluate, evaluate_readings, is_causal, plot, read
+from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings, plot
+from tessy_hf.boundary_training.readings import Reading, is_causal, read
 from tessy_hf.boundary_training.segments import Segment
 from tests.boundary.test_predictor import NAMED, save
 from tests.rules import vocabulary
@@ -137,6 +138,7 @@ def test_nothing_said_of_the_first_token_counts_for_nothing():
     assert (found.char.f1, found.span.f1, found.boundary_words.exact, found.tokens) == (1, 1, 1, 11)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data())
 def test_token_figures_are_those_of_scikit_learn(data):
@@ -162,6 +164,7 @@ def test_token_figures_are_those_of_scikit_learn(data):
 # --- reading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_shift", [0, 1])
 def test_texts_are_read_from_the_windows_that_the_method_reads(tmp_path, label_shift):
     predictor = BoundaryPredictor.from_pretrained(save(tmp_path, label_shift=label_shift, window=16, **NAMED))

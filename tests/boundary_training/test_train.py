@@ -12,11 +12,14 @@ import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertModel, pipeline
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
-from tessy_hf.boundary_training import train as module
 from tessy_hf.boundary_training.answers import locate
-from tessy_hf.boundary_training.metrics import Reading, evaluate, evaluate_readings
+from tessy_hf.boundary_training.examples import IGNORED, Example, aligned_copies, collate, cut, encode, weight_of_style
+from tessy_hf.boundary_training.fit import best_bias
+from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings
+from tessy_hf.boundary_training.readings import Reading
 from tessy_hf.boundary_training.segments import Segment, read_segments, word_kinds
-from tessy_hf.boundary_training.train import IGNORED, TrainingSettings, best_bias, cut, encode, train_boundary
+from tessy_hf.boundary_training.settings import AnnotationSettings, TrainingSettings
+from tessy_hf.boundary_training.train import read_recipe, train_boundary
 from tessy_hf.boundary_training.warm_up import WarmUp, warm_up
 from tessy_hf.errors import BoundaryError, DatasetError, SettingsError
 from tessy_hf.vocabulary import words
@@ -151,12 +154,12 @@ def test_labels_are_about_the_token_the_convention_says(kind, label_shift):
 
 
 def test_each_token_weighs_by_its_kind_and_its_segment():
-    examples = [module.Example([5, 6, 7], [1, 0, IGNORED], 0.5), module.Example([8], [1], 2.0)]
-    batch = module._collate(examples, style_weight=3.0)
+    examples = [Example([5, 6, 7], [1, 0, IGNORED], 0.5), Example([8], [1], 2.0)]
+    batch = collate(examples, style_weight=3.0)
     assert batch["token_weights"].tolist() == [[1.5, 0.5, 0.0], [6.0, 0.0, 0.0]]
     assert batch["labels"].tolist() == [[1, 0, IGNORED], [1, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert module._style_weight(examples, "balanced") == 0.5 and module._style_weight(examples, 4) == 4
+    assert weight_of_style(examples, "balanced") == 0.5 and weight_of_style(examples, 4) == 4
 
 
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS))
@@ -173,8 +176,8 @@ def test_long_segments_are_cut_at_words_and_nothing_is_lost(kind, window):
 
 
 def test_aligned_copies_begin_at_span_starts():
-    aligned = module._aligned(segments(5), copies=3, seed=1)
-    assert len(aligned) == 15 and aligned == module._aligned(segments(5), copies=3, seed=1)
+    aligned = aligned_copies(segments(5), copies=3, seed=1)
+    assert len(aligned) == 15 and aligned == aligned_copies(segments(5), copies=3, seed=1)
     whole = {segment.problem: segment for segment in segments(5)}
     for part in aligned:
         before = whole[part.problem].part(0, len(whole[part.problem].text) - len(part.text))
@@ -227,7 +230,7 @@ def test_a_base_model_is_made_where_one_is_described(tmp_path):
     assert json.loads((made.folder / "report.json").read_text())["settings"]["base"]["steps"] == 3
     train_boundary(segments(), tmp_path, texts=iter(texts), **settings)
     assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == weights
-    with pytest.raises(SettingsError, match="no texts to make it from"):
+    with pytest.raises(SettingsError, match="no texts to train the base model on"):
         train_boundary(segments(), tmp_path / "other", **settings)
     with pytest.raises(DatasetError, match="pass more thinking"):
         warm_up(["Okay."], tmp_path / "short")
@@ -278,16 +281,13 @@ train_boundary(segments(), sys.argv[2], base=sys.argv[1], label_shift=0, author=
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_a_killed_training_goes_on_from_its_last_epoch(trained, base, tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_from_its_last_epoch(trained, base, tmp_path):
     made, label_shift = trained
     if label_shift:
         pytest.skip("once is enough")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", KILLED, base, str(tmp_path)], env=environment, timeout=200)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "model.safetensors").exists()
-    begun = []
-    steps = module.encode
-    monkeypatch.setattr(module, "encode", lambda *given: begun.append(1) or steps(*given))
     again = train_boundary(segments(), tmp_path, base=base, label_shift=0, author="student", **QUICK)
     assert again.evaluation.overall == made.evaluation.overall
     assert not (tmp_path / "checkpoints").exists()
@@ -304,9 +304,8 @@ def test_the_shipped_segments_are_whole():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "boundary").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_can_be_read(recipe):
-    given = module.read_recipe(recipe)
+    given = read_recipe(recipe)
     if "annotator" in given:
-        from tessy_hf.boundary_training.annotate import AnnotationSettings
         from tessy_hf.recipe import read_annotation
 
         annotator, settings = read_annotation(recipe)

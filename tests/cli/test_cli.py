@@ -92,6 +92,7 @@ def some_spans(folder, n):
     return folder / "spans.jsonl"
 
 
+@pytest.mark.slow
 def test_a_predictor_is_trained_and_measured_by_two_commands(tessy, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "base: {vocabulary: 400, hidden_size: 32, layers: 1, heads: 2, intermediate_size: 64, steps: 2}\n"
@@ -105,6 +106,7 @@ def test_a_predictor_is_trained_and_measured_by_two_commands(tessy, tmp_path):
     assert code == 0 and "begins as teacher" in printed and (tmp_path / "plot.png").stat().st_size > 9999
 
 
+@pytest.mark.slow
 def test_an_evaluation_as_json_is_one_object_and_nothing_else(tmp_path):
     found = subprocess.run(
         [sys.executable, "-m", "tessy_hf.cli.main", "evaluate-boundary", demo.BOUNDARY_STUDENT, "--json", "--data"]
@@ -119,6 +121,7 @@ def test_an_evaluation_as_json_is_one_object_and_nothing_else(tmp_path):
     assert told["char_f1_by_family"].keys() == {"gpt-oss", "qwen3"} and told["overall"]["segments"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_shipped(), reason="the small predictor is not here")
 def test_the_small_predictor_is_measured_where_none_is_named(tessy, tmp_path):
     code, printed = tessy("evaluate-boundary", "--data", SPANS, "--json")
@@ -132,6 +135,7 @@ def write_traces(path, n):
     path.write_text("".join(json.dumps({"id": f"t{i}", "thinking": text}) + "\n" for i, text in enumerate(says)))
 
 
+@pytest.mark.slow
 def test_traces_are_annotated_by_a_recipe(tessy, tmp_path):
     write_traces(tmp_path / "traces.jsonl", 3)
     (tmp_path / "recipe.yaml").write_text(

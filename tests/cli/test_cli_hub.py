@@ -18,6 +18,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.mark.slow
 def test_a_run_is_released_shown_and_made_again(hub, tessy, tmp_path):  # noqa: F811
     demo.prompts(6, seed=8).push_to_hub("ada/prompts")
     journal = tmp_path / "rows.journal"

@@ -20,6 +20,7 @@ from tests.engines.servers import FakeServer
 from tests.engines.test_server import engine, transform
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own processes and log files
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),

@@ -19,7 +19,6 @@ import httpx2
 import psutil
 
 from tessy_hf import demo
-from tessy_hf.engines.vllm_worker import IN_ONE_PROCESS
 from tests.engines.contract import TOKENIZER, VOCABULARY
 
 # --- real servers
@@ -118,7 +117,8 @@ def vllm(*options, author="student"):
     path = demo.TEACHER if author == "teacher" else demo.STUDENT
     model = ["--model", str(path), "--served-model-name", author, "--dtype", "float32"]
     cpu = ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "16384"]
-    cpu += ["--distributed-executor-backend", IN_ONE_PROCESS]  # its workers never sleep, which others' tests feel
+    # A worker process of its own would poll without a pause, which other tests feel.
+    cpu += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -153,7 +153,7 @@ class FakeServer:
     """Answers as vLLM and its kin do, with a text that depends on the prompt alone, unless told to fail.
 
     Args:
-        ways: The ways, as in `tessy_hf.engines.server.WAYS`, in which it can be asked.
+        ways: The ways, named as in `tessy_hf.engines.completions_api.PROTOCOLS`, in which it can be asked.
         faults: What to do to the first requests for a text, in their order: a function from below, or ``None`` to
             answer well. The request with which an engine finds out how to ask is not counted.
         paths: What to do to every request to a path, where no fault comes first.
@@ -161,6 +161,7 @@ class FakeServer:
         tokenize: Turns text into ids, as `/tokenize` shows them; ``None`` where there is no such path.
         usage: What it says of the tokens of a request, if anything.
         at: The host and port to listen at; by default any free port.
+        tls: An ``ssl.SSLContext``, for a server behind https.
     """
 
     def __init__(
@@ -173,19 +174,22 @@ class FakeServer:
         tokenize="own",
         usage=None,
         at=("127.0.0.1", 0),
+        tls=None,
     ):
         self.ways, self.faults, self.paths = ways, deque(faults), paths or {}
         self.models = [{"id": "student", "max_model_len": 2048}] if models is None else models
         self.tokenize = VOCABULARY.encode_template if tokenize == "own" else tokenize
         self.usage = usage
         self.requests, self.connections, self.accepted = [], set(), 0
-        self.closing = threading.Event()
+        self.closing, self.dying = threading.Event(), False
         self.lock = threading.Lock()
         self.at_once = 0
         self._server = _Listener(at, _Handler)
         self._server.fake = self
         self.host, self.port = self._server.server_address
-        self.url = f"http://{self.host}:{self.port}/v1"
+        self.url = f"{'http' if tls is None else 'https'}://{self.host}:{self.port}/v1"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -202,9 +206,10 @@ class FakeServer:
 
     def kill(self):
         """Stop listening and cut all connections, as a server that dies does."""
-        if self.closing.is_set():
-            return
-        self.closing.set()
+        with self.lock:
+            if self.closing.is_set():
+                return
+            self.closing.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -282,7 +287,8 @@ class _Handler(BaseHTTPRequestHandler):
             with fake.lock:
                 fake.requests.append((self.path, body, dict(self.headers)))
                 mishap = fake.faults.popleft() if fake.faults and is_row(self.path, body) else None
-            mishap = mishap or fake.paths.get(self.path)
+                mishap = die if fake.dying else mishap or fake.paths.get(self.path)
+                fake.dying |= mishap is die  # from now on nobody is answered
             if mishap is not None:
                 mishap(self, body)
             else:
@@ -406,7 +412,7 @@ def break_off(handler, body):
 
 
 def die(handler, body):
-    """End the whole server."""
+    """End the whole server, at once for all requests."""
     threading.Thread(target=handler.server.fake.kill).start()
     handler.server.fake.closing.wait()
     handler.close_connection = True
@@ -416,6 +422,17 @@ def die(handler, body):
 def slowly(seconds):
     def mishap(handler, body):
         time.sleep(seconds)
+        handler.answer(body)
+
+    return mishap
+
+
+def held(gate):
+    """Answer requests of rows once an event is set."""
+
+    def mishap(handler, body):
+        while is_row(handler.path, body) and not gate.wait(0.1) and not handler.server.fake.closing.is_set():
+            pass
         handler.answer(body)
 
     return mishap

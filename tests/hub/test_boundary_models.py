@@ -1,6 +1,7 @@
 """A trained predictor goes to the Hub in one commit, and comes back the same."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from tessy_hf.boundary_training.card import render_card
 from tessy_hf.boundary_training.train import train_boundary
 from tessy_hf.errors import BoundaryError
-from tessy_hf.hub.boundary_models import push_boundary, render_card
+from tessy_hf.hub.boundary_models import push_boundary
 from tests.boundary_training.test_train import BASE, QUICK, segments
 from tests.hub_server import READ_TOKEN, HubServer, clients_of
 
@@ -52,6 +54,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.mark.slow
 def test_a_pushed_predictor_is_one_commit_and_loads_with_the_same_logits(folder, hub, tmp_path):
     commit = push_boundary(folder, "ada/tiny", tag="v1", license="mit", datasets=["ada/spans"])
     repo = hub.repos["models", "ada/tiny"]
@@ -92,12 +95,25 @@ def test_a_token_that_may_not_write_is_told_before_anything_is_sent(folder, hub)
 
 def test_a_push_that_fails_leaves_nothing_half_there_and_can_be_repeated(folder, hub):
     hub.fault = lambda request: "503" if "/commit/" in request.path else None
-    with pytest.raises(BoundaryError, match="run it again"):
-        push_boundary(folder, "ada/tiny")
+    with pytest.raises(BoundaryError, match="status 503.*run it again"):
+        push_boundary(folder, "ada/tiny", retry_timeout=0, backoff=0)
     assert "config.json" not in hub.repos["models", "ada/tiny"].at("main").tree
     hub.fault = lambda request: None
     push_boundary(folder, "ada/tiny")
     assert "config.json" in hub.repos["models", "ada/tiny"].at("main").tree
+
+
+def test_a_busy_hub_is_tried_again_and_a_lost_answer_is_no_second_commit(folder, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # the client's own retries
+    busy = random.Random(3)
+    hub.fault = lambda request: "503" if busy.random() < 0.3 else None
+    commit = push_boundary(folder, "ada/tiny", tag="v1", backoff=0)
+    repo = hub.repos["models", "ada/tiny"]
+    assert repo.tags == {"v1": commit}
+    faults = ["lost"]
+    hub.fault = lambda request: faults.pop() if request.path.endswith("/commit/main") and faults else None
+    push_boundary(folder, "ada/tiny", license="mit", backoff=0)
+    assert len(list(repo.history("main"))) == 3 and not faults
 
 
 def test_a_folder_that_holds_no_predictor_is_refused(folder, hub, tmp_path):

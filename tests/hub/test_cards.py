@@ -17,7 +17,7 @@ from tessy_hf.manifest import (
     BoundaryRecord,
     Counts,
     HardwareRecord,
-    Licence,
+    License,
     Manifest,
     ModelRecord,
     RunRecord,
@@ -27,6 +27,7 @@ from tessy_hf.manifest import (
     SplitRecord,
 )
 from tessy_hf.report.statistics import Statistics
+from tessy_hf.rows.datasets_internals import features_to_yaml
 from tests.finished import finished
 from tests.hub_server import HubServer
 
@@ -72,8 +73,8 @@ def manifest(rows=200, failed=0, **given):
         "runs": [run],
         "counts": Counts(rows=rows - failed, failed=failed),
         "splits": splits(rows - failed),
-        "features": finished(1).features._to_yaml_list(),
-        "licence": Licence(license="apache-2.0"),
+        "features": features_to_yaml(finished(1).features),
+        "license": License(license="apache-2.0"),
         "begun": "2026-01-01T00:00:00+00:00",
         "finished": "2026-01-01T01:00:00+00:00",
     }
@@ -145,9 +146,9 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
     )
     for told in (
         "200 rows of reasoning",
-        f"| `stop` | {stop} | {stop / 2:.1f} % |",
+        f"| `stop` | {stop} | {stop / 2:.1f}% |",
         f"{200 - stop} of 200 rows",
-        f"{discarded:,} | {100 * discarded / (discarded + kept):.1f} % | {100 * discarded / cost:.1f} % |",
+        f"{discarded:,} | {100 * discarded / (discarded + kept):.1f}% | {100 * discarded / cost:.1f}% |",
         f"| teacher | {len(lengths)} | {sum(lengths) / len(lengths):.1f} |",
         "| `Row …: the engine answered HTTP ….` |",
         "[`openai/gpt-oss-120b`](https://huggingface.co/openai/gpt-oss-120b)",
@@ -156,7 +157,7 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
         "args = SFTConfig(assistant_only_loss=True, max_length=None)",
         'SFTTrainer("Qwen/Qwen3-8B", train_dataset=rows, args=args).train()',
         "tessy show me/data@v1.0.0",
-        "The other columns are those of the prompts: `id`, `prompt`.",
+        "The other columns come from the prompts: `id`, `prompt`.",
     ):
         assert told in card, told
 
@@ -170,8 +171,8 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
         {"runs": []},
         {"runs": [RunRecord(fingerprint="f")]},
         {"runs": [RunRecord(fingerprint="f"), RunRecord(fingerprint="g", teacher=speaker("t"), student=speaker("s"))]},
-        {"licence": Licence()},
-        {"licence": Licence(license="other", license_name="mine", license_link="https://x.example")},
+        {"license": License()},
+        {"license": License(license="other", license_name="mine", license_link="https://x.example")},
         {"config_name": "code", "split": "all", "splits": splits(200, "all"), "appends_to": "0.9.0"},
     ],
 )  # fmt: skip
@@ -235,11 +236,11 @@ dataset_info:
 x-mine: 3
 ---
 """
-    card = cards.dataset_card(summary, manifest(licence=Licence()), "me/data", mine)
+    card = cards.dataset_card(summary, manifest(license=License()), "me/data", mine)
     data = card.data.to_dict()
     assert (data["language"], data["pretty_name"], data["x-mine"], data["license"]) == (["de"], "Mine", 3, "mit")
     assert data["tags"] == ["math", "tessy", "synthetic", "reasoning", "sft"]
-    assert data["size_categories"] == ["1K<n<10K"]  # 5,000 rows of the other configuration and 200 of this
+    assert data["size_categories"] == ["1K<n<10K"]  # 5,000 rows of the other configuration
     assert data["source_datasets"] == ["me/prompts"]
     default, other = data["configs"]
     assert other == {"config_name": "other", "data_files": [{"split": "train", "path": "other/*.parquet"}]}
@@ -248,17 +249,25 @@ x-mine: 3
         {"split": "test", "path": "old/test-*"},
     ]
     infos = {info["config_name"]: info for info in data["dataset_info"]}
-    assert infos["default"]["splits"] == [{"name": "train", "num_bytes": 2000, "num_examples": 200}]
+    assert "splits" not in infos["default"]  # of `test` the number of rows is not known, and `datasets` compares
     assert infos["other"]["splits"][0]["num_examples"] == 5000
     assert "`mit`, as stated by the publisher." in card.text
 
 
-def test_a_licence_given_now_takes_the_place_of_the_old_one(summary):
-    given = Licence(license="other", license_name="mine", license_link="https://x.example/licence")
-    card = cards.dataset_card(summary, manifest(licence=given), "me/data", "---\nlicense: mit\n---\n")
+def test_sizes_of_other_splits_are_entered(summary):
+    mine = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: old/*.parquet\n---\n"
+    test = {"name": "test", "num_bytes": 30, "num_examples": 1000}
+    data = cards.dataset_card(summary, manifest(), "me/data", mine, other_splits={"test": test}).data.to_dict()
+    assert data["dataset_info"]["splits"] == [{"name": "train", "num_bytes": 2000, "num_examples": 200}, test]
+    assert data["size_categories"] == ["1K<n<10K"]
+
+
+def test_a_license_given_now_takes_the_place_of_the_old_one(summary):
+    given = License(license="other", license_name="mine", license_link="https://x.example/license")
+    card = cards.dataset_card(summary, manifest(license=given), "me/data", "---\nlicense: mit\n---\n")
     assert (card.data.license, card.data["license_name"]) == ("other", "mine")
-    assert "`mine`, `https://x.example/licence`, as stated" in card.text
-    assert "not stated one" in cards.dataset_card(summary, manifest(licence=Licence()), "me/data").text
+    assert "`mine`, `https://x.example/license`, as stated" in card.text
+    assert "not stated one" in cards.dataset_card(summary, manifest(license=License()), "me/data").text
 
 
 @pytest.mark.parametrize(
@@ -304,11 +313,11 @@ def test_the_users_own_sections_survive_more_pushes(summary, rows):
 
 def test_a_part_that_the_user_changed_stays_and_one_that_was_deleted_returns(summary):
     first = str(cards.dataset_card(summary, manifest(), "me/data"))
-    edited = first.replace("- Nobody has checked the answers.", "- I have checked all answers.")
+    edited = first.replace("- The answers are not verified.", "- I have checked all answers.")
     edited = re.sub(r"<!-- tessy:train .*?<!-- /tessy:train -->\n\n", "", edited, flags=re.S)
     again = str(cards.dataset_card(summary, manifest(version="2.0.0"), "me/data", edited))
-    assert "- I have checked all answers." in again and "- Nobody has checked" not in again
-    assert again.count("## Train on it") == 1 and again.index("## Licence") < again.index("## Train on it")
+    assert "- I have checked all answers." in again and "- The answers are not verified" not in again
+    assert again.count("## Train on it") == 1 and again.index("## License") < again.index("## Train on it")
     assert 'revision="v2.0.0"' in again
 
 
@@ -360,7 +369,7 @@ def with_text(text):
     counts = Counts(rows=180, failed=20)
     release = manifest(
         runs=[run], features=features, counts=counts, complete=[text], split=text, splits=splits(180),
-        failures_split=text, licence=Licence(license=text, license_name=text, license_link=text), appends_to=text,
+        failures_split=text, license=License(license=text, license_name=text, license_link=text), appends_to=text,
     )  # fmt: skip
     rows = finished(3).to_list()
     rows = [{**row, "finish_reason": text, "error": text, "method": text, "run_fingerprint": text} for row in rows]
@@ -385,7 +394,7 @@ def test_parts_stay_parts_whatever_is_in_them():
     for text in NASTY:
         card = with_text(text)
         parts = re.findall(r"^<!-- tessy:(\w+) \w{8} -->$", card.text, re.M)
-        assert parts == ["about", "load", "train", "numbers", "limits", "provenance", "licence"]
+        assert parts == ["about", "load", "train", "numbers", "limits", "provenance", "license"]
         assert cards.merge(card.text, {name: "new" for name in parts}).count("\nnew\n") == len(parts)
 
 

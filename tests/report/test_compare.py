@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessy_hf import demo
 from tessy_hf.dialects import HARMONY
+from tessy_hf.engines.scoring import Scorer
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report import compare as analysis
 from tessy_hf.report import compare_page as page
@@ -139,12 +140,11 @@ def test_lengths_authors_and_words_are_counted(found):
     assert told == {"teacher": 3 * row["teacher_tokens"], "student": 3 * row["student_tokens"]}
 
 
-def test_the_likelihood_is_that_of_the_row_as_it_is_trained(student, monkeypatch):
+def test_the_likelihood_is_that_of_the_row_as_it_is_trained(student):
     words, model = student
     row = load_dataset("parquet", data_files=str(ROWS), split="train")[0]
-    monkeypatch.setattr(analysis, "STRETCH", 7)
     side = analysis.Side("a", [analysis.read(row)])
-    told = analysis.likelihood(side, words, model, 5, 4096)
+    told = analysis.likelihood(side, words, Scorer(model, stretch=7), 5, 4096)
     text = words.chat_text(row["messages"]).removesuffix("<|im_end|>\n")
     ids = words.encode_template(text)
     with torch.inference_mode():
@@ -226,7 +226,7 @@ def test_without_the_extra_one_is_told_what_to_install(monkeypatch, found):
 def test_help_loads_neither_matplotlib_nor_scikit_learn():
     ask = (
         "import sys, tessy_hf, tessy_hf.cli.main\nsys.argv = ['tessy', 'analyze', '--help']\n"
-        "try:\n    tessy_hf.cli.main()\nexcept SystemExit:\n    print(*sys.modules)"
+        "try:\n    tessy_hf.cli.main.main()\nexcept SystemExit:\n    print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
     assert "tessy_hf.cli.main" in loaded and not {"matplotlib", "sklearn", "scipy", "torch", "trl", "peft"} & set(

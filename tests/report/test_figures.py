@@ -37,7 +37,7 @@ def test_the_share_is_drawn_as_it_was_counted(summary):
     assert list(row.edges) == pytest.approx([5 * step for step in range(21)])
     middle = 100 * summary["teacher_share"]["row"]["quantiles"]["0.5"]
     assert axes.lines[0].get_xdata()[0] == pytest.approx(middle)
-    assert f"median row, {middle:.0f} %" in texts(figures.draw("teacher_share", summary))
+    assert f"median row, {middle:.0f}%" in texts(figures.draw("teacher_share", summary))
 
 
 def test_the_share_along_the_row_is_drawn_for_both_parts(summary):
@@ -69,6 +69,7 @@ def test_tokens_by_part_are_drawn_with_their_totals(summary):
     assert f"{sum(expected[:2]):,}" in texts(figure) and f"{sum(expected[4:]):,}" in texts(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", figures.NAMES)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_figure_has_a_title_units_a_legend_and_the_same_bytes_again(summary, name, theme):

@@ -9,7 +9,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from tessy_hf.errors import DatasetError, SettingsError
-from tessy_hf.report import evenly, load, viewer, write_report
+from tessy_hf.report import viewer
+from tessy_hf.report.page import write_report
+from tessy_hf.report.statistics import evenly
 from tessy_hf.rows.columns import schema
 from tests.finished import finished
 from tests.hub_server import HubServer
@@ -35,23 +37,13 @@ def tessy(tmp_path):
     return run
 
 
-def test_files_and_folders_are_read(tmp_path, rows):
-    rows.to_parquet(tmp_path / "a.parquet")
-    rows.to_json(tmp_path / "a.jsonl")
-    rows.save_to_disk(tmp_path / "saved")
-    DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
-    for name in ("a.parquet", "a.jsonl", "saved", "splits"):
-        assert len(load(str(tmp_path / name))) == 40
-    assert write_report(str(tmp_path / "a.jsonl"), tmp_path / "out" / "r.html") == 40
-    assert len(load(str(tmp_path / "splits"), "test")) == 3
-
-
 def test_columns_of_lists_stand_among_a_row_s_details(rows):
     tests = [["assert True"], []] * 20
     details = [viewer._details(row, [("user", row["prompt"])]) for row in rows.add_column("tests", tests)]
     assert details[0]["tests"] == '["assert True"]' and "tests" not in details[1] and "prompt" not in details[0]
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_file_that_needs_no_other(tessy, tmp_path, rows):
     rows.to_parquet(tmp_path / "a.parquet")
     code, printed = tessy(tmp_path / "a.parquet", "--out", tmp_path / "r.html", "--rows", 10)
@@ -65,6 +57,7 @@ def test_the_command_writes_one_file_that_needs_no_other(tessy, tmp_path, rows):
     assert "Problem 0" not in page  # no text of a row stands in the page as such
 
 
+@pytest.mark.slow
 def test_a_dataset_on_the_hub_is_read_at_its_version(tessy, tmp_path, rows):
     push = (
         "import sys\nfrom datasets import Dataset\nfrom huggingface_hub import HfApi\n"
@@ -86,17 +79,15 @@ def test_a_dataset_on_the_hub_is_read_at_its_version(tessy, tmp_path, rows):
             assert code == 1 and f"'{source}' cannot be read" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_told(tessy, tmp_path, rows):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    (tmp_path / "rows.txt").write_text("text")
     Dataset.from_dict({"question": ["a"]}).to_parquet(tmp_path / "prompts.parquet")
     Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]}).to_parquet(tmp_path / "chats.parquet")
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     for source, told in [
         ("none.parquet", "'none.parquet' cannot be read: there is no such file"),
         (tmp_path / "bad.parquet", "cannot be read"),
-        (tmp_path / "rows.txt", "unknown ending"),
-        (tmp_path, "cannot be read"),
         (tmp_path / "prompts.parquet", "no column 'messages'"),
         (tmp_path / "chats.parquet", "The rows have no spans"),
     ]:
@@ -105,7 +96,7 @@ def test_what_cannot_be_read_is_told(tessy, tmp_path, rows):
     code, printed = tessy(tmp_path / "bad.parquet", "--out", tmp_path / "r.html")
     assert code == 1 and "DatasetError" in printed and "Traceback" not in printed, printed
     with pytest.raises(DatasetError, match="with a split 'test'"):
-        load(str(tmp_path / "saved"), "test")
+        write_report(str(tmp_path / "saved"), tmp_path / "r.html", split="test")
     with pytest.raises(SettingsError, match="rows=0"):
         write_report(str(tmp_path / "saved"), tmp_path / "r.html", rows=0)
     assert not (tmp_path / "r.html").exists()
@@ -123,7 +114,7 @@ def test_rows_of_other_origin_can_stand_beside(tmp_path, rows):
 
 def test_pieces_lie_end_to_end_over_the_text(rows):
     for row in rows:
-        pieces = viewer._pieces(row)
+        pieces = viewer._shown(row)
         chat = row["messages"][-1]["content"] if row["spans"] else ""
         assert "".join(text for *_, text in pieces) == chat
         mine = [(author, tokens) for author, _, tokens, _ in pieces if author < 2]
@@ -133,7 +124,7 @@ def test_pieces_lie_end_to_end_over_the_text(rows):
 def test_a_harmony_row_is_shown_with_its_channels():
     for answer, closed in (((("student", "It is **5**."),), True), ((), False)):
         row = as_row(trajectory(answer=answer, closed=closed), "harmony", HARMONY)
-        pieces = viewer._pieces(row)
+        pieces = viewer._shown(row)
         marks = [text for author, *_, text in pieces if author == 2]
         assert marks == [HARMONY.open, HARMONY.close][: 1 + closed]
         assert "".join(text for author, *_, text in pieces if author < 2) == row["thinking"] + row["answer"]
@@ -142,8 +133,8 @@ def test_a_harmony_row_is_shown_with_its_channels():
 def test_spans_that_do_not_fit_the_text_name_nobody(rows):
     row = dict(next(row for row in rows if row["spans"]))
     row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": "edited"}]
-    assert viewer._pieces(row) == [(3, 1, 0, "edited")]
-    assert viewer._pieces({**row, "spans": None}) == [(3, 1, 0, "edited")]
+    assert viewer._shown(row) == [(3, 1, 0, "edited")]
+    assert viewer._shown({**row, "spans": None}) == [(3, 1, 0, "edited")]
     assert set(schema(True)) >= {"messages", "spans"}
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tessy_hf.report import write_report
+from tessy_hf.report.page import write_report
 from tests.finished import FEATURES, finished, finished_row
 from tests.report.browser import Reader, chromium
 
@@ -197,7 +197,7 @@ def test_the_ribbon_leads_to_the_span_under_the_pointer(reader, rows):
         if half < before + span["tokens"]:
             break
         before += span["tokens"]
-    told = reader.js("return document.activeElement.told")
+    told = reader.js("return document.activeElement.facts")
     assert (told["before"], told["tokens"], told["author"]) == (before, span["tokens"], span["author"])
 
 

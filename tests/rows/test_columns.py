@@ -96,6 +96,16 @@ def test_spans_lie_end_to_end_over_the_whole_text(dialect, thinking, answer, clo
     if dialect.marks_in_content:
         assert row["messages"][-1]["content"] == whole
         assert "".join(span_texts(row)) == whole
+    cut = columns.pieces(row)
+    assert "".join(piece.before + piece.text + piece.after for piece in cut) == whole
+    assert [(piece.author, piece.text) for piece in cut] == [*thinking, *(answer if closed else [])]
+
+
+def test_a_text_that_the_spans_do_not_cover_is_not_cut():
+    row = as_row(trajectory())
+    edited = [*USER, {"role": "assistant", "content": "edited"}]
+    for other in ({**row, "messages": edited}, {**row, "spans": None}, {**row, "messages": USER}):
+        assert columns.pieces(other) == []
 
 
 # --- tokens and ratios

@@ -15,6 +15,8 @@ import pytest
 from tests import crashes
 from tests.crashes import Work
 
+pytestmark = pytest.mark.slow
+
 CHUNK = {"scripts": 8, "models": 8}
 """Tokens; streams, which have no chunks, are held to the same."""
 

@@ -213,6 +213,7 @@ def same(row):
 # --- hosts that die
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_another_host_goes_on_where_one_was_killed(tmp_path, seed):
     """The second host has another disk: all it knows of the first is what is in parts."""

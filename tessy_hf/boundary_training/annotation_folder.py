@@ -1,0 +1,180 @@
+"""The folder that an annotation writes: answers as they come, and the dataset of the accepted ones.
+
+Each answer is on disk before it counts, so a killed run resumes. Knows nothing of models.
+
+* ``style_spans.jsonl``: the accepted segments; ``load_dataset(folder)`` reads it.
+* ``answers.jsonl``: every answer, also the rejected ones. Appended to, never rewritten.
+* ``annotation.json``: the annotator, instruction, settings and counts. ``README.md``: the same as a dataset card.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import IO, Any
+
+from tessy_hf.boundary_training.answers import Rejected, locate, parse
+from tessy_hf.boundary_training.sampling import Drawn
+from tessy_hf.boundary_training.segments import Segment, span_starts
+from tessy_hf.boundary_training.settings import AnnotationSettings
+from tessy_hf.errors import BoundaryError
+from tessy_hf.vocabulary import words
+
+log = logging.getLogger(__name__)
+
+CARD = Path(__file__).with_name("annotation_card.jinja")
+
+_FIELDS = {*Drawn.__dataclass_fields__, "order", "answer", "finished", "error"}
+
+
+class AnswerLog:
+    """All answers, in a JSONL file and by segment. A last line torn by a kill is dropped and asked again.
+
+    Args:
+        path: The file, which is created if it does not exist.
+
+    Raises:
+        BoundaryError: A line before the last is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        whole = 0
+        content = path.read_bytes() if path.is_file() else b""
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            row = self._read(line)
+            if row is None and whole + len(line) < len(content):
+                raise BoundaryError(
+                    f"Line {number} of {path} is broken. Only the last line may be incomplete. Fix or remove the line "
+                    "and run again."
+                )
+            if row is None:
+                break
+            whole += len(line)
+            self.rows[row["id"]] = row
+        self._file: IO[bytes] = path.open("r+b" if content else "wb")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    @staticmethod
+    def _read(line: bytes) -> dict[str, Any] | None:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return None
+        whole = line.endswith(b"\n") and _FIELDS <= row.keys()
+        return row if whole else None
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether a segment has an answer; failed requests are asked again."""
+        """Return whether a segment has an answer; failed requests are asked again."""
+        return key in self.rows and self.rows[key]["error"] is None
+
+    def add(self, segment: Drawn, order: int, answer: dict[str, Any]) -> None:
+        """Append an answer; it is on disk when this returns."""
+        row = {**asdict(segment), "order": order, **answer}
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows[segment.id] = row
+        if len(self.rows) % 100 == 0:
+            log.info("%d answers", len(self.rows))
+
+    def close(self) -> None:
+        """Close the file; the answers stay readable."""
+        self._file.close()
+
+
+def claim(folder: Path, provenance: dict[str, Any]) -> None:
+    """Record the annotator, instruction and settings of a folder, or check that they equal those recorded.
+
+    Raises:
+        BoundaryError: The folder holds answers of another run.
+    """
+    path = folder / "annotation.json"
+    provenance = json.loads(json.dumps(provenance, default=str))
+    if not path.is_file():
+        _replace(path, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in provenance.items():
+        if earlier.get(name) != value:
+            raise BoundaryError(
+                f"{folder} holds answers of a run with another {name}: {str(earlier.get(name))[:200]!r}, while this "
+                f"run has {str(value)[:200]!r}. Use the same {name} or another folder."
+            )
+
+
+def collect(answers: AnswerLog, settings: AnnotationSettings) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Return the accepted answers as rows of the dataset, and the number of answers by outcome."""
+    rows, counts = [], Counter[str]()
+    for answer in sorted(answers.rows.values(), key=lambda answer: int(answer["order"])):
+        try:
+            rows.append(_row(answer, settings))
+            counts["accepted"] += 1
+        except Rejected as rejected:
+            counts[rejected.fault] += 1
+    return rows, dict(counts)
+
+
+def _row(answer: Mapping[str, Any], settings: AnnotationSettings) -> dict[str, Any]:
+    """Turn an answer into a row of the dataset.
+
+    Raises:
+        Rejected: The answer cannot be used.
+    """
+    if answer["error"] is not None:
+        raise Rejected("failed")
+    if not answer["finished"]:
+        raise Rejected("unfinished")
+    spans = locate(answer["text"], parse(answer["answer"]))
+    about = {key: answer[key] for key in ("source_model", "family", "problem_id", "trace_id")}
+    segment, begins = _align(Segment(answer["text"], tuple(spans), key=answer["id"]), answer, settings)
+    return {**about, "id": answer["id"], "text": segment.text, "style_spans": segment.marked(), "begins": begins}
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]], counts: Mapping[str, int]) -> None:
+    """Write the dataset, its counts and its card."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _replace(folder / "style_spans.jsonl", "".join(lines))
+    provenance = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))
+    provenance |= {"counts": dict(counts), "tessy_hf": version("tessy-hf")}
+    _replace(folder / "annotation.json", json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
+    data = DatasetCardData(
+        task_categories=["token-classification"],
+        tags=["tessy", "boundary-predictor", "reasoning"],
+        configs=[{"config_name": "default", "data_files": "style_spans.jsonl"}],
+    )
+    models = sorted({row["source_model"] for row in rows} - {""})
+    card = DatasetCard.from_template(data, template_path=str(CARD), rows=rows, models=models, **provenance)
+    _replace(folder / "README.md", str(card))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    whole = path.with_name(path.name + ".part")
+    whole.write_text(text, encoding="utf-8")
+    whole.replace(path)
+
+
+def _align(segment: Segment, drawn: Mapping[str, Any], settings: AnnotationSettings) -> tuple[Segment, str]:
+    """Cut a segment to its length, at a span start if it was drawn for that; return it and how it begins."""
+    start, begins = 0, "random"
+    if drawn["aligned"]:
+        places = words(segment.text)
+        room = places[-settings.words][1] if len(places) > settings.words else 0
+        starts = [place for place in span_starts(segment) if place < room]
+        if starts:
+            start, begins = Random(f"{settings.seed} {drawn['id']}").choice(starts), "span"
+    ends = [start + end for _, end in words(segment.text[start:])]
+    end = ends[min(settings.words, len(ends)) - 1] if ends else len(segment.text)  # whitespace has no words
+    return segment.part(start, end), begins

@@ -1,0 +1,91 @@
+"""Turn marked segments into training batches: segments go in; token ids, labels and loss weights come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tessy_hf.boundary_training.segments import UNKNOWN, Segment, span_starts, token_kinds
+from tessy_hf.vocabulary import Vocabulary, words
+
+IGNORED = -100
+"""The label of a token that is left out of the loss."""
+
+
+def cut(segment: Segment, vocabulary: Vocabulary, window: int) -> list[Segment]:
+    """Cut a segment into pieces of whole words, each of at most ``window`` tokens or of a single longer word."""
+    pieces: list[Segment] = []
+    start = 0
+    while True:
+        rest = segment.part(start) if start else segment
+        offsets, ends = vocabulary.encode(rest.text).offsets, [end for _, end in words(rest.text)]
+        if len(offsets) <= window or len(ends) <= 1:
+            return [*pieces, rest] if ends else pieces
+        last = offsets[window][0]  # a character may have several tokens
+        end = max((end for end in ends if end <= last), default=ends[0])
+        pieces.append(rest.part(0, end))
+        start += end
+
+
+def aligned_copies(segments: Sequence[Segment], copies: int, seed: int) -> list[Segment]:
+    """Return parts of the segments that begin at span starts, at most ``copies`` of each segment."""
+    drawn = []
+    for segment in segments:
+        starts = span_starts(segment)
+        random = Random(f"{seed} {segment.key} {segment.text}")
+        drawn += [segment.part(start) for start in random.sample(starts, min(copies, len(starts)))]
+    return drawn
+
+
+class Example(NamedTuple):
+    """One segment as the network sees it.
+
+    Attributes:
+        ids: Token ids.
+        labels: The label of each id: 1 for style, 0 for capability, or :data:`IGNORED`.
+        weight: The segment's weight in the loss.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    weight: float
+
+
+def encode(segment: Segment, vocabulary: Vocabulary, label_shift: int) -> Example:
+    """Turn a segment's character spans into token labels.
+
+    Args:
+        segment: The segment.
+        vocabulary: The tokenizer.
+        label_shift: 0 to label a token itself, 1 to label the token before it.
+    """
+    encoding = vocabulary.encode(segment.text)
+    kinds = [IGNORED if kind == UNKNOWN else int(kind) for kind in token_kinds(segment, encoding.offsets)]
+    labels = kinds[label_shift:] + [IGNORED] * min(label_shift, len(kinds))
+    return Example(encoding.ids, labels, segment.weight)
+
+
+def collate(examples: Sequence[Example], style_weight: float) -> dict[str, Any]:
+    """Pad examples to one batch of tensors of shape (examples, tokens), with each token's weight in the loss."""
+    import torch
+
+    longest = max(len(example.ids) for example in examples)
+    ids, labels = np.zeros((len(examples), longest), dtype=np.int64), np.full((len(examples), longest), IGNORED)
+    weights, mask = np.zeros((len(examples), longest), dtype=np.float32), np.zeros((len(examples), longest), np.int64)
+    for row, example in enumerate(examples):
+        length = len(example.ids)
+        ids[row, :length], labels[row, :length], mask[row, :length] = example.ids, example.labels, 1
+        weights[row] = example.weight * np.select([labels[row] == 1, labels[row] == 0], [style_weight, 1.0], 0.0)
+    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels, "token_weights": weights}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def weight_of_style(examples: Sequence[Example], asked: float | Literal["balanced"]) -> float:
+    """Return the weight of a style token relative to a capability token."""
+    if asked != "balanced":
+        return asked
+    labels = np.concatenate([example.labels for example in examples])
+    return float((labels == 0).sum() / max(1, (labels == 1).sum()))

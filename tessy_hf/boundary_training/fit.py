@@ -1,0 +1,230 @@
+"""Fit a token classifier to marked segments: a base model goes in, trained weights come out.
+
+Training is ``transformers.Trainer``'s, with a weight for each token. Knows nothing of files but its checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tessy_hf.boundary_training.examples import IGNORED, Example, aligned_copies, collate, encode, weight_of_style
+from tessy_hf.boundary_training.metrics import evaluate_readings
+from tessy_hf.boundary_training.readings import UNJUDGED, Reading
+from tessy_hf.boundary_training.segments import Segment
+from tessy_hf.boundary_training.settings import TrainingSettings
+from tessy_hf.errors import BoundaryError
+from tessy_hf.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+LABELS = {0: "capability", 1: "style"}
+
+
+def load_base(base: str, settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model with a new head for two labels, and its tokenizer.
+
+    Raises:
+        BoundaryError: It cannot be loaded.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, set_seed
+
+    set_seed(settings.seed)
+    stated = {"label_shift": settings.label_shift, "window": settings.window, "author": settings.author}
+    labels = {"num_labels": 2, "id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}}
+    try:
+        config = AutoConfig.from_pretrained(base, revision=settings.base_revision, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=settings.base_revision)
+        for name, value in {**settings.model_options, **stated}.items():
+            setattr(config, name, value)
+        network = AutoModelForTokenClassification.from_pretrained(
+            base, revision=settings.base_revision, config=config, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise BoundaryError(
+            f"The base model {base!r} could not be loaded: {error} Expected is a Hub id or folder with a model in "
+            "safetensors and a tokenizer, for instance base='Qwen/Qwen3-0.6B-Base'."
+        ) from error
+    return network, tokenizer
+
+
+def fit(
+    network: PreTrainedModel,
+    vocabulary: Vocabulary,
+    train: Sequence[Segment],
+    validation: Sequence[Segment],
+    settings: TrainingSettings,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Train until the validation segments stop improving; the network ends with the weights of the best epoch.
+
+    Returns:
+        The validation figures after each epoch.
+    """
+    import torch
+
+    try:
+        import accelerate  # noqa: F401
+        from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+        from transformers.trainer_utils import get_last_checkpoint
+    except ImportError as error:
+        raise BoundaryError('Training needs accelerate. Run: pip install "tessy-hf[train]"') from error
+
+    class WeightedTrainer(Trainer):  # type: ignore[misc]
+        """Weights the loss of each token."""
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        ) -> tuple[Any, Any] | Any:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            labels, weights = inputs["labels"], inputs["token_weights"]
+            losses = torch.nn.functional.cross_entropy(
+                outputs.logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            )
+            loss = (losses * weights).sum() / weights.sum().clamp(min=1e-6)
+            return (loss, outputs) if return_outputs else loss
+
+    aligned = aligned_copies(train, settings.aligned_copies, settings.seed)
+    examples = [encode(segment, vocabulary, settings.label_shift) for segment in (*train, *aligned)]
+    judged = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
+    style_weight = weight_of_style(examples, settings.style_weight)
+    steps = -(-len(examples) // settings.batch_size) * settings.epochs
+    checkpoints = folder / "checkpoints" / _fingerprint(settings, examples)
+    cuda = torch.cuda.is_available()
+    trainer = WeightedTrainer(
+        model=network,
+        args=TrainingArguments(
+            output_dir=str(checkpoints),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            lr_scheduler_type="cosine",
+            warmup_steps=int(steps / 10),
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="char_f1",
+            greater_is_better=True,
+            logging_strategy="epoch",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            bf16=cuda and torch.cuda.is_bf16_supported(),
+            dataloader_pin_memory=cuda,
+            seed=settings.seed,
+        ),
+        data_collator=lambda batch: collate(batch, style_weight),
+        train_dataset=examples,
+        eval_dataset=judged,
+        compute_metrics=lambda predicted: _measure(predicted.predictions, judged, validation, vocabulary, settings),
+        callbacks=[EarlyStoppingCallback(settings.patience)],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints to stdout
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    shutil.rmtree(folder / "checkpoints")
+    kept = ("epoch", "eval_loss", "eval_char_f1", "eval_span_f1", "eval_boundary_within_1_word")
+    return [{name: step[name] for name in kept} for step in trainer.state.log_history if "eval_char_f1" in step]
+
+
+def _fingerprint(settings: TrainingSettings, examples: Sequence[Example]) -> str:
+    """Return a hash of everything that decides the weights, so that only the same training is resumed."""
+    digest = hashlib.sha256(settings.model_dump_json().encode())
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()[:12]
+
+
+def _readings(
+    logits: Any, examples: Sequence[Example], segments: Sequence[Segment], vocabulary: Vocabulary, label_shift: int
+) -> list[Reading]:
+    """Turn padded logits of shape (segments, tokens, 2) into readings."""
+    ahead = [UNJUDGED] * label_shift
+    readings = []
+    for row, example, segment in zip(logits, examples, segments, strict=True):
+        scores = np.asarray(row, dtype=np.float64)[: len(example.ids) - label_shift]
+        style = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
+        readings.append(Reading(vocabulary.encode(segment.text).offsets, np.concatenate((ahead, style))))
+    return readings
+
+
+def _measure(
+    logits: Any,
+    examples: Sequence[Example],
+    segments: Sequence[Segment],
+    vocabulary: Vocabulary,
+    settings: TrainingSettings,
+) -> dict[str, float]:
+    found = evaluate_readings(_readings(logits, examples, segments, vocabulary, settings.label_shift), segments)
+    figures = {name: getattr(found, name) for name in ("char_f1", "span_f1", "boundary_within_1_word")}
+    log.info("validation: %s", figures)
+    return figures
+
+
+def tune_bias(
+    network: PreTrainedModel, vocabulary: Vocabulary, validation: Sequence[Segment], settings: TrainingSettings
+) -> None:
+    """Set the classifier's bias to the value with the highest character F1 on the validation segments."""
+    import torch
+
+    heads = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
+    if not heads or heads[-1].bias is None:
+        log.warning("The classifier of %s has no bias to tune.", type(network).__name__)
+        return
+    examples = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
+    network.eval()
+    logits = []
+    for begin in range(0, len(examples), settings.batch_size):
+        batch = collate(examples[begin : begin + settings.batch_size], 1.0)
+        with torch.inference_mode():
+            inputs = {name: batch[name].to(network.device) for name in ("input_ids", "attention_mask")}
+            logits += list(network(**inputs).logits.float().cpu().numpy())
+    readings = _readings(logits, examples, validation, vocabulary, settings.label_shift)
+    bias = best_bias(readings, validation)
+    with torch.no_grad():
+        heads[-1].bias.add_(torch.tensor([-bias / 2, bias / 2], device=network.device))
+
+
+def best_bias(readings: Sequence[Reading], segments: Sequence[Segment]) -> float:
+    """Return the offset to the log-odds of style that gives the highest character F1, whitespace left out.
+
+    F1 is smoothed over neighboring offsets first, so that the choice depends less on single tokens.
+    """
+    odds, written, marked = [], [], []  # type: tuple[list[Any], list[Any], list[Any]]
+    for reading, segment in zip(readings, segments, strict=True):
+        starts, ends = np.array(reading.offsets).T
+        judged = ~np.isnan(reading.style)
+        share = np.clip(reading.style[judged], 1e-9, 1 - 1e-9)
+        odds.append(np.log(share / (1 - share)))
+        for counts, mask in ((written, segment.written()), (marked, segment.written() & segment.style())):
+            before = np.concatenate(([0], np.cumsum(mask)))
+            counts.append((before[ends] - before[starts])[judged])
+    score, size, right = map(np.concatenate, (odds, written, marked))
+    gains = np.linspace(-3, 3, 61)
+    found = [2 * right[score > -g].sum() / max(1, size[score > -g].sum() + right.sum()) for g in gains]
+    smooth = np.convolve(np.pad(found, 2, mode="edge"), np.ones(5) / 5, mode="valid")
+    return float(gains[int(np.argmax(smooth))])
+
+
+def save(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, folder: Path
+) -> None:
+    """Write weights, config and tokenizer."""
+    import torch
+
+    network.cpu().to(getattr(torch, settings.save_dtype))
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,77 @@
+"""Read texts with a boundary predictor: texts go in, the probability of style of each token comes out.
+
+Each token is read from the window that the method would read it from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.vocabulary import words
+
+Probabilities = NDArray[np.float64]
+
+UNJUDGED = np.nan
+"""The probability of a token without a label: the first one, for predictors with ``label_shift=1``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A predictor's output for a text.
+
+    Attributes:
+        offsets: ``(start, end)`` character offsets of each token.
+        style: The probability that each token is style, or :data:`UNJUDGED`.
+    """
+
+    offsets: list[tuple[int, int]]
+    style: Probabilities
+
+    def words(self, text: str, own_kind: bool) -> list[bool]:
+        """Return whether each word is read as style; ``own_kind`` is taken for words that are not judged."""
+        ends = np.array([end for _, end in self.offsets])
+        kinds = []
+        for start, end in words(text):
+            letter = end - len(text[start:end].lstrip())
+            share = self.style[min(int(np.searchsorted(ends, letter, side="right")), len(ends) - 1)]
+            kinds.append(own_kind if np.isnan(share) else bool(share > 0.5))
+        return kinds
+
+
+def read(predictor: BoundaryPredictor, texts: Sequence[str], batch_size: int = 32) -> list[Reading]:
+    """Read texts as the method does, each token from the window that belongs to its position."""
+    encodings = [predictor.vocabulary.encode(text) for text in texts]
+    asked = [
+        (text, start, positions[-1] + 1, positions)
+        for text, encoding in enumerate(encodings)
+        for start, group in groupby(range(len(encoding.ids)), lambda p: window_start(p, predictor.window))
+        if (positions := list(group))
+    ]
+    asked.sort(key=lambda window: window[1] - window[2])  # longest first, so that a batch needs little padding
+    said = [np.full(len(encoding.ids), UNJUDGED) for encoding in encodings]
+    for begin in range(0, len(asked), batch_size):
+        batch = asked[begin : begin + batch_size]
+        windows = [encodings[text].ids[start:stop] for text, start, stop, _ in batch]
+        answers = predictor.probabilities(windows)
+        for (text, start, _, positions), answer in zip(batch, answers, strict=True):
+            said[text][positions] = [answer[p - start] for p in positions]
+    ahead = predictor.label_shift
+    return [
+        Reading(encoding.offsets, np.concatenate(([UNJUDGED] * ahead, style[: len(style) - ahead])))
+        for encoding, style in zip(encodings, said, strict=True)
+    ]
+
+
+def is_causal(predictor: BoundaryPredictor, text: str) -> bool:
+    """Return whether the labels of the first half of a text are independent of the second half."""
+    ids = predictor.vocabulary.encode(text).ids[: predictor.window]
+    half = (len(ids) + 1) // 2
+    windows = ids, [*ids[:half], *ids[:half][: len(ids) - half]]
+    said, of_another = (predictor.probabilities([window])[0][:half] for window in windows)
+    return bool(np.allclose(said, of_another, rtol=0, atol=1e-5))

@@ -1,0 +1,113 @@
+"""Settings of annotation and of training: keyword arguments or YAML values go in, checked settings come out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tessy_hf.boundary.predictor import LabelShift
+from tessy_hf.boundary_training.warm_up import WarmUp
+from tessy_hf.errors import SettingsError
+
+FEWEST_WORDS = 10
+"""The shortest segment, in words; shorter traces are skipped."""
+
+
+class Checked(BaseModel):
+    """Settings that are refused with a :class:`SettingsError` instead of pydantic's own error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def check(cls, **given: Any) -> Self:
+        """Check settings given by name.
+
+        Raises:
+            SettingsError: A name is unknown or a value is out of range.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            fault = max(error.errors(), key=lambda one: len(one["loc"]))  # of alternatives, the one that was meant
+            where = ".".join(map(str, fault["loc"]))
+            raise SettingsError(
+                f"The setting {where}={fault['input']!r} cannot be used: {fault['msg'].lower()}. "
+                f"Known settings: {', '.join(cls.model_fields)}."
+            ) from error
+
+
+class Drawing(Checked):
+    """How segments are drawn from traces."""
+
+    words: int = Field(default=60, ge=FEWEST_WORDS)
+    """Words in a segment."""
+    per_trace: int = Field(default=1, ge=1)
+    """The most segments of one trace."""
+    aligned_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the segments that begin at a span start. For these the annotator is shown half a segment more, and the
+    segment is cut to begin at one of the spans that it marks."""
+    seed: int = 0
+    """Seed of the draw and of sampling."""
+    limit: int | None = Field(default=None, ge=1)
+    """The most segments altogether. A rerun may change it."""
+
+
+class AnnotationSettings(Drawing):
+    """How segments are drawn, and how the annotator is asked."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """The annotator's sampling temperature."""
+    max_thinking_tokens: int = Field(default=4096, ge=1)
+    """Thinking budget of an annotator that thinks."""
+    max_answer_tokens: int = Field(default=1024, ge=1)
+    """Budget of its answer."""
+    prompt: str | None = None
+    """A Jinja file with another instruction, in which ``text`` is the segment."""
+
+    rows_in_flight: int = Field(default=64, ge=1)
+    """Segments asked about at the same time. A rerun may change it."""
+
+
+class TrainingSettings(Checked):
+    """How a predictor is trained. The defaults suit a base model of the paper's size on a GPU."""
+
+    base: str | WarmUp = "Qwen/Qwen3-0.6B-Base"
+    """The model to start from: a Hub id or folder, or the shape of a small one to train first from ``texts``."""
+    base_revision: str | None = None
+    """Branch, tag or commit of the base model."""
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    """Entries of the base model's config to change, for instance ``{"classifier_dropout": 0.2}``."""
+    label_shift: LabelShift = 0
+    """0: a token's label is about that token (the paper's text). 1: about the next one (the released checkpoints)."""
+    window: int = Field(default=200, ge=2)
+    """The most tokens of thinking to read. Longer segments are cut into pieces for training."""
+    author: Literal["teacher", "student", "any"] = "any"
+    """Whose text the predictor is for; stated in the model's config for people to read."""
+    epochs: float = Field(default=3.0, gt=0)
+    """The most passes over the training segments."""
+    batch_size: int = Field(default=32, ge=1)
+    """Segments per step."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """Peak learning rate: linear warm-up over the first tenth of the steps, then cosine decay."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay."""
+    style_weight: float | Literal["balanced"] = 1.0
+    """Weight of a style token in the loss relative to a capability token; ``balanced`` gives both kinds the same total
+    weight."""
+    tune_bias: bool = True
+    """Whether the classifier's bias is set, after training, to the value with the highest character F1 on the
+    validation segments. It makes up for rare or weighted classes, and the model stays a stock one."""
+    aligned_copies: int = Field(default=1, ge=0)
+    """Copies of each training segment that begin at one of its span starts. A turn begins at such a place, and random
+    cuts rarely do."""
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the problems used for early stopping."""
+    test_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the problems for the final figures only; with 0 those of the validation segments are reported."""
+    patience: int = Field(default=2, ge=1)
+    """Epochs without a better character F1 before training stops. The best epoch is kept."""
+    seed: int = 0
+    """Seed of the split, the order, the aligned copies and new weights."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the saved weights."""

@@ -1,0 +1,79 @@
+"""`tessy report` and `tessy analyze`: rows as pages to look at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tessy_hf.errors import SettingsError
+
+
+def report(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_REPO",
+            help="Finished rows: a .parquet or .jsonl file, a saved folder, or a dataset on the Hub (me/data@v1.0.0).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    against: Annotated[
+        str | None, typer.Option(help="A second dataset of the same prompts, to show beside the first.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split, if there are several.")] = "train",
+    config_name: Annotated[str | None, typer.Option("--config", help="Which configuration, on the Hub.")] = None,
+    rows: Annotated[int, typer.Option(help="The most rows to show; the numbers cover all rows.")] = 10_000,
+) -> None:
+    """Write one HTML file with a dataset's statistics, figures and rows colored by author."""
+    from tessy_hf.report.page import write_report
+
+    shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
+    size = out.stat().st_size / 1e6
+    Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
+
+
+def analyze(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C]",
+            help="Two or three datasets of the same prompts, tessy rows or plain traces: .parquet or .jsonl files, "
+            "saved folders, or datasets on the Hub (me/data@v1.0.0).",
+            show_default=False,
+        ),
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The student's tokenizer, a folder or a Hub id. --student is enough.")
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(help="The student itself, to measure how likely it finds the texts."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("analysis.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")] = False,
+    split: Annotated[str, typer.Option(help="Which split, if there are several.")] = "train",
+    limit: Annotated[int, typer.Option(help="The most prompts to compare.")] = 10_000,
+    nll_rows: Annotated[int, typer.Option(help="Rows of each dataset that the student reads.")] = 200,
+) -> None:
+    """Compare datasets of the same prompts: similarity, lengths, authors, words, and likelihood under the student."""
+    from tessy_hf.engines.scoring import load_student
+    from tessy_hf.report import compare_page
+    from tessy_hf.report.compare import analyze as compare
+    from tessy_hf.rows.loading import load, short_names
+
+    if student is None and tokenizer is None:
+        raise SettingsError("No tokenizer given. Pass --student or --tokenizer with the model to be trained.")
+    vocabulary, scorer = load_student(tokenizer or str(student), student)
+    datasets = {name: load(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
+    result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    compare_page.write(out, result)
+    for one in result["similarity"]:
+        Console().print(f"{' and '.join(one['of'])}: similarity {one['mean']:.3f}", markup=False, soft_wrap=True)
+    Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)

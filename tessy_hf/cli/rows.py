@@ -1,0 +1,109 @@
+"""`tessy status`, `export` and `merge`: what runs have written, as datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tessy_hf.cli.files import check_output, load, write
+
+if TYPE_CHECKING:
+    from tessy_hf.cluster.merge import Report
+
+from tessy_hf.cli.synthesize import open_transform
+
+JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_default=False)]
+
+
+def status(journal: JournalPath) -> None:
+    """Show how far the runs in a journal are."""
+    from tessy_hf.run.finished import open_journal
+
+    table = Table("run", "done", "to continue", "begun", "failed before")
+    for fingerprint, counts in open_journal(journal).fingerprints().items():
+        table.add_row(fingerprint, *map(str, (counts.done, counts.to_continue, counts.to_do, counts.failed_before)))
+    Console().print(table)
+
+
+def export(
+    journal: JournalPath,
+    out: Annotated[Path, typer.Argument(help="Where to write the rows: a .parquet or .jsonl file.")],
+    run: Annotated[str | None, typer.Option(help="Which run, if the journal holds several.")] = None,
+) -> None:
+    """Write the finished rows of a journal as a dataset, even if the run never ended."""
+    from tessy_hf.run.finished import Rows
+
+    check_output(out)
+    write(Rows(journal, run, max_attempts=3).dataset(), out)
+
+
+def merge(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PARTS...",
+            help="What the hosts wrote: folders of shared rows (a path, s3://...), journals, or .parquet files.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[str, typer.Option("--prompts", help="All prompts of the run, as for synthesize.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the rows: a .parquet file or a folder. Without it, only check.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe of the run; needed for .parquet files of rows only.")
+    ] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, as for synthesize.")] = None,
+    run: Annotated[str | None, typer.Option(help="Which run, if there are rows of several.")] = None,
+    first: Annotated[
+        bool, typer.Option("--first", help="If rows differ, take the one from the first source.")
+    ] = False,
+    incomplete: Annotated[
+        bool,
+        typer.Option("--incomplete", help="Write rows even if some are missing; still exits with 1."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all ids.")] = False,
+) -> None:
+    """Merge what many hosts wrote into one dataset, after proving that each prompt has exactly one row."""
+    from tessy_hf.cluster.merge import Merge
+
+    settings = open_transform(recipe, change or [], run).settings if recipe is not None else None
+    prompts = load(data, split, config, line_column="prompt")
+    merged = Merge(sources, prompts, settings=settings, run=run, first=first, incomplete=incomplete)
+    _print_report(merged.report, as_json)
+    merged.check()
+    if out is not None:
+        count = merged.write(out)
+        Console(stderr=as_json).print(f"{count} rows in {out}", soft_wrap=True)
+    if merged.report.missing:
+        raise typer.Exit(1)
+
+
+def _print_report(report: Report, as_json: bool) -> None:
+    """Print the report of a merge."""
+    from tessy_hf.cluster.merge import some
+
+    found = dataclasses.asdict(report)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console()
+    console.print(
+        f"{report.prompts} prompts, {report.unusable} of them unusable; {report.failed} rows failed", highlight=False
+    )
+    for name, what in (
+        ("missing", "prompts without a row"),
+        ("duplicates", "duplicate rows, all the same"),
+        ("differing", "duplicate rows that differ"),
+        ("foreign", "rows of unknown prompts, left out"),
+    ):
+        ids = found[name]
+        console.print(f"{len(ids)} {what}{': ' + some(ids) if ids else ''}", markup=False, soft_wrap=True)

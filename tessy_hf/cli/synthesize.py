@@ -1,0 +1,168 @@
+"""`tessy synthesize` and `tessy plan`: prompts in, finished rows or an estimate out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tessy_hf.cli.files import check_output, load, write
+from tessy_hf.errors import SettingsError, TessyError
+
+if TYPE_CHECKING:
+    from tessy_hf.pilot.estimate import Estimate
+    from tessy_hf.transform import TessyTransform
+
+
+def synthesize(
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML recipe, or a release to reproduce: user/name@v1.0.0.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Prompts: a file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a prompt per line; also "
+            "compressed), a saved folder, or a dataset on the Hub, user/name or user/name@revision."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Where to write the finished rows: a .parquet or .jsonl file. Optional if the recipe has "
+            "`parts`, which `tessy merge` reads."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the recipe: temperature=0.5, teacher.model=me/model.")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Which run of a release, if it has several.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Only this shard of the prompts, RANK/WORLD: 0/8 to 7/8 for eight hosts.")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, as the recipe's `cluster` says.")] = False,
+) -> None:
+    """Synthesize a finished row for each prompt, teacher and student together."""
+    from datasets import Dataset
+
+    if out is not None:
+        check_output(out)
+    with open_transform(recipe, change or [], run) as transform:
+        if out is None and transform.settings.parts is None:
+            raise SettingsError("No output path given. Pass a .parquet or .jsonl file, or --set parts=FOLDER.")
+        prompts = _shard(load(data, split, config, line_column="prompt"), shard)
+        if ray:
+            _synthesize_on_ray(prompts, transform, out, recipe, change or [])
+            return
+        features = transform.features(prompts)
+        plan = transform.plan(prompts)
+        Console(stderr=True).print(
+            f"{plan.done} rows done, {plan.to_continue} to continue, {plan.to_do} to do, "
+            f"{plan.failed_before} failed before",
+            highlight=False,
+        )
+        rows = prompts.map(transform, batched=True, features=features)
+        if out is None:
+            Console().print(f"{sum(1 for _ in rows)} rows in {transform.settings.parts}", soft_wrap=True)
+            return
+        finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
+    write(finished, out)
+
+
+def _synthesize_on_ray(
+    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str]
+) -> None:
+    from tessy_hf.cluster import ray as distributed
+    from tessy_hf.recipe import read_placement
+
+    if out is not None and out.suffix != ".parquet":
+        raise TessyError(f"The output {str(out)!r} is not a .parquet file. Pass one: --ray writes Parquet.")
+    placement = read_placement(Path(recipe), change) if Path(recipe).exists() else distributed.Placement()
+    written = distributed.synthesize(prompts, transform, out, placement=placement)
+    report = written.merge.report
+    Console().print(
+        f"{report.prompts} rows in {out or transform.settings.parts}, {written.found} of them found, "
+        f"{report.failed} failed",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _shard(prompts: Any, shard: str | None) -> Any:
+    """Return every n-th of the prompts.
+
+    Not by ``split_dataset_by_node``: in a stream of fewer files than hosts it skips rows only after they are mapped.
+    """
+    if shard is None:
+        return prompts
+    rank, _, world = shard.partition("/")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise SettingsError(f"--shard {shard!r} is not RANK/WORLD. Use 0/8 for the first of eight hosts.")
+    return prompts.filter(lambda _, number: number % int(world) == int(rank), with_indices=True)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe, or a release.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="Prompts, as for synthesize.")],
+    rows: Annotated[int, typer.Option(help="Rows that the pilot writes; a few times rows_in_flight is best.")] = 64,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts of the whole run; by default those of the file.")
+    ] = None,
+    teacher_gpus: Annotated[int, typer.Option(help="GPUs that the teacher has in the pilot.")] = 1,
+    student_gpus: Annotated[int, typer.Option(help="GPUs that the student has in the pilot.")] = 1,
+    split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Estimate the cost of a run from a short pilot, whose rows are discarded."""
+    from tessy_hf.pilot.estimate import estimate
+
+    given = load(data, split, config, streaming=prompts is not None, line_column="prompt")
+    gpus = {"teacher": teacher_gpus, "student": student_gpus}
+    with open_transform(recipe, change or [], None) as transform:
+        found = estimate(transform, given, prompts, rows, gpus)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+        return
+    _show_estimate(found)
+
+
+def _show_estimate(found: Estimate) -> None:
+    table = Table("", "kept tokens", "generated", "requests", "busy hours", "GPU-hours", box=None)
+    for name, cost in (("teacher", found.teacher), ("student", found.student)):
+        counts = (cost.kept_tokens, cost.generated_tokens, cost.requests)
+        table.add_row(name, *(f"{count:,}" for count in counts), f"{cost.hours:.3g}", f"{cost.gpu_hours:.3g}")
+    console, replicas = Console(), found.replicas
+    console.print(f"{found.prompts:,} prompts, from a pilot of {found.pilot_rows} ({found.pilot_failed} failed)")
+    console.print(table)
+    waiting = ", ".join(f"{share:.0%} for {name}" for name, share in found.waiting.items())
+    console.print(f"{found.hours:.3g} hours with the pilot's setup; rows waited {waiting}: {found.bottleneck}-bound")
+    console.print(
+        f"balanced: {replicas['teacher']} teacher replicas to {replicas['student']} student replicas",
+        highlight=False,
+    )
+
+
+def open_transform(recipe: str, changes: list[str], run: str | None) -> TessyTransform:
+    """Read a transform from a file, or from the record of a release."""
+    from tessy_hf.transform import TessyTransform
+
+    if "@" not in recipe or Path(recipe).exists():
+        return TessyTransform.from_yaml(recipe, *changes)
+    from tessy_hf import recipe as recipes
+    from tessy_hf.hub import releases
+
+    described = releases.recipe(releases.run_of(recipe, run))
+    teacher, student, settings = recipes.build(described, recipe, changes)
+    return TessyTransform(teacher=teacher, student=student, **settings)
+
+
+def _iterate(rows: Any) -> Iterator[Any]:
+    yield from rows

@@ -1,0 +1,65 @@
+"""Render the HTML pages of reports: a template and its fields go in, one self-contained page comes out.
+
+Pages fetch nothing and run no script but our own: a Content-Security-Policy in the page says so. Fields are escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from tessy_hf.report.figures import THEMES
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+def render(template: str, script: str | None = None, **fields: Any) -> str:
+    """Render a template of this folder.
+
+    Args:
+        template: The file's name.
+        script: The file of the page's script, if it has one.
+        **fields: What the template shows.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    code = _read(script) if script else ""
+    ours = {"script": code, "style": _read("viewer.css"), "policy": _policy(code)}
+    environment = Environment(
+        loader=FunctionLoader(_read), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return environment.get_template(template).render(
+        **{name: Markup(text) for name, text in ours.items()},  # noqa: S704 - our own files
+        **fields,
+    )
+
+
+def inline(image: bytes) -> Markup:
+    """Return a light SVG figure that takes the colors and the font of the page around it, light or dark."""
+    from markupsafe import Markup
+
+    light, svg = THEMES["light"], image.decode()
+    svg = svg[svg.index("<svg") :]
+    variables = {
+        light.text: "text", light.muted: "muted", light.line: "line", light.teacher: "teacher",
+        light.student: "student-fill", light.third: "third",
+    }  # fmt: skip
+    for color, variable in variables.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return Markup(svg.replace("'DejaVu Sans'", "inherit"))  # noqa: S704 - matplotlib escapes the text in it
+
+
+def _read(name: str) -> str:
+    return (resources.files(__package__) / name).read_text("utf-8")
+
+
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"script-src 'sha256-{digest}'; " if script else ""
+    return (
+        f"default-src 'none'; {scripts}style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,93 @@
+"""Write the report of a dataset: its name goes in, one HTML file with statistics, figures and rows comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tessy_hf.errors import SettingsError
+from tessy_hf.report import viewer
+from tessy_hf.report.statistics import NEEDED, evenly, summarize
+from tessy_hf.report.tables import Table, comparison, count, percent, tables
+from tessy_hf.rows.loading import load_finished, short_names
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROWS = 10_000
+"""The default for the most rows to show."""
+
+
+def write_report(
+    source: str, out: Path, *, against: str | None = None, split: str = "train", config_name: str | None = None,
+    rows: int = ROWS,
+) -> int:  # fmt: skip
+    """Write one self-contained HTML file with a dataset's statistics, figures and rows.
+
+    Statistics are those of all rows. If there are more than ``rows`` rows, that many are shown, evenly spaced.
+
+    Args:
+        source: A dataset, as for :func:`tessy_hf.rows.loading.load`.
+        out: The file to write.
+        against: A second dataset of the same prompts, for instance of the teacher alone, to show beside the first.
+        split: Which split, where there are several.
+        config_name: Which configuration, on the Hub.
+        rows: The most rows to show.
+
+    Returns:
+        How many rows are shown.
+
+    Raises:
+        DatasetError: A dataset cannot be read, or was not written by a TessyTransform.
+        SettingsError: ``rows`` is below 1.
+    """
+    if rows < 1:
+        raise SettingsError(f"rows={rows} shows nothing. Pass at least 1; the default is {ROWS:,}.")
+    dataset = load_finished(source, split, config_name)
+    summary = summarize(dataset)
+    other = load_finished(against, split, config_name) if against is not None else None
+    names = short_names([source] if against is None else [source, against])
+    shown = evenly(len(dataset), rows)
+    viewer.write(
+        out,
+        names[0],
+        zip(shown, dataset.select(shown), strict=True),
+        summary,
+        against=(names[1], other) if other is not None else None,
+        head={
+            "subtitle": _subtitle(len(dataset), len(shown), names[1:]),
+            "tiles": _tiles(summary),
+            "tables": _tables(summary, other, names),
+        },
+    )
+    return len(shown)
+
+
+def _subtitle(rows: int, shown: int, against: list[str]) -> str:
+    size = f"{rows:,} rows" if shown == rows else f"{shown:,} of {rows:,} rows, evenly spaced; statistics of all rows"
+    return size + "".join(f", beside {name}" for name in against)
+
+
+def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the headline numbers as (label, number, note)."""
+    shares, lengths = summary["teacher_share"]["row"], summary["lengths"]["row"]
+    failures, discarded = summary["failures"], summary["discarded"]["all"]
+    return [
+        ("Rows", count(summary["rows"]), f"{count(summary['finish_reasons'].get('stop', 0))} finished normally"),
+        ("Teacher's share of a row", percent(shares["mean"]), _range(shares, percent)),
+        ("Tokens per row", count(lengths["mean"]), _range(lengths, count)),
+        ("Discarded", percent(discarded["share_of_cost"]), "of all generated tokens were rolled back"),
+        ("Failed rows", count(failures["rows"]), f"{percent(failures['share'])} of the rows"),
+    ]
+
+
+def _range(tally: dict[str, Any], written: Any) -> str:
+    low, high = (written(tally["quantiles"][q]) for q in ("0.05", "0.95"))
+    return f"5th–95th percentile {low}–{high}"
+
+
+def _tables(summary: dict[str, Any], other: Dataset | None, names: list[str]) -> list[Table]:
+    own = list(tables(summary).values())
+    if other is None or not set(NEEDED) <= set(other.column_names):
+        return own
+    return [comparison(names, [summary, summarize(other)]), *own]
