@@ -187,14 +187,15 @@ def killer(cluster, rows, deaths):
     """Return what begins to kill an actor and then a node in the course of a run, told the folder of its parts."""
 
     def kill(parts):
-        from tessy_hf.run.shared_rows import ParquetFiles, file_system, listed
+        from tessy_hf.run.shared_rows import list_shared
+        from tessy_hf.run.storage import ParquetRows, file_system
 
         for share, death in ((0.3, cluster.kill_actor), (0.6, cluster.kill_node)):
             count = 0
             while count < share * rows:
                 time.sleep(0.5)
                 system, path = file_system(str(parts))
-                count = len({key for part in listed(system, path) for key, *_ in ParquetFiles(system).keys(part)})
+                count = len({key for part in list_shared(system, path) for key, *_ in ParquetRows(system).keys(part)})
             deaths.append({"death": death.__name__, "rows_done": count, "what": death()})
 
     return lambda parts: threading.Thread(target=kill, args=(parts,), daemon=True).start()

@@ -1,7 +1,7 @@
 """What a journal costs: its share of time at 2,000 kept spans a second, and its bytes per kept character.
 
 Rows in flight keep a span each in turn; a row finishes after 400 spans (8,000 tokens in chunks of 20) and another
-begins; the journal is flushed as the transform does it: at once, then not for REST times as long as that
+begins; the journal is flushed as the transform does it: at once, then not for PAUSE_FACTOR times as long as that
 took, and synced to disk twice a second. The same work without a journal runs in the same process, and
 all figures are ratios of one run::
 
@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tessy_hf.run.commits import LONGEST_PAUSE, PAUSE_FACTOR
 from tessy_hf.run.journal import Journal
-from tessy_hf.run.runner import LONGEST_REST, REST
 from tessy_hf.trajectory import Span
 
 SPANS_PER_SECOND, SPANS_PER_ROW, ROWS_IN_FLIGHT, SYNC_SECONDS, TICK = 2_000, 400, 64, 0.5, 0.005
@@ -63,7 +63,7 @@ def paced(journal, seconds):
             journal.flush(sync=sync)
             synced = now if sync else synced
             ended = time.perf_counter()
-            rests_until = ended + min(REST * (ended - flushed), LONGEST_REST)
+            rests_until = ended + min(PAUSE_FACTOR * (ended - flushed), LONGEST_PAUSE)
         pause = time.perf_counter() - now
         busy, longest = busy + pause, max(longest, pause)
         time.sleep(TICK)

@@ -31,7 +31,7 @@ from tessy_hf.report import figures
 from tessy_hf.report.statistics import summarize
 from tessy_hf.report.tables import Table, count, percent
 from tessy_hf.rows.datasets_internals import features_to_yaml
-from tessy_hf.rows.parquet import Rows
+from tessy_hf.run.finished import Rows
 
 HERE = Path(__file__).parent
 MINIATURE, STYLE_SPANS = HERE / "miniature", HERE / "style-spans"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Author = Literal["teacher", "student"]
 """Who wrote a span: the strong model, or the model to be trained."""
@@ -26,21 +26,40 @@ Message = Mapping[str, Any]
 """One chat message, ``{"role": ..., "content": ...}``."""
 
 
+class RowKey(NamedTuple):
+    """What a row is looked up by: the same id with another prompt is another row.
+
+    Attributes:
+        id: The id column's value, or a hash of the messages.
+        prompt_hash: A hash of all that the row asks: messages, tools and the columns that its verifier reads.
+    """
+
+    id: str
+    prompt_hash: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One row's question.
 
     Attributes:
-        key: The row's identity: the id column's value, or a hash of the messages.
+        key: The row's id: the id column's value, or a hash of the messages.
         messages: The chat so far, ending in the user's turn.
         seed: The row's own seed, derived from the run's seed and ``key``.
         order: The row's place in the run; engines serve older rows first.
+        prompt_hash: A hash of all that the row asks; see :class:`RowKey`.
     """
 
     key: str
     messages: Sequence[Message]
     seed: int = 0
     order: int = 0
+    prompt_hash: str = ""
+
+    @property
+    def row_key(self) -> RowKey:
+        """What the row is looked up by."""
+        return RowKey(self.key, self.prompt_hash)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,23 +12,24 @@ import functools
 import uuid
 import warnings
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf import manifest as provenance
 from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
-from tessy_hf.errors import SettingsError
+from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.rows import columns, prompt_source
-from tessy_hf.rows import datasets_internals as typed_streams
-from tessy_hf.run.runner import RUNS, Batch, Run, count
+from tessy_hf.rows import columns, datasets_internals, prompt_source
+from tessy_hf.run.journal import Counts
+from tessy_hf.run.runner import RUNS, Batch, Run
+from tessy_hf.run.stores import plan
 from tessy_hf.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 
-    from tessy_hf.run.journal import Counts
     from tessy_hf.run.metering import Load
 
 TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
@@ -42,8 +43,13 @@ class TessyTransform(functools.partial[Any]):
     fingerprint is that of its settings and speakers, so a rerun finds the ``datasets`` cache and a changed setting
     does not. Engines are started at the first batch and stay until :meth:`close`.
 
-    It is a ``functools.partial`` because that is the one kind of object in which ``datasets`` can find a coroutine
-    function where there is no running event loop (scripts), and a plain one where there is (notebooks).
+    :meth:`map` and ``dataset.map(transform, batched=True)`` do the same. The transform is a ``functools.partial``
+    because that is the one kind of object in which ``datasets`` can find a coroutine function where no event loop runs
+    (scripts), and a plain one where one does (notebooks).
+
+    While a transform is open, from when it is made or used until :meth:`close`, `datasets` converts streams that it
+    writes by their declared features (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()``
+    and ``to_parquet()`` work.
 
     Args:
         teacher: The strong model, writer of capability spans.
@@ -62,8 +68,6 @@ class TessyTransform(functools.partial[Any]):
     settings: Settings
     source: provenance.SourceRecord | None
     """The prompts last asked about with :meth:`features`."""
-    in_order: bool
-    """Whether rows begin in the order of their prompts, as a pilot's do."""
     _token: str
     _async: bool
     _begun: str | None
@@ -87,8 +91,8 @@ class TessyTransform(functools.partial[Any]):
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
         self.source, self._token, self._async, self._begun = source, token, False, None
-        self.in_order = False
         TRANSFORMS.add(self)
+        STREAMS.open(self)
         return self
 
     @classmethod
@@ -112,12 +116,36 @@ class TessyTransform(functools.partial[Any]):
         """The hash of all that decides the rows."""
         return self.settings.fingerprint({"teacher": self.teacher.identity, "student": self.student.identity})
 
-    def features(self, dataset: Dataset | IterableDataset) -> Features:
-        """Return the schema of ``dataset.map(self, batched=True)``, for ``map(..., features=...)``.
+    def map(self, dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict, **options: Any) -> Any:
+        """Write an answer to each prompt: ``dataset.map(self, batched=True, features=self.features(dataset))``.
+
+        Args:
+            dataset: The prompts. Of a ``DatasetDict`` or ``IterableDatasetDict`` each split is mapped.
+            **options: Options of the dataset's ``map``, such as ``batch_size``, ``num_proc`` and ``remove_columns``.
+
+        Returns:
+            What the dataset's ``map`` returns.
 
         Raises:
             DatasetError: The prompt column is missing, or a column would be overwritten.
         """
+        if isinstance(dataset, Mapping):
+            splits: Any = type(dataset)
+            return splits({name: self.map(split, **options) for name, split in dataset.items()})
+        features, removed = self.features(dataset), options.get("remove_columns") or []
+        for name in {removed} if isinstance(removed, str) else {*removed}.difference(columns.COLUMNS):
+            features.pop(name, None)
+        return dataset.map(self, **{"batched": True, "features": features, **options})
+
+    def features(self, dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict) -> Features:
+        """Return the schema of ``dataset.map(self, batched=True)``, for ``map(..., features=...)``.
+
+        Of a ``DatasetDict`` or ``IterableDatasetDict`` it is that of the first split; their ``map`` has one for all.
+
+        Raises:
+            DatasetError: The prompt column is missing, or a column would be overwritten.
+        """
+        dataset = _splits(dataset)[0]
         features = columns.features(dataset, self.settings.prompt_column, self.student.dialect)
         self.source = prompt_source.source(dataset)
         return features
@@ -128,16 +156,18 @@ class TessyTransform(functools.partial[Any]):
             self.teacher, self.student, self.settings, self.run_fingerprint, self.source, self._begun
         )
 
-    def plan(self, dataset: Dataset | IterableDataset) -> Counts:
-        """Tell how a dataset's rows stand before any work: done, to continue, to do, failed before.
+    def plan(self, dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict) -> Counts:
+        """Count how a dataset's rows stand before any work: done, to continue, to do, failed before.
 
-        Reads the prompts and looks their rows up in the journal; starts nothing.
+        Reads the prompts and looks their rows up in the journal; starts nothing. Says on stderr how many ids were seen
+        before with another prompt: such rows are written anew.
 
         Raises:
             DatasetError: The prompt column or the id column is missing.
             JournalError: The journal cannot be read.
         """
-        return count(dataset, self.settings, self.run_fingerprint)
+        counts = [plan(split, self.settings, self.run_fingerprint) for split in _splits(dataset)]
+        return Counts(*map(sum, zip(*counts, strict=True)))
 
     def without_journal(self) -> TessyTransform:
         """Return the same transform without a journal and parts, for rows that are not to be kept."""
@@ -180,11 +210,6 @@ class TessyTransform(functools.partial[Any]):
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
         if self._async and _loop_is_running():
-            task = asyncio.current_task()
-            if (
-                task is not None
-            ):  # `datasets` abandons its tasks when a stream is dropped: no complaint for each of them
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
             return asyncio.wrap_future(self._run().submit(batch, asyncio.get_running_loop()))
         return self.submit(batch).result()
 
@@ -198,13 +223,13 @@ class TessyTransform(functools.partial[Any]):
     def _run(self) -> Run:
         if self._token not in RUNS:
             self._begun = provenance.now()
-            RUNS[self._token] = Run(
-                self.teacher, self.student, self.settings, self.run_fingerprint, self.record, self.in_order
-            )
+            STREAMS.open(self)
+            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
         return RUNS[self._token]
 
     def close(self) -> None:
-        """Stop what is under way and let go of the engines. The transform can be used again; it starts afresh."""
+        """Stop what is under way and close the engines. The transform can be used again; it starts afresh."""
+        STREAMS.close(self)
         run = RUNS.pop(self._token, None)
         if run is not None:
             run.close()
@@ -257,6 +282,18 @@ def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speak
     return first, second
 
 
+def _splits(dataset: Any) -> list[Any]:
+    """Return the splits of a dataset, or the one dataset.
+
+    Raises:
+        DatasetError: There is none.
+    """
+    splits = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
+    if not splits:
+        raise DatasetError("The DatasetDict has no splits. At least one with prompts is expected; look at its files.")
+    return splits
+
+
 def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
@@ -277,14 +314,5 @@ def _loop_is_running() -> bool:
     return True
 
 
-def _register_with_hasher() -> None:
-    """Make the ``datasets`` fingerprint that of the run. Live handles would make it random."""
-    from datasets.utils._dill import pklregister
-
-    @pklregister(TessyTransform)  # type: ignore[untyped-decorator]
-    def _save(pickler: Any, transform: TessyTransform) -> None:
-        pickler.save_reduce(str, (f"TessyTransform {transform.run_fingerprint}",), obj=transform)
-
-
-_register_with_hasher()
-typed_streams.install(lambda function: isinstance(function, TessyTransform))
+STREAMS = datasets_internals.TypedStreams(TessyTransform)
+datasets_internals.hash_as(TessyTransform, lambda transform: f"TessyTransform {transform.run_fingerprint}")

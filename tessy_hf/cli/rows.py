@@ -23,7 +23,7 @@ JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_defaul
 
 def status(journal: JournalPath) -> None:
     """Show how far the runs in a journal are."""
-    from tessy_hf.rows.parquet import open_journal
+    from tessy_hf.run.finished import open_journal
 
     table = Table("run", "done", "to continue", "begun", "failed before")
     for fingerprint, counts in open_journal(journal).fingerprints().items():
@@ -37,7 +37,7 @@ def export(
     run: Annotated[str | None, typer.Option(help="Which run, if the journal holds several.")] = None,
 ) -> None:
     """Write the finished rows of a journal as a dataset, even if the run never ended."""
-    from tessy_hf.rows.parquet import Rows
+    from tessy_hf.run.finished import Rows
 
     check_output(out)
     write(Rows(journal, run, max_attempts=3).dataset(), out)

@@ -1,8 +1,9 @@
 """One dataset of what many hosts wrote: parts, journals and files of rows go in with the prompts, the rows come out.
 
 The prompts decide. Each has exactly one row in the result, in their order, with their columns, as one process would
-have written them; which rows are missing, are there several times, or belong to no prompt is told by their ids before
-anything is written. Ids are read first, texts one row group at a time, so that memory does not grow with the texts.
+have written them. A row belongs to a prompt if both its id and the hash of what it answers are the prompt's. Missing,
+duplicate and unknown rows are listed by id before anything is written. Ids are read first, texts one row group at a
+time, so that memory does not grow with the texts.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from tessy_hf.dialects import HARMONY, THINK_TAGS
 from tessy_hf.errors import MergeError, PartsError, PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns
-from tessy_hf.rows import prompt as prompts
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter, journal_features, open_journal
-from tessy_hf.run import shared_rows as parts
-from tessy_hf.run.journal import Journal
+from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter
+from tessy_hf.rows.prompt import PromptReader, hashed_columns
+from tessy_hf.run.finished import journal_features, open_journal
+from tessy_hf.run.journal_reader import JournalReader
+from tessy_hf.run.shared_rows import list_shared, record_of
+from tessy_hf.run.storage import ParquetRows, file_system
 from tessy_hf.settings import Settings
-from tessy_hf.trajectory import Trajectory
+from tessy_hf.trajectory import RowKey, Trajectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,6 +51,8 @@ class Report:
             that says so.
         missing: Ids of prompts without a row.
         foreign: Ids of rows without a prompt. They are left out.
+        other_prompts: Ids of prompts without a row, but with a row that answers another prompt. They are in
+            ``missing`` as well.
         duplicates: Ids of rows that are there more than once, all the same, or failed but for one; one is taken.
         differing: Ids of rows that are there more than once and differ.
         failed: How many prompts have nothing but a row that failed.
@@ -57,6 +62,7 @@ class Report:
     unusable: int = 0
     missing: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
+    other_prompts: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
     failed: int = 0
@@ -99,7 +105,7 @@ class Merge:
         incomplete: bool = False,
     ) -> None:
         self._dataset, self._given, self._first, self._incomplete = dataset, settings, first, incomplete
-        self._rows: dict[str, list[_Found]] = {}
+        self._rows: dict[RowKey, list[_Found]] = {}
         self._runs: dict[str, int] = {}
         self._record: dict[str, Any] = {}
         self._marks_in_content: bool | None = None
@@ -109,9 +115,7 @@ class Merge:
         self._check_runs()
         dialect = HARMONY if self._marks_in_content is False else THINK_TAGS
         self.features: Features = columns.features(dataset, self.settings.prompt_column, dialect)
-        prompt, own = self.settings.prompt_column, [name for name in self.features if name not in columns.COLUMNS]
-        columns.check_columns([*own, prompt], prompt, self.settings.id_column)
-        self.report = self._held_against_prompts()
+        self.report = self._matched()
 
     # --- what is there
 
@@ -124,22 +128,25 @@ class Merge:
             self._add_files(source, glob=False)
 
     def _add_files(self, source: str, *, glob: bool) -> None:
-        system, path = parts.file_system(source)
-        found = sorted(map(str, system.glob(path))) if glob else parts.listed(system, path)
+        system, path = file_system(source)
+        found = sorted(map(str, system.glob(path))) if glob else list_shared(system, path)
         if not found:
             raise PartsError(
                 f"There are no rows at {source!r}. A folder with parts, .parquet files with rows, or journals are "
                 "expected; check the path."
             )
-        files = parts.ParquetFiles(system)
+        files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            self._describe(parts.record_of(schema), _keeps_marks(schema))
-            for key, run, place in files.keys(file, self._key_column(schema.names, file)):
+            self._describe(record_of(schema), _keeps_marks(schema))
+            known = self._settings_known
+            hashed = hashed_columns(known, schema.names) if known is not None else []
+            hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
+            for key, run, place in files.keys(file, self._id_column(schema.names, file), hashed):
                 self._keep(key, run, _Found(place.failed, lambda place=place: files.row(place)))  # type: ignore[misc]
 
-    def _key_column(self, names: Sequence[str], file: str) -> str:
-        """Return the column with the keys: the prompts' ids where they are there, else the keys that parts have."""
+    def _id_column(self, names: Sequence[str], file: str) -> str:
+        """Return the column with the ids: the prompts' own where it is there, else that of shared rows."""
         known = self._settings_known
         if known is not None and known.id_column in names:
             return str(known.id_column)
@@ -150,11 +157,11 @@ class Merge:
             "id_column= are expected; pass settings= (--recipe) with those the rows were written with."
         )
 
-    def _add_journal(self, journal: Journal) -> None:
+    def _add_journal(self, journal: JournalReader) -> None:
         for run in journal.fingerprints():
             if self._wanted not in (None, run):
                 continue
-            one = Journal(journal.path, run, max_attempts=1)
+            one = JournalReader(journal.path, run, max_attempts=1)
             described = one.description()
             record = RunRecord.model_validate_json(described).model_dump(mode="json") if described else {}
             self._describe(record, "thinking" not in journal_features(one)["messages"].feature)
@@ -167,7 +174,7 @@ class Merge:
         if not self._record and (self._wanted in (None, record.get("fingerprint"))):
             self._record = dict(record)
 
-    def _keep(self, key: str, run: str | None, found: _Found) -> None:
+    def _keep(self, key: RowKey, run: str | None, found: _Found) -> None:
         if self._wanted in (None, run):
             self._runs[str(run)] = self._runs.get(str(run), 0) + 1
             self._rows.setdefault(key, []).append(found)
@@ -187,8 +194,10 @@ class Merge:
         """The settings that tell the prompts' columns: those given, else those that a source has told."""
         if self._given is not None or not self._record.get("settings"):
             return self._given
-        names = ("prompt_column", "id_column", "system_prompt")
-        return Settings.check(**{name: self._record["settings"][name] for name in names})
+        told = self._record["settings"]
+        names = {name: told[name] for name in ("prompt_column", "id_column", "system_prompt")}
+        verifier = told.get("verifier")
+        return Settings.check(**names, verifier=_unknown if "function" in (verifier or {}) else verifier)
 
     @cached_property
     def settings(self) -> Settings:
@@ -210,10 +219,11 @@ class Merge:
         """The run's description, where a source has one, for ``push_to_hub(..., manifest=)``."""
         return RunRecord.model_validate(self._record) if self._record else None
 
-    # --- held against the prompts
+    # --- matched with the prompts
 
-    def _held_against_prompts(self) -> Report:
-        report, wanted, unusable = Report(), dict[str, None](), set[str]()
+    def _matched(self) -> Report:
+        report, wanted, unusable = Report(), dict[RowKey, None](), set[str]()
+        ids = {key.id for key in self._rows}
         for key, prompt, _ in self._prompts():
             report.prompts += 1
             if key is None:
@@ -223,13 +233,14 @@ class Merge:
                 wanted[key] = None
                 there = self._rows.get(key)
                 if there is None:
-                    report.missing.append(key)
+                    report.missing.append(key.id)
+                    report.other_prompts += [key.id] if key.id in ids else []
                 else:
                     report.failed += all(one.failed for one in there)
-        report.foreign = [key for key in self._rows if key not in wanted and key not in unusable]
+        report.foreign = [key.id for key in self._rows if key not in wanted and key.id not in unusable]
         for key in wanted:
             if len(found := self._rows.get(key, [])) > 1:
-                (report.duplicates if self._are_one(found) else report.differing).append(key)
+                (report.duplicates if self._are_one(found) else report.differing).append(key.id)
         return report
 
     def _are_one(self, found: Sequence[_Found]) -> bool:
@@ -238,12 +249,14 @@ class Merge:
         first = next(texts, None)
         return all(text == first for text in texts)
 
-    def _prompts(self) -> Iterator[tuple[str | None, Mapping[str, Any], PromptError | None]]:
+    def _prompts(self) -> Iterator[tuple[RowKey | None, Mapping[str, Any], PromptError | None]]:
         """Iterate over the prompts: the key, the row, and what is wrong with it where there is no key."""
-        settings, seen = self.settings, set[str]()
+        prompt = self.settings.prompt_column
+        names = [name for name in self.features if name not in columns.COLUMNS]
+        reader = PromptReader(self.settings, [*names, *([] if prompt in names else [prompt])])
         for row in self._dataset:
             try:
-                yield prompts.read(self._id(row), row[settings.prompt_column], settings, seen)[0], row, None
+                yield reader.read(row).row_key, row, None
             except PromptError as error:
                 yield None, row, error
 
@@ -258,9 +271,9 @@ class Merge:
         missing, differing = self.report.missing, self.report.differing
         if missing and not self._incomplete:
             raise MergeError(
-                f"{len(missing)} of {self.report.prompts} prompts have no row: {some(missing)}. One for each is "
-                "expected; run their shards again with the same journals and parts, which writes only what is "
-                "missing, or pass incomplete=True (--incomplete) to go without them."
+                f"{len(missing)} of {self.report.prompts} prompts have no row: {some(missing)}. {self._reworded()}"
+                "One for each is expected; run their shards again with the same journals and parts, which writes only "
+                "what is missing, or pass incomplete=True (--incomplete) to go without them."
             )
         if differing and not self._first:
             raise MergeError(
@@ -268,6 +281,10 @@ class Merge:
                 "and their models did not repeat themselves; each is a proper row. Pass first=True (--first) to take "
                 "that of the source named first, or leave a source out."
             )
+
+    def _reworded(self) -> str:
+        others = self.report.other_prompts
+        return f"Of {some(others)} there are rows, but they answer other prompts. " if others else ""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Iterate over the rows of the result.
@@ -337,6 +354,11 @@ class Merge:
 def some(ids: Sequence[str], most: int = 10) -> str:
     """Name a few of many ids."""
     return ", ".join(map(repr, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def _unknown(row: Mapping[str, Any]) -> bool:
+    """Stand for a verifier that was a function: it is not called here, but may have read any column."""
+    raise NotImplementedError
 
 
 def _said(row: Mapping[str, Any]) -> Any:

@@ -7,8 +7,9 @@
     )
 
 :func:`synthesize` is the whole run: what is done is left out, actors put finished rows into parts on shared storage
-(:mod:`tessy_hf.run.shared_rows`), and what they have put is held against the prompts (:mod:`tessy_hf.cluster.merge`). Ray may run a task
-twice and forgets what a dead node held; that each row is in the result, once, is decided by the parts alone.
+(:mod:`tessy_hf.run.shared_rows`), and what they have put is matched with the prompts (:mod:`tessy_hf.cluster.merge`).
+Ray may run a task twice and forgets what a dead node held; that each row is in the result, once, is decided by the
+parts alone.
 
 Engines are servers that all actors share, or live in each actor, on the GPUs that Ray has given it. Each actor has
 its own window of ``rows_in_flight`` rows, over all batches it was given, and its own journal on its host's disk.
@@ -28,9 +29,9 @@ from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, PromptError, SettingsError, TessyError
 from tessy_hf.recipe import Placement as Placement
 from tessy_hf.rows import columns
-from tessy_hf.rows import datasets_internals as typed_streams
-from tessy_hf.rows import prompt as prompts
-from tessy_hf.run import shared_rows as parts
+from tessy_hf.rows.datasets_internals import table
+from tessy_hf.rows.prompt import PromptReader
+from tessy_hf.run.shared_rows import SharedRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -84,7 +85,7 @@ class RowWriter:
         features = Features({**Features.from_arrow_schema(batch.schema), **schema})
         merged = {**given, **written}
         rows = (dict(zip(merged, values, strict=True)) for values in zip(*merged.values(), strict=True))
-        return typed_streams.table(rows, features)
+        return table(rows, features)
 
 
 def map_options(transform: TessyTransform, placement: Placement) -> dict[str, Any]:
@@ -182,27 +183,26 @@ def _check_ray() -> None:
         raise SettingsError('A run on a cluster needs Ray Data. Install it: pip install "tessy-hf[ray]".') from error
 
 
-def _there(transform: TessyTransform) -> parts.Parts:
-    """Return what was put into parts before."""
-    found = parts.Parts(str(transform.settings.parts), transform.run_fingerprint)
+def _there(transform: TessyTransform) -> SharedRows:
+    """Return the shared rows of earlier runs."""
+    found = SharedRows(str(transform.settings.parts), transform.run_fingerprint)
     found.refresh()
     return found
 
 
 def _to_do(
-    dataset: Dataset | IterableDataset, transform: TessyTransform, there: parts.Parts
+    dataset: Dataset | IterableDataset, transform: TessyTransform, there: SharedRows
 ) -> Iterator[Mapping[str, Any]]:
     """Iterate over the prompts whose rows are not done. Those that cannot be used are left to the merge."""
-    settings, seen = transform.settings, set[str]()
-    names = {settings.prompt_column, settings.id_column}
+    reader: PromptReader | None = None
     for row in dataset:
+        reader = reader or PromptReader(transform.settings, list(row))
         try:
-            given = row[settings.id_column] if settings.id_column is not None else None
-            key, _ = prompts.read(given, row[settings.prompt_column], settings, seen)
+            key = reader.read(row).row_key
         except PromptError:
             continue
         if not there.done(key):
-            yield {name: row[name] for name in row if settings.verifier is not None or name in names}
+            yield {name: row[name] for name in reader.read_columns}
 
 
 def _write(rows: Iterator[Mapping[str, Any]], transform: TessyTransform, placement: Placement) -> Counter[str]:

@@ -29,7 +29,7 @@ from tessy_hf.hub.versions import (
     read_standing,
 )
 from tessy_hf.manifest import License, Manifest, RunRecord
-from tessy_hf.rows.parquet import Rows
+from tessy_hf.run.finished import Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

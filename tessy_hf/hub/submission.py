@@ -13,7 +13,7 @@ from tessy_hf.manifest import Manifest, RunRecord
 from tessy_hf.rows import datasets_internals
 
 if TYPE_CHECKING:
-    from tessy_hf.rows.parquet import Rows
+    from tessy_hf.run.finished import Rows
     from tessy_hf.transform import TessyTransform
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.dialects import HARMONY, THINK_TAGS, Dialect
 from tessy_hf.errors import DatasetError
+from tessy_hf.rows.datasets_internals import features_of
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, dialect: Di
     """
     from datasets import Features
 
-    given = dataset.features
-    if given is None:
-        given = dataset._resolve_features().features
+    given = features_of(dataset)
     check_columns(list(given), prompt_column)
     return Features({**given, **schema(dialect.marks_in_content)})
 

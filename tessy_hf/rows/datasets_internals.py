@@ -1,61 +1,74 @@
-"""Lets `rows.push_to_hub(...)` and `rows.to_parquet(...)` of `datasets` work on streams of our rows.
+"""Every private name of `datasets` that this package needs, checked against the installed version.
 
-Turning a mapped stream into Arrow, `datasets` infers the types from one row at a time and takes no account of the
-features that the map declares, so that a row with an error beside one without ends in ``ArrowInvalid``
-(huggingface/datasets#7872). Streams with a ``TessyTransform`` in them are converted by their declared features; all
-other streams are left to `datasets`.
+Also lets `rows.push_to_hub(...)` and `rows.to_parquet(...)` of `datasets` work on streams of our rows. Turning a
+mapped stream into Arrow, `datasets` infers the types from one row at a time and ignores the features that the map
+declares, so that a row with an error beside one without ends in ``ArrowInvalid`` (huggingface/datasets#7872). While a
+transform is open, streams with it in them are converted by their declared features; all other streams are left to
+`datasets`.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+from tessy_hf.errors import SettingsError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features, IterableDataset
 
+_NAMES = {
+    "datasets.features.features": ("cast_to_python_objects", "Features._to_yaml_list", "Features._from_yaml_list"),
+    "datasets.iterable_dataset": ("_convert_to_arrow", "IterableDataset._resolve_features"),
+    "datasets.utils._dill": ("pklregister",),
+    "datasets.utils.py_utils": ("convert_file_size_to_int",),
+}
+_CONVERSION = ["iterable", "batch_size", "drop_last_batch"]
+"""The arguments of ``_convert_to_arrow``."""
 
-def install(is_ours: Callable[[Any], bool]) -> None:
-    """Convert streams by their features where a function mapped over them is ours.
 
-    Args:
-        is_ours: Tells such a function.
+@cache
+def check() -> None:
+    """Check that the installed `datasets` has all that is used of it.
+
+    Raises:
+        SettingsError: A release changed some of it.
     """
+    import datasets
     from datasets import iterable_dataset as streams
 
-    infer = getattr(streams, "_convert_to_arrow", None)
-    if infer is None:  # a later release does it in another way
-        return
-
-    def convert(iterable: Any, batch_size: int, drop_last_batch: bool = False) -> Iterator[tuple[Any, Any]]:
-        typed = getattr(iterable, "features", None) is not None and any(map(is_ours, functions(iterable)))
-        yield from (_typed if typed else infer)(iterable, batch_size, drop_last_batch)
-
-    streams._convert_to_arrow = convert
-
-
-def functions(step: Any) -> Iterator[Any]:
-    """Iterate over the functions mapped over a stream, last first. `datasets` has no public way to ask.
-
-    Args:
-        step: What an ``IterableDataset`` keeps as ``_ex_iterable``.
-    """
-    steps = [step]
-    for step in steps:
-        if step is not None:
-            yield from filter(None, [getattr(step, "function", None)])
-            steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
+    missing = [f"{module}.{name}" for module, names in _NAMES.items() for name in names if not _has(module, name)]
+    if not missing and list(inspect.signature(streams._convert_to_arrow).parameters) != _CONVERSION:
+        missing = [f"datasets.iterable_dataset._convert_to_arrow({', '.join(_CONVERSION)})"]
+    rows = datasets.Dataset.from_dict({"a": [1]})
+    missing += [] if hasattr(rows, "_fingerprint") else ["Dataset._fingerprint"]
+    missing += [] if hasattr(rows.to_iterable_dataset(), "_ex_iterable") else ["IterableDataset._ex_iterable"]
+    if missing:
+        raise SettingsError(
+            f"datasets {datasets.__version__} has no {', '.join(missing)}. This version of tessy_hf was made for "
+            'datasets 5.2; upgrade tessy_hf, or run: pip install "datasets==5.2.*"'
+        )
 
 
-def _typed(iterable: Any, batch_size: int, drop_last_batch: bool) -> Iterator[tuple[Any, Any]]:
-    examples = iter(iterable)
-    size = batch_size if batch_size and batch_size > 0 else None
-    while batch := list(islice(examples, size)):
-        if drop_last_batch and size is not None and len(batch) < size:
-            return
-        yield "_".join(str(key) for key, _ in batch), table([example for _, example in batch], iterable.features)
+def _has(module: str, name: str) -> bool:
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        return False
+    for part in name.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+# --- schemas, cards and fingerprints
 
 
 def table(rows: Iterable[Mapping[str, Any]], features: Features) -> pa.Table:
@@ -67,7 +80,9 @@ def table(rows: Iterable[Mapping[str, Any]], features: Features) -> pa.Table:
     return pa.Table.from_pylist(encoded, schema=features.arrow_schema)
 
 
-# --- private names that the Hub and the record of the prompts need
+def features_of(dataset: Dataset | IterableDataset) -> Features:
+    """Return columns and types; of a stream without a schema, those of its first rows, which are read."""
+    return dataset.features if dataset.features is not None else dataset._resolve_features().features
 
 
 def features_to_yaml(features: Features) -> list[Any]:
@@ -83,14 +98,98 @@ def features_from_yaml(listed: list[Any]) -> Features:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Return the hash by which ``datasets`` knows the rows of a dataset."""
-    return str(dataset._fingerprint)
+    """Return the hash by which `datasets` identifies the rows of a dataset."""
+    return dataset._fingerprint  # type: ignore[no-any-return]
+
+
+def bytes_of(size: int | str) -> int:
+    """Read a size such as ``"500MB"``.
+
+    Raises:
+        ValueError: It is not a size.
+    """
+    from datasets.utils.py_utils import convert_file_size_to_int
+
+    return int(convert_file_size_to_int(size))
+
+
+def hash_as(kind: type, text: Callable[[Any], str]) -> None:
+    """Let the fingerprints of `datasets` see a text in place of objects of this type. Live handles would be random."""
+    from datasets.utils._dill import pklregister
+
+    @pklregister(kind)  # type: ignore[untyped-decorator]
+    def _save(pickler: Any, obj: Any) -> None:
+        pickler.save_reduce(str, (text(obj),), obj=obj)
+
+
+# --- streams
 
 
 def stream_steps(stream: IterableDataset) -> Iterator[Any]:
-    """Iterate over the steps a stream is made of, the last first."""
-    steps = [stream._ex_iterable]
+    """Iterate over the steps a stream is made of, last first. `datasets` has no public way to ask."""
+    yield from _steps(stream._ex_iterable)
+
+
+def _steps(last: Any) -> Iterator[Any]:
+    steps = [last]
     for step in steps:
         if step is not None:
             yield step
             steps += [getattr(step, "ex_iterable", None), *(getattr(step, "ex_iterables", None) or [])]
+
+
+class TypedStreams:
+    """Converts streams by their declared features while functions that are mapped over them are open.
+
+    Args:
+        kind: The type of such functions.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self._kind = kind
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._infer: Any = None  # the conversion of `datasets`, while ours is in its place
+
+    def open(self, function: Any) -> None:
+        """Convert streams with this function in them by their features, until it is closed or collected.
+
+        Raises:
+            SettingsError: The installed `datasets` does not have what is needed.
+        """
+        if function in self._open:
+            return
+        check()
+        from datasets import iterable_dataset as streams
+
+        self._open.add(function)
+        weakref.finalize(function, self._restore).atexit = False
+        if self._infer is None:
+            self._infer, streams._convert_to_arrow = streams._convert_to_arrow, self._convert
+
+    def close(self, function: Any) -> None:
+        """Leave streams to `datasets` again, where this was the last function."""
+        self._open.discard(function)
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._infer is not None and not list(self._open):  # those that are being collected are not listed
+            from datasets import iterable_dataset as streams
+
+            streams._convert_to_arrow, self._infer = self._infer, None
+
+    def _convert(self, iterable: Any, batch_size: int, drop_last_batch: bool = False) -> Iterator[tuple[Any, Any]]:
+        from datasets import iterable_dataset as streams
+
+        functions = (getattr(step, "function", None) for step in _steps(iterable))
+        is_ours = any(isinstance(function, self._kind) for function in functions)
+        typed = is_ours and getattr(iterable, "features", None) is not None
+        convert = _typed if typed else self._infer or streams._convert_to_arrow
+        yield from convert(iterable, batch_size, drop_last_batch)
+
+
+def _typed(iterable: Any, batch_size: int, drop_last_batch: bool) -> Iterator[tuple[Any, Any]]:
+    examples, size = iter(iterable), batch_size if batch_size and batch_size > 0 else None
+    while batch := list(islice(examples, size)):
+        if drop_last_batch and size is not None and len(batch) < size:
+            return
+        yield "_".join(str(key) for key, _ in batch), table([example for _, example in batch], iterable.features)

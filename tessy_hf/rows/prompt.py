@@ -1,4 +1,4 @@
-"""A dataset row's prompt, checked: the values of its columns go in, its key and its chat messages come out."""
+"""Reads prompts: a dataset row's columns go in, its checked chat messages, id and prompt hash come out."""
 
 from __future__ import annotations
 
@@ -8,44 +8,113 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tessy_hf.errors import PromptError
+from tessy_hf.rows import columns
 from tessy_hf.settings import Settings
-from tessy_hf.trajectory import Message
+from tessy_hf.trajectory import Message, Prompt
+from tessy_hf.verifiers import verifiers
+
+TOOLS = "tools"
+"""The column that chat templates read tools from."""
 
 
-def read(given: Any, prompt: Any, settings: Settings, seen: set[str]) -> tuple[str, list[Message]]:
-    """Read one row.
+class PromptReader:
+    """Reads the prompts of one pass over a dataset.
 
     Args:
-        given: The value of the id column; ignored where there is none.
-        prompt: The value of the prompt column.
-        settings: Which columns these are, and the system prompt.
-        seen: The ids seen before in this pass; the row's is added.
-
-    Returns:
-        The row's key and its messages.
+        settings: Names the columns of prompts and ids, the verifier and the system prompt.
+        names: The dataset's columns.
+        seen: The ids read before in this pass; those of the rows read are added.
 
     Raises:
-        PromptError: The prompt is no prompt, or the id is missing or was seen before.
+        DatasetError: A column is missing, or would be overwritten.
     """
-    messages = _messages(prompt, given, settings.prompt_column)
-    if settings.system_prompt is not None:
-        messages = [{"role": "system", "content": settings.system_prompt}, *messages]
-    if settings.id_column is None:
-        text = json.dumps(messages, sort_keys=True, ensure_ascii=False, default=str)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32], messages
-    if given is None or given == "":
-        raise PromptError(
-            f"A row has no id: column {settings.id_column!r} is {given!r}. "
-            "Each row needs its own; fill the column or choose another with id_column=."
-        )
-    key = str(given)
-    if key in seen:
-        raise PromptError(
-            f"Row {key!r}: another row has the same {settings.id_column!r}. Ids must be unique, else two rows "
-            "would be taken for one; make them so, or pass id_column=None to tell rows apart by their prompts."
-        )
-    seen.add(key)
-    return key, messages
+
+    def __init__(self, settings: Settings, names: Sequence[str], seen: set[str] | None = None) -> None:
+        verified = verifiers.column(settings.verifier)
+        columns.check_columns(names, settings.prompt_column, settings.id_column, verified)
+        self._settings = settings
+        self._seen = set() if seen is None else seen
+        self.hashed_columns = hashed_columns(settings, names)
+
+    @property
+    def read_columns(self) -> list[str]:
+        """The columns that :meth:`read` needs of a row."""
+        own = (self._settings.prompt_column, self._settings.id_column)
+        return list(dict.fromkeys(name for name in (*own, *self.hashed_columns) if name is not None))
+
+    def id(self, row: Mapping[str, Any]) -> Any:
+        """Return the value of a row's id column; ``None`` where there is no such column."""
+        return row[self._settings.id_column] if self._settings.id_column is not None else None
+
+    def read(self, row: Mapping[str, Any]) -> Prompt:
+        """Read one row.
+
+        Raises:
+            PromptError: The prompt cannot be used, or the id is missing or was seen before in this pass.
+        """
+        settings, given = self._settings, self.id(row)
+        messages = _messages(row[settings.prompt_column], given, settings.prompt_column)
+        if settings.system_prompt is not None:
+            messages = [{"role": "system", "content": settings.system_prompt}, *messages]
+        key = prompt_hash(messages) if settings.id_column is None else self._checked(given)
+        return Prompt(key, messages, prompt_hash=prompt_hash(messages, {n: row[n] for n in self.hashed_columns}))
+
+    def _checked(self, given: Any) -> str:
+        column = self._settings.id_column
+        if given is None or given == "":
+            raise PromptError(
+                f"A row has no id: column {column!r} is {given!r}. "
+                "Each row needs its own; fill the column or choose another with id_column=."
+            )
+        key = str(given)
+        if key in self._seen:
+            raise PromptError(
+                f"Row {key!r}: another row has the same {column!r}. Ids must be unique in a dataset, or its rows "
+                "cannot be told apart; make them so, or pass id_column=None to identify rows by their prompts."
+            )
+        self._seen.add(key)
+        return key
+
+
+def hashed_columns(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Return the columns that decide a row besides its prompt: tools, and what the verifier reads.
+
+    All input columns where the verifier is a function of the user's, since what that reads is not known.
+    """
+    inputs = [name for name in names if name not in columns.COLUMNS and name != settings.prompt_column]
+    verified = verifiers.column(settings.verifier)
+    if settings.verifier is not None and verified is None:
+        return inputs
+    return [name for name in inputs if name in (TOOLS, verified)]
+
+
+def prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | None = None) -> str:
+    """Hash all that a row asks: its messages, and the values of the columns that decide it besides."""
+    asked = [messages, _canonical(read)] if read else messages
+    text = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=_hash)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def finished_prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | None = None) -> str:
+    """Hash what a finished row answers, from its ``messages``, as :func:`prompt_hash` did before it was written."""
+    ends = bool(messages) and messages[-1]["role"] == "assistant"
+    asked = [{"role": m["role"], "content": m["content"]} for m in (messages[:-1] if ends else messages)]
+    return prompt_hash(asked, read)
+
+
+def _canonical(value: Any) -> Any:
+    """Return a value in one form, whichever table it came from: Arrow fills in missing keys, formats make arrays."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(one) for key, one in value.items() if one is not None}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(one) for one in value]
+    return _canonical(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _hash(value: Any) -> str:
+    from datasets.fingerprint import Hasher
+
+    return str(Hasher.hash(value))
 
 
 def length(messages: Sequence[Message]) -> int:

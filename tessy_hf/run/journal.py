@@ -1,16 +1,15 @@
-"""Durable rows: a finished row is never written again nor lost, an unfinished one continues at its last kept span.
+"""Durable rows: finished rows are never written again nor lost, interrupted ones resume from their last kept span.
 
-Kept spans and finished columns go in as rows are written; claims, in a later run or another process, tell what is
-there already. Knows nothing of models, datasets or settings: a run is a fingerprint, a row is a key, columns and state
-are JSON values, written as they are given. One SQLite file in WAL mode serves all processes of one machine.
+Kept spans and finished columns go in as rows are written; claims, in a later run or another process, say what is there
+already. Knows nothing of models, datasets or settings: a run is a fingerprint, a row is a key, columns and state are
+JSON values, written as they are given. One SQLite file in WAL mode serves all processes of one machine.
 
 What survives which death:
     Writes are buffered until :meth:`Journal.flush`. A row counts as finished once the flush after its
-    :meth:`Journal.finish` has returned. It then outlives SIGKILL and power cuts: commits that hold a finished or
-    failed row are synced to disk (``synchronous=FULL``). Commits that hold only spans, and those of
-    ``flush(sync=False)``, are not (``NORMAL``), since most are such: they outlive SIGKILL, and a power cut may take
-    those since the last synced commit. Such text, and what was still buffered, is generated again. The file stays
-    consistent either way.
+    :meth:`Journal.finish` has returned. It then survives SIGKILL and power cuts: commits with a finished or failed
+    row are synced to disk (``synchronous=FULL``). Commits with spans only, and those of ``flush(sync=False)``, are not
+    (``NORMAL``), since most are such: they survive SIGKILL; a power cut may lose those since the last synced commit.
+    Such text, and what was still buffered, is generated again. The file stays consistent either way.
 
 Who may write a row:
     One claim at a time. A claim holds until the row is finished, failed or released, until its process is gone, or
@@ -28,17 +27,18 @@ import sqlite3
 import time
 import uuid
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from tessy_hf.errors import JournalError
-from tessy_hf.run.journal_file import JournalFile
-from tessy_hf.trajectory import Author, Part, Span
+from tessy_hf.run.journal_reader import ROW, Counts, JournalReader, Key, row_key, utf8
+from tessy_hf.trajectory import Author, Part, RowKey, Span
+
+__all__ = ["Claim", "Counts", "Journal"]
 
 LEASE_SECONDS = 60.0
 """How long a claim holds after its process last flushed, where it cannot be seen that the process is gone."""
@@ -46,12 +46,8 @@ LEASE_SECONDS = 60.0
 _AUTHORS: tuple[Author, ...] = ("student", "teacher")  # pieces.author and pieces.part index these
 _PARTS: tuple[Part, ...] = ("thinking", "answer")
 
-# Text is bound as bytes and cast, so that what is no valid Unicode (lone surrogates) comes back as it was.
-_ROW = "fingerprint = ? AND key = CAST(? AS TEXT)"
+_ENROLL = "INSERT OR IGNORE INTO rows (fingerprint, key, prompt_hash) VALUES (?, CAST(? AS TEXT), ?)"
 _DESCRIPTIONS = "CREATE TABLE IF NOT EXISTS descriptions (fingerprint TEXT PRIMARY KEY, text TEXT NOT NULL)"
-_DONE = "(finish_reason IS NOT NULL OR attempts >= ?)"
-_STANDING = f"""CASE WHEN {_DONE} THEN 'done' WHEN attempts > 0 THEN 'failed_before'
-    WHEN EXISTS (SELECT 1 FROM pieces WHERE row = id) THEN 'to_continue' ELSE 'to_do' END"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +58,16 @@ class Claim:
         status: ``finished``: take ``columns``. ``started``: write the row, on from ``spans`` and ``state``. ``busy``:
             someone else, or this journal itself, is writing it; ask again later.
         columns: The finished row, or the last failure of a row that is out of attempts.
-        spans: The text kept so far; neighbours differ in author or part.
-        state: The mapping last given to :meth:`Journal.append`; empty if none was.
         attempts: How many attempts at the row failed so far, over all runs.
+        spans: The text kept so far; neighbors differ in author or part.
+        state: The mapping last given to :meth:`Journal.append`; empty if none was.
     """
 
     status: Literal["finished", "started", "busy"]
     columns: dict[str, Any] = field(default_factory=dict)
+    attempts: int = 0
     spans: list[Span] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
-    attempts: int = 0
-
-
-class Counts(NamedTuple):
-    """How many rows are done (finished, or out of attempts), under way with text kept, not begun, to be retried."""
-
-    done: int = 0
-    to_continue: int = 0
-    to_do: int = 0
-    failed_before: int = 0
 
 
 @dataclass(slots=True)
@@ -97,7 +84,7 @@ class _Lease:
     ended: bool = False
 
 
-class Journal:
+class Journal(JournalReader):
     """The rows of one run in a journal file, for one thread at a time. Touches no file until used.
 
     Args:
@@ -107,52 +94,49 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: str, *, max_attempts: int = 3) -> None:
-        self.path = Path(path).expanduser().absolute()
-        self.fingerprint = fingerprint
-        self.max_attempts = max_attempts
-        self._file = JournalFile(self.path)
+        super().__init__(path, fingerprint, max_attempts=max_attempts)
         self._forget()
         _JOURNALS.add(self)
 
     def _forget(self) -> None:
-        """Begin with no claims and an empty buffer, as an owner of one's own."""
+        """Start with no claims and an empty buffer, under a new token."""
         self._token = uuid.uuid4().hex[:16]
-        self._held: dict[str, _Lease] = {}
-        self._unwritten: dict[str, _Lease] = {}
+        self._held: dict[RowKey, _Lease] = {}
+        self._unwritten: dict[RowKey, _Lease] = {}
         self._renewed = 0.0
         self._unsynced = False
 
     # --- one row
 
-    def enroll(self, keys: Iterable[str]) -> None:
+    def enroll(self, keys: Iterable[Key]) -> None:
         """Give rows their places in the order of the run's rows, whichever of them is claimed first.
 
         Raises:
             JournalError: The file cannot be written.
         """
-        names = [(self.fingerprint, _utf8(key)) for key in keys]
+        names = [self._name(key) for key in keys]
         with self._transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO rows (fingerprint, key) VALUES (?, CAST(? AS TEXT))", names)
+            db.executemany(_ENROLL, names)
 
-    def claim(self, key: str) -> Claim:
+    def claim(self, key: Key) -> Claim:
         """Look a row up if it is finished; else ask to write it.
 
         Raises:
             JournalError: The file cannot be used.
         """
-        name = (self.fingerprint, _utf8(key))
+        key, name = row_key(key), self._name(key)
         if key in self._unwritten:
             self.flush()
         with self._file.use() as db:
-            done = self._done(db, name)
+            done = self._done(db, key)
         if done is not None:
-            return done
+            return Claim("finished", *done)
         with self._transaction() as db:
-            done = self._done(db, name)
+            done = self._done(db, key)  # another process may have been faster
             if done is not None:
-                return done
-            db.execute("INSERT OR IGNORE INTO rows (fingerprint, key) VALUES (?, CAST(? AS TEXT))", name)
-            found = db.execute(f"SELECT id, owner, attempts, state FROM rows WHERE {_ROW}", name)
+                return Claim("finished", *done)
+            db.execute(_ENROLL, name)
+            found = db.execute(f"SELECT id, owner, attempts, state FROM rows WHERE {ROW}", name)
             row, owner, attempts, state = found.fetchone()
             if owner is not None and _is_live(db, owner):
                 return Claim("busy", attempts=attempts)
@@ -162,12 +146,7 @@ class Journal:
         self._held[key] = _Lease(row, len(pieces))
         return Claim("started", spans=_spans(pieces), state=json.loads(state or "{}"), attempts=attempts)
 
-    def _done(self, db: sqlite3.Connection, name: tuple[str, bytes]) -> Claim | None:
-        query = f"SELECT columns, attempts FROM rows JOIN results ON row = id WHERE {_ROW} AND {_DONE}"
-        found = db.execute(query, (*name, self.max_attempts)).fetchone()
-        return found and Claim("finished", columns=json.loads(found[0]), attempts=found[1])
-
-    def append(self, key: str, pieces: Iterable[Span], state: Mapping[str, Any] | None = None) -> None:
+    def append(self, key: Key, pieces: Iterable[Span], state: Mapping[str, Any] | None = None) -> None:
         """Buffer text kept of a claimed row. The cost does not depend on how much the row has already.
 
         Args:
@@ -179,41 +158,42 @@ class Journal:
         lease = self._lease(key)
         for piece in pieces:
             author, part = _AUTHORS.index(piece.author), _PARTS.index(piece.part)
-            lease.pieces.append((lease.row, lease.number, author, part, _utf8(piece.text)))
+            lease.pieces.append((lease.row, lease.number, author, part, utf8(piece.text)))
             lease.number += 1
         if state is not None:
             lease.state = state
-        self._unwritten[key] = lease
+        self._unwritten[row_key(key)] = lease
 
-    def finish(self, key: str, columns: Mapping[str, Any]) -> None:
+    def finish(self, key: Key, columns: Mapping[str, Any]) -> None:
         """Buffer a finished row, of JSON values, and end the claim. Durable once flushed."""
         self._end(key, columns, finish_reason=str(columns.get("finish_reason")))
 
-    def fail(self, key: str, columns: Mapping[str, Any]) -> None:
+    def fail(self, key: Key, columns: Mapping[str, Any]) -> None:
         """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt."""
         self._end(key, columns, failed=True)
 
-    def release(self, key: str) -> None:
+    def release(self, key: Key) -> None:
         """Buffer the end of the claim on an unfinished row. The text kept so far stays."""
         self._end(key, None)
 
     def _end(
-        self, key: str, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: bool = False
+        self, key: Key, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: bool = False
     ) -> None:
-        lease = self._lease(key)
+        key, lease = row_key(key), self._lease(key)
         if columns is not None:
             lease.columns = _json(columns)
         lease.finish_reason, lease.failed, lease.ended = finish_reason, failed, True
         self._unwritten[key] = lease
         del self._held[key]
 
-    def _lease(self, key: str) -> _Lease:
+    def _lease(self, key: Key) -> _Lease:
+        row = row_key(key)
         try:
-            return self._held[key]
+            return self._held[row]
         except KeyError:
             raise JournalError(
-                f"The journal {self.path} holds no claim on row {key!r}. Only claimed rows can be written, until they "
-                "are finished, failed or released; call claim() and write where it answers 'started'."
+                f"The journal {self.path} holds no claim on row {row.id!r}. Only claimed rows can be written, until "
+                "they are finished, failed or released; call claim() and write where it answers 'started'."
             ) from None
 
     # --- all rows
@@ -222,7 +202,7 @@ class Journal:
         """Commit what is buffered and, a few times a minute, renew all claims. Free where there is nothing to do.
 
         Args:
-            sync: Whether finished and failed rows shall outlive a power cut too. Without it they outlive the process.
+            sync: Whether finished and failed rows must survive a power cut too. Without it they survive the process.
 
         Raises:
             JournalError: The file cannot be written. What was buffered stays buffered.
@@ -251,76 +231,11 @@ class Journal:
         finally:
             self._file.close()
 
-    def plan(self, keys: Iterable[str]) -> Counts:
-        """Count how the rows with these keys stand in this run. Changes nothing."""
-        counts: Counter[str] = Counter()
-        keys = iter(keys)
-        while chunk := list(islice(keys, 500)):
-            marks = ", ".join(["CAST(? AS TEXT)"] * len(chunk))
-            query = f"SELECT key, {_STANDING} FROM rows WHERE fingerprint = ? AND key IN ({marks})"
-            values = (self.max_attempts, self.fingerprint, *map(_utf8, chunk))
-            with self._file.use() as db:
-                standing = dict(db.execute(query, values).fetchall())
-            counts.update(standing.get(key, "to_do") for key in chunk)
-        return Counts(**counts)
-
-    def finished(self, fingerprint: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Iterate over keys and columns of a run's rows that are done, in the order in which they were first met.
-
-        Args:
-            fingerprint: The run; this one where it is ``None``.
-        """
-        run = self.fingerprint if fingerprint is None else fingerprint
-        query = f"""SELECT id, key, columns FROM rows NOT INDEXED JOIN results ON row = id
-            WHERE id > ? AND fingerprint = ? AND {_DONE} ORDER BY id LIMIT 64"""
-        page: list[tuple[int, str, str]] = [(0, "", "")]
-        while page:
-            with self._file.use() as db:
-                page = db.execute(query, (page[-1][0], run, self.max_attempts)).fetchall()
-            for _, key, columns in page:
-                yield key, json.loads(columns)
-
-    def keys(self) -> Iterator[tuple[str, bool]]:
-        """Iterate over the keys of this run's rows that are done, and whether they failed. Reads no columns."""
-        query = f"""SELECT id, key, finish_reason IS NULL FROM rows NOT INDEXED JOIN results ON row = id
-            WHERE id > ? AND fingerprint = ? AND {_DONE} ORDER BY id LIMIT 1000"""
-        page: list[tuple[int, str, int]] = [(0, "", 0)]
-        while page:
-            with self._file.use() as db:
-                page = db.execute(query, (page[-1][0], self.fingerprint, self.max_attempts)).fetchall()
-            for _, key, failed in page:
-                yield key, bool(failed)
-
-    def row(self, key: str) -> dict[str, Any] | None:
-        """Return the columns of a row that is done, or ``None``."""
-        with self._file.use() as db:
-            done = self._done(db, (self.fingerprint, _utf8(key)))
-        return done.columns if done is not None else None
-
-    def fingerprints(self) -> dict[str, Counts]:
-        """Count the rows of each run in the file, oldest first; ``to_do`` counts those met without text."""
-        query = f"SELECT fingerprint, {_STANDING}, count(*) FROM rows GROUP BY 1, 2 ORDER BY min(id)"
-        with self._file.use() as db:
-            found = db.execute(query, (self.max_attempts,)).fetchall()
-        counts: dict[str, Counts] = {}
-        for run, standing, count in found:
-            counts[run] = counts.get(run, Counts())._replace(**{standing: count})
-        return counts
-
     def describe(self, description: str) -> None:
         """Keep a text that describes this run, in place of the one kept before."""
         with self._transaction() as db:
             db.execute(_DESCRIPTIONS)
             db.execute("INSERT OR REPLACE INTO descriptions VALUES (?, ?)", (self.fingerprint, description))
-
-    def description(self) -> str | None:
-        """Return the text that describes this run, or ``None``."""
-        with self._file.use() as db:
-            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'descriptions'").fetchone():
-                return None
-            query = "SELECT text FROM descriptions WHERE fingerprint = ?"
-            found = db.execute(query, (self.fingerprint,)).fetchone()
-        return found and str(found[0])
 
     # --- writing
 
@@ -375,7 +290,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 def _is_live(db: sqlite3.Connection, token: str) -> bool:
-    """Return whether the owner of a claim may still write; strike it off the list if not."""
+    """Return whether the owner of a claim may still write; delete it if not."""
     owner = db.execute("SELECT host, pid, expires FROM owners WHERE token = ?", (token,)).fetchone()
     live = owner is not None and owner[2] >= time.time() and (owner[0] != _host() or _runs(owner[1], token))
     if not live:
@@ -397,7 +312,7 @@ def _runs(pid: int, token: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return where pids mean what they mean here: this boot of this machine, and this namespace of pids."""
+    """Return what makes pids comparable: this boot of this machine, and this namespace of pids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -405,18 +320,14 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder each time
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return _utf8(_encode(value))
+    return utf8(_encode(value))
 
 
 def _spans(pieces: Iterable[tuple[int, int, str]]) -> list[Span]:
-    """Join neighbours of the same author and part."""
+    """Join neighbors of the same author and part."""
     kinds = groupby(pieces, key=lambda piece: piece[:2])
     return [Span(_AUTHORS[a], _PARTS[p], "".join(text for *_, text in group)) for (a, p), group in kinds]

@@ -6,6 +6,7 @@ knows nothing of what is done with them.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import tempfile
@@ -16,8 +17,9 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tessy_hf.errors import JournalError
+from tessy_hf.rows.prompt import finished_prompt_hash
 
-FORMAT = 1
+FORMAT = 2
 """The version of the tables, in the file's ``user_version``."""
 
 APPLICATION_ID = 0x54455353
@@ -30,22 +32,27 @@ WAL_PAGES = 10_000
 """Pages of 4 KiB in the -wal file before they are copied into the file. Rows under way change the same pages again and
 again; with SQLite's 1,000 each would be copied many times."""
 
+_ROWS = """
+CREATE TABLE rows (
+    id INTEGER PRIMARY KEY,               -- counts up in the order in which rows were first met
+    fingerprint TEXT NOT NULL,
+    key TEXT NOT NULL,                    -- the row's id
+    owner TEXT,                           -- the token of the journal that holds the claim
+    attempts INTEGER NOT NULL DEFAULT 0,  -- those that failed
+    finish_reason TEXT,                   -- NULL until finished
+    state TEXT,                           -- JSON: what else is needed to continue
+    prompt_hash TEXT NOT NULL DEFAULT '', -- of all that the row asks
+    UNIQUE (fingerprint, key, prompt_hash)
+);
+CREATE INDEX held ON rows (owner) WHERE owner IS NOT NULL;
+"""
+
 SCHEMA = f"""
 PRAGMA journal_mode = WAL;
 BEGIN;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {FORMAT};
-CREATE TABLE rows (
-    id INTEGER PRIMARY KEY,               -- counts up in the order in which rows were first met
-    fingerprint TEXT NOT NULL,
-    key TEXT NOT NULL,
-    owner TEXT,                           -- the token of the journal that holds the claim
-    attempts INTEGER NOT NULL DEFAULT 0,  -- those that failed
-    finish_reason TEXT,                   -- NULL until finished
-    state TEXT,                           -- JSON: what else is needed to continue
-    UNIQUE (fingerprint, key)
-);
-CREATE INDEX held ON rows (owner) WHERE owner IS NOT NULL;
+{_ROWS}
 CREATE TABLE pieces (                     -- text kept of rows that are not finished
     row INTEGER, number INTEGER, author INTEGER, part INTEGER, text TEXT, PRIMARY KEY (row, number)
 ) WITHOUT ROWID;
@@ -133,10 +140,12 @@ def _open(path: Path) -> sqlite3.Connection:
             f"The journal {path} is {seen}. A journal made by tessy_hf, or no file, is expected; pass journal= with "
             "another path."
         )
-    if version != FORMAT:
+    if version == 1:
+        _upgrade(path)
+    elif version != FORMAT:
         raise JournalError(
-            f"The journal {path} has format {version}. This version of tessy_hf reads format {FORMAT}; upgrade "
-            "tessy_hf, or pass journal= with another path."
+            f"The journal {path} has format {version}. This version of tessy_hf reads formats up to {FORMAT}; "
+            "upgrade tessy_hf, or pass journal= with another path."
         )
     return _connect(path, "rw")
 
@@ -159,6 +168,27 @@ def _create(path: Path) -> None:
         fresh.chmod(0o600)  # SQLite gives -wal and -shm the same
         with suppress(FileExistsError):  # another process was faster
             os.link(fresh, path)
+
+
+def _upgrade(path: Path) -> None:
+    """Add prompt hashes to a journal of format 1, which looked rows up by their ids alone.
+
+    A finished row's hash is that of its ``messages``. What half-written rows answer is not known: they are not
+    continued.
+    """
+    with closing(_connect(path, "rw")) as db:
+        db.execute("BEGIN IMMEDIATE")
+        if db.execute("PRAGMA user_version").fetchone() == (1,):  # no other process was faster
+            for step in ("ALTER TABLE rows RENAME TO old", "DROP INDEX held", *_ROWS.split(";\n")[:-1]):
+                db.execute(step)
+            db.execute("INSERT INTO rows SELECT *, '' FROM old")
+            db.execute("DROP TABLE old")
+            for row, columns in db.execute("SELECT row, columns FROM results"):
+                if messages := json.loads(columns).get("messages"):
+                    hashed = finished_prompt_hash(messages)
+                    db.execute("UPDATE rows SET prompt_hash = ? WHERE id = ?", (hashed, row))
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+        db.execute("COMMIT")
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

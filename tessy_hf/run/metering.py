@@ -1,24 +1,38 @@
-"""What a run waits for: what hangs is named, and ended when its time is over; what slows the run down is known."""
+"""Per-request deadlines, stall reports, and which model is the bottleneck.
+
+Engines and boundary predictors are wrapped; what they are asked and answer stays the same. Knows nothing of what the
+answers are for.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import Counter
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
+from tessy_hf.boundary.predictor import BoundaryPredictor
+from tessy_hf.engines.base import Completion, Engine, Request
 from tessy_hf.errors import RequestError
+from tessy_hf.method.speaker import Speaker
+from tessy_hf.trajectory import Author
+
+T = TypeVar("T")
+
+CACHE_GRAIN = 256
+"""Tokens that an engine may recompute of a prompt besides its new ones: rolled back ones, and a block not full."""
 
 
 class Load(NamedTuple):
     """How much something was waited for.
 
     Attributes:
-        busy: Seconds in which any row waited for it.
-        waited: Seconds that all rows together did.
-        times: How often one began to.
+        busy: Seconds in which anything waited for it.
+        waited: Seconds of waiting, summed over all requests.
+        times: Requests.
     """
 
     busy: float = 0.0
@@ -31,10 +45,10 @@ class Load(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Meter:
-    """How many rows wait for something, and how long they did."""
+class _Usage:
+    """The requests that one thing has, and how long it had them."""
 
-    rows: int = 0
+    requests: int = 0
     at: float = 0.0
     busy: float = 0.0
     waited: float = 0.0
@@ -42,107 +56,172 @@ class _Meter:
 
     def change(self, now: float, by: int) -> None:
         self.times += by > 0
-        self.busy += (now - self.at) * (self.rows > 0)
-        self.waited += (now - self.at) * self.rows
-        self.rows, self.at = self.rows + by, now
+        self.busy += (now - self.at) * (self.requests > 0)
+        self.waited += (now - self.at) * self.requests
+        self.requests, self.at = self.requests + by, now
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Wait:
-    """One row's wait, as an asynchronous context. See :meth:`Waits.on`."""
+    what: str
+    row: str | None
+    begin: float
 
-    __slots__ = ("_cancelling", "_load", "_task", "_waits", "begin", "expired", "row", "what")
-
-    def __init__(self, waits: Waits, load: _Meter, row: str, what: str) -> None:
-        self._waits, self._load = waits, load
-        self.row, self.what, self.expired = row, what, False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
-        self.begin = self._waits.begin(self)
-        self._load.change(self.begin, 1)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._load.change(self._waits.end(self), -1)
-        if self.expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise RequestError(
-                f"Row {self.row!r} got nothing from {self.what} within {self._waits.deadline:g} s. Look at its log; "
-                "if it only needs longer, raise request_timeout.",
-                retryable=True,
-            ) from error
-
-    def expire(self) -> None:
-        """End the wait: its deadline has passed."""
-        self.expired = True
-        self._task.cancel()
+    @property
+    def who(self) -> str:
+        return "A row" if self.row is None else f"Row {self.row!r}"
 
 
-class Waits:
-    """Everything that is waited for at the moment.
+class Meter:
+    """All requests that a run waits for.
 
     Args:
-        deadline: Seconds that an engine or a predictor may take for one request; ``None`` for any time.
+        deadline: Seconds that a request may take; ``None`` for any time.
 
     Attributes:
-        read_again: Tokens of rows that engines had to read once more, as their caches had thrown them out.
+        recomputed_tokens: Tokens of rows that engines computed once more, as their caches had evicted them.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
-        self._going: dict[_Wait, None] = {}  # the oldest first
-        self._loads: dict[str, _Meter] = {}
-        self._alarm: asyncio.TimerHandle | None = None
-        self.read_again = 0
+        self.recomputed_tokens = 0
+        self._waits: dict[_Wait, None] = {}  # the oldest first
+        self._usage: dict[str, _Usage] = {}
 
-    def on(self, row: str, what: str, of: str = "") -> AbstractAsyncContextManager[None]:
-        """Wait for ``what`` on behalf of a row, which is a part of ``of`` in :meth:`loads`.
+    async def wait(self, answer: Awaitable[T], what: str, *, of: str, row: str | None = None) -> T:
+        """Await an answer.
+
+        Args:
+            answer: What is awaited.
+            what: Who gives it, for people.
+            of: Where it counts in :meth:`loads`.
+            row: The row that waits, where it is known.
 
         Raises:
             RequestError: The deadline passed. The row may be tried again.
         """
-        load = self._loads.get(of or what) or self._loads.setdefault(of or what, _Meter())
-        return _Wait(self, load, row, what)
-
-    def begin(self, wait: _Wait) -> float:
-        """Note a wait that begins. Returns the time."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        self._going[wait] = None
-        if self._alarm is None and self.deadline is not None:
-            self._alarm = loop.call_at(now + self.deadline, self._expire, loop)
-        return now
-
-    def end(self, wait: _Wait) -> float:
-        """Forget a wait that is over. Returns the time."""
-        self._going.pop(wait, None)
-        return asyncio.get_running_loop().time()
-
-    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End the waits whose deadline has passed. One alarm for all: thousands of waits begin in a second."""
-        assert self.deadline is not None
-        self._alarm = None
-        for wait in list(self._going):
-            if wait.begin + self.deadline > loop.time():
-                self._alarm = loop.call_at(wait.begin + self.deadline, self._expire, loop)
-                return
-            del self._going[wait]
-            wait.expire()
+        clock = asyncio.get_running_loop().time
+        wait, usage = _Wait(what, row, clock()), self._usage.setdefault(of, _Usage())
+        self._waits[wait] = None
+        usage.change(wait.begin, 1)
+        try:
+            async with asyncio.timeout(self.deadline) as limit:
+                return await answer
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise RequestError(
+                f"{wait.who} got nothing from {what} within {self.deadline:g} s. Look at its log; if it only needs "
+                "longer, raise request_timeout.",
+                retryable=True,
+            ) from error
+        finally:
+            del self._waits[wait]
+            usage.change(clock(), -1)
 
     def loads(self) -> dict[str, Load]:
         """Return how much each thing was waited for."""
-        return {name: Load(load.busy, load.waited, load.times) for name, load in self._loads.items()}
+        return {name: Load(usage.busy, usage.waited, usage.times) for name, usage in self._usage.items()}
 
     def stalled(self, seconds: float) -> str | None:
         """Return what is waited for, where nothing came for so many seconds; else ``None``."""
-        if not self._going:
+        if not self._waits:
             return None
         now = asyncio.get_running_loop().time()
-        if now - max(wait.begin for wait in self._going) < seconds:
+        if now - max(wait.begin for wait in self._waits) < seconds:
             return None
-        rows = Counter(wait.what for wait in self._going)
-        oldest = next(iter(self._going))
-        named = ", ".join(f"{what} ({count} row{'s' * (count > 1)})" for what, count in rows.most_common())
-        return f"{named}; the longest, row {oldest.row!r}, since {now - oldest.begin:.0f} s"
+        counts = Counter(wait.what for wait in self._waits)
+        oldest = next(iter(self._waits))
+        named = ", ".join(f"{what} ({count} row{'s' * (count > 1)})" for what, count in counts.most_common())
+        row = "" if oldest.row is None else f", row {oldest.row!r},"
+        return f"{named}; the longest{row} since {now - oldest.begin:.0f} s"
+
+    def speaker(self, author: Author, speaker: Speaker) -> Speaker:
+        """Return a copy of a speaker whose engine and predictor are metered."""
+        metered = copy.copy(speaker)
+        metered.engine = cast(Engine, MeteredEngine(speaker.engine, author, self))
+        if speaker.boundary is not None:
+            metered.boundary = cast(BoundaryPredictor, MeteredPredictor(speaker.boundary, author, self))
+        return metered
+
+
+class MeteredEngine:
+    """An engine whose requests are metered; all else is the engine's own.
+
+    Args:
+        engine: The engine.
+        author: Whose it is.
+        meter: Where requests count.
+    """
+
+    def __init__(self, engine: Engine, author: Author, meter: Meter) -> None:
+        self._engine, self._author, self._meter = engine, author, meter
+        self._what = f"the {author} {engine.model!r}"
+        self._shown: dict[str, int] = {}  # how many ids of a row the engine has had
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def complete(self, request: Request) -> Completion:
+        """Ask the engine.
+
+        Raises:
+            RequestError: The deadline passed, or the engine says so.
+        """
+        new = self._new_tokens(request)
+        return self._count(await self._wait(self._engine.complete(request), request), new)
+
+    async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
+        """Ask the engine; the deadline is that of each piece.
+
+        Raises:
+            RequestError: The deadline passed, or the engine says so.
+        """
+        new = self._new_tokens(request)
+        async with aclosing(self._engine.stream(request)) as pieces:
+            while (piece := await self._wait(anext(pieces, None), request)) is not None:
+                yield self._count(piece, new)
+
+    def release(self, row: str) -> None:
+        """Forget a row that has ended."""
+        self._shown.pop(row, None)
+        self._engine.release(row)
+
+    def _wait(self, answer: Awaitable[T], request: Request) -> Awaitable[T]:
+        return self._meter.wait(answer, self._what, of=self._author, row=request.row)
+
+    def _new_tokens(self, request: Request) -> int:
+        length = len(request.prompt_ids)
+        new = length - self._shown.get(request.row, 0)
+        self._shown[request.row] = length
+        return max(0, new)
+
+    def _count(self, completion: Completion, new: int) -> Completion:
+        recomputed = (completion.prompt_tokens_read or 0) - new - CACHE_GRAIN
+        self._meter.recomputed_tokens += max(0, recomputed)
+        return completion
+
+
+class MeteredPredictor:
+    """A boundary predictor whose requests are metered; all else is the predictor's own.
+
+    Args:
+        predictor: The predictor.
+        author: Whose text it reads.
+        meter: Where requests count.
+    """
+
+    def __init__(self, predictor: BoundaryPredictor, author: Author, meter: Meter) -> None:
+        self._predictor, self._meter = predictor, meter
+        self._what = f"the {author} boundary predictor"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predictor, name)
+
+    async def labels(self, window: Sequence[int], since: int = 0) -> Sequence[bool]:
+        """Ask the predictor.
+
+        Raises:
+            RequestError: The deadline passed.
+        """
+        return await self._meter.wait(self._predictor.labels(window, since), self._what, of="predictors")

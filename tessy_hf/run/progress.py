@@ -1,4 +1,4 @@
-"""What a person sees of a run: rows done, in flight and failed, tokens per second by author, the teacher's share."""
+"""The status line of a run: rows done, in flight and failed, tokens per second by author, the teacher's share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ from typing import Any
 import multiprocess
 
 from tessy_hf.run.journal import Counts
-from tessy_hf.run.metering import Waits
+from tessy_hf.run.metering import Meter
 from tessy_hf.run.window import Window
+
+
+def say(text: str) -> None:
+    """Write a line on stderr, above a status line where there is one."""
+    from datasets.utils import tqdm
+
+    tqdm.write(f"TESSY: {text}", file=sys.stderr)
 
 
 class Progress:
     """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
 
     Args:
-        waits: What the rows wait for.
+        meter: What the rows wait for.
         window: Which rows may be in flight.
     """
 
-    def __init__(self, waits: Waits, window: Window) -> None:
-        self._waits, self._window = waits, window
+    def __init__(self, meter: Meter, window: Window) -> None:
+        self._meter, self._window = meter, window
         self.in_flight = 0
         self.failed = 0
         self.tokens = {"teacher": 0, "student": 0}
@@ -52,8 +59,8 @@ class Progress:
         self._bar.set_postfix_str(self.line(), refresh=False)
         self._bar.update()
 
-    def say(self, counts: Counts | None, journal: Path) -> None:
-        """Tell what an earlier run left in the journal, and so what there is to do."""
+    def plan(self, counts: Counts | None, journal: Path) -> None:
+        """Say what an earlier run left in the journal, and so what there is to do."""
         done, to_continue, _, failed = counts or (0, 0, 0, 0)
         self.write(
             f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
@@ -63,9 +70,7 @@ class Progress:
     def write(self, text: str) -> None:
         """Write a line above the status line; of ``num_proc`` workers, only the first one does."""
         if not self._is_worker() or multiprocess.current_process().name.endswith("-1"):
-            from datasets.utils import tqdm
-
-            tqdm.write(f"TESSY: {text}", file=sys.stderr)
+            say(text)
 
     def line(self) -> str:
         """Return what stands behind the count of rows."""
@@ -80,7 +85,7 @@ class Progress:
 
     def _bottleneck(self, seconds: float) -> str:
         """Say how much of the time each model had work, and for what the rows waited longest."""
-        loads = self._waits.loads()
+        loads = self._meter.loads()
         if not loads:
             return ""
         busy = ", ".join(f"{name} {loads[name].busy / seconds:.0%} busy" for name in self.tokens if name in loads)

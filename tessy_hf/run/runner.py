@@ -1,4 +1,4 @@
-"""One transform at work in one process: its loop on a thread, its engines, its window of rows, its journal.
+"""One transform at work in one process: its loop on a thread, its engines, and which rows are in flight.
 
 Batches of columns go in from the thread that maps, finished columns come out. The only owner of an event loop.
 """
@@ -7,52 +7,41 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import functools
-import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import datasets
-
 from tessy_hf.engines.base import derive_seed
-from tessy_hf.errors import DatasetError, JournalError, PromptError
+from tessy_hf.errors import DatasetError, PromptError
 from tessy_hf.manifest import RunRecord
-from tessy_hf.method import methods
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns
-from tessy_hf.rows import prompt as prompts
-from tessy_hf.run.journal import Claim, Counts, Journal
-from tessy_hf.run.metering import Load, Waits
+from tessy_hf.rows.prompt import PromptReader, length
+from tessy_hf.run.commits import Commits
+from tessy_hf.run.metering import Load, Meter
+from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Progress
-from tessy_hf.run.shared_rows import Outbox, Parts
+from tessy_hf.run.stores import journal_of, shared_rows_of, why_anew
+from tessy_hf.run.synthesis import Synthesis
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
-from tessy_hf.trajectory import Draft, Message, Prompt, Span, Trajectory
-from tessy_hf.verifiers import verifiers
+from tessy_hf.trajectory import Prompt
 
 Batch = Mapping[str, Sequence[Any]]
 Columns = dict[str, list[Any]]
-_Asked = tuple[str, list[Message]]
-
-REST = 40.0
-"""How many times as long as the last commit took none is made: commits take a fortieth of the time at most."""
-
-LONGEST_REST = 0.05
-"""Seconds after which what was kept is committed in any case: an engine rarely takes less for a chunk of a row."""
 
 CHARACTERS_PER_TOKEN = 3
 """Roughly, and rather too few than too many: only to plan by."""
 
+STALL_SECONDS = 120.0
+"""After so long without an answer from engines or predictors, what is waited for is named."""
+
 RUNS: dict[str, Run] = {}
 """What is live in this process, by the token of its transform. A forked child starts with none."""
-
-STALL_SECONDS = 120.0
-"""After so long without anything from engines or predictors, what is waited for is named."""
 
 
 def _close_all() -> None:
@@ -72,69 +61,88 @@ class Run:
         student: The model to be trained.
         settings: The run's settings.
         fingerprint: The run's fingerprint.
-        record: Describes the run, for the journal.
-        in_order: Whether rows begin in the order of their prompts, and as many at once as may be in flight; else the
-            longest prompts of a batch come first, and an empty window is filled by halves.
+        record: Describes the run, for the journal and shared rows.
     """
 
     def __init__(
-        self,
-        teacher: Speaker,
-        student: Speaker,
-        settings: Settings,
-        fingerprint: str,
-        record: Callable[[], RunRecord],
-        in_order: bool = False,
+        self, teacher: Speaker, student: Speaker, settings: Settings, fingerprint: str, record: Callable[[], RunRecord]
     ) -> None:
-        self._describe, self._in_order = record, in_order
-        self._teacher, self._student, self._settings = teacher, student, settings
-        self._fingerprint = fingerprint
-        self._verifier = verifiers.build(settings.verifier)
-        self._waits = Waits(settings.request_timeout)
-        longest = settings.max_thinking_tokens + settings.max_answer_tokens
-        self._window = Window(settings.rows_in_flight, longest // 4, halves=settings.alternates and not in_order)
-        self._progress = Progress(self._waits, self._window)
-        self._journal = journal_of(self._settings, self._fingerprint)
-        self._journal_error: JournalError | None = None
-        self._commit: asyncio.TimerHandle | None = None
-        self._rests_until = 0.0
-        self._rows_seen = 0
+        self._settings, self._fingerprint, self._record = settings, fingerprint, record
+        self.meter = Meter(settings.request_timeout)
+        self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
+        self._starts_apart = teacher.engine is not student.engine
+        self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
+        self._progress = Progress(self.meter, self.window)
+        journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
+        self._commits = Commits(journal) if journal is not None else None
+        half, has_room = (lambda: max(1, self.window.limit // 2)), (lambda: self.window.rows < self.window.limit)
+        self._outbox = Outbox(shared, half, has_room) if shared is not None else None
+        self._synthesis = Synthesis(
+            self._teacher, self._student, settings, fingerprint, self.meter, self._commits, self._outbox
+        )
+        self._rows_begun = 0
+        self._warned = False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._ids: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
-        self._loop = asyncio.new_event_loop()
+        self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
         self._admission = asyncio.Lock()
-        self._outbox = self._make_outbox()
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tessy", daemon=True)
         self._thread.start()
 
-    def _make_outbox(self) -> Outbox | None:
-        parts = parts_of(self._settings, self._fingerprint)
-        if parts is None:
-            return None
-        return Outbox(parts, lambda: max(1, self._window.limit // 2), lambda: self._window.rows < self._window.limit)
+    # --- called from other threads
 
     def submit(self, batch: Batch, caller: asyncio.AbstractEventLoop | None) -> Future[Columns]:
-        """Hand a batch to the loop. ``caller`` tells one pass over a dataset from the next."""
-        seen = self._ids.setdefault(caller, set()) if caller is not None else set()
-        return self._run(self._batch(batch, seen))
+        """Hand a batch to the loop. ``caller`` distinguishes one pass over a dataset from the next."""
+        seen = self._passes.setdefault(caller, set()) if caller is not None else set()
+        return self._call(self._batch(batch, seen))
 
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def loads(self) -> dict[str, Load]:
         """Return for what the rows waited so far."""
-        return self._waits.loads()
+        return self.meter.loads()
 
     def close(self) -> None:
         """Cancel what is under way, close the engines, end the loop."""
         if self._loop.is_closed():
             return
-        self._run(self._stop()).result()
+        self._call(self._stop()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        gc.unfreeze()
+
+    # --- start and end
+
+    async def _start(self) -> None:
+        """Check what can be checked before anything heavy is loaded, then load it."""
+        self._own(asyncio.create_task(self._report_stalls()))
+        await asyncio.to_thread(self._synthesis.check)
+        if self._outbox is not None:
+            await asyncio.to_thread(self._outbox.shared.refresh)
+            self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
+        if self._commits is not None:
+            journal = self._commits.journal
+            self._progress.plan(journal.fingerprints().get(self._fingerprint), journal.path)
+            self._own(asyncio.create_task(self._commits.sync_regularly()))
+        if self._starts_apart:
+            await asyncio.gather(self._teacher.start(), self._student.start())
+        else:
+            await self._teacher.start()
+            await self._student.start()
+        self.window.open(self._teacher.engine, self._student.engine)
+        await self._describe()
+
+    async def _describe(self) -> None:
+        """Record what the run is made of, now that the models' revisions are known."""
+        if self._commits is None and self._outbox is None:
+            return
+        record = (await asyncio.to_thread(self._record)).model_dump_json()  # reads files
+        if self._commits is not None:
+            self._commits.journal.describe(record)
+        if self._outbox is not None:
+            self._outbox.shared.describe(columns.schema(self._student.dialect.marks_in_content), record)
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -142,43 +150,11 @@ class Run:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         self._progress.close()
-        if self._commit is not None:
-            self._commit.cancel()
-        if self._journal is not None:
-            self._journal.close()
+        if self._commits is not None:
+            self._commits.close()
         if self._outbox is not None:
             await self._outbox.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
-
-    async def _start(self) -> None:
-        """Check what can be checked before anything heavy is loaded, then load it."""
-        self._own(asyncio.create_task(self._watch()))
-        self._teacher.check_templates(student=False)
-        self._student.check_templates(student=True)
-        await asyncio.to_thread(verifiers.check, self._verifier)
-        if self._outbox is not None:
-            await asyncio.to_thread(self._outbox.parts.refresh)
-            self._progress.write(f"{len(self._outbox.parts)} rows are there already (parts: {self._settings.parts}).")
-        if self._journal is not None:
-            self._progress.say(self._journal.fingerprints().get(self._fingerprint), self._journal.path)
-            self._own(asyncio.create_task(self._tick(self._journal)))
-        if self._teacher.engine is self._student.engine:
-            await self._teacher.start()
-            await self._student.start()
-        else:
-            await asyncio.gather(self._teacher.start(), self._student.start())
-        self._window.open(self._teacher.engine, self._student.engine)
-        # Else each full collection looks through all that torch and its like have made: a third of a second in which
-        # no row goes on.
-        gc.freeze()
-        if self._journal is None and self._outbox is None:
-            return
-        record = await asyncio.to_thread(self._describe)  # reads files; the models' revisions are known by now
-        if self._journal is not None:
-            self._journal.describe(record.model_dump_json())
-        if self._outbox is not None:
-            features = columns.schema(self._student.dialect.marks_in_content)
-            self._outbox.parts.describe(features, record.model_dump_json())
 
     def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""
@@ -186,249 +162,89 @@ class Run:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _watch(self) -> None:
+    async def _report_stalls(self) -> None:
         """Name what is waited for when nothing comes any more; less and less often."""
-        patience = STALL_SECONDS
+        after = STALL_SECONDS
         while True:
             await asyncio.sleep(STALL_SECONDS / 4)
-            if self._waits.stalled(STALL_SECONDS) is None:
-                patience = STALL_SECONDS
-            elif (hanging := self._waits.stalled(patience)) is not None:
-                self._progress.write(f"nothing came for {patience:.0f} s. Waiting for {hanging}.")
-                patience *= 2
+            if self.meter.stalled(STALL_SECONDS) is None:
+                after = STALL_SECONDS
+            elif (stalled := self.meter.stalled(after)) is not None:
+                self._progress.write(f"nothing came for {after:.0f} s. Waiting for {stalled}.")
+                after *= 2
 
-    async def _tick(self, journal: Journal) -> None:
-        """Sync what was written twice a second, against a power cut."""
-        while self._journal_error is None:
-            await asyncio.sleep(0.5)
-            self._flush(journal, sync=True)
-
-    def _flush_soon(self, journal: Journal) -> None:
-        """Commit against a kill, in this turn of the loop unless a commit was made just now.
-
-        So a row's text is safe before the engine has done any work on what follows it.
-        """
-        if self._commit is None:
-            self._commit = self._loop.call_at(self._rests_until, self._flush, journal)
-
-    def _flush(self, journal: Journal, sync: bool = False) -> None:
-        if self._commit is not None:
-            self._commit.cancel()
-        self._commit, begin = None, self._loop.time()
-        try:
-            journal.flush(sync=sync)
-        except JournalError as error:
-            self._journal_error = error  # the next piece that is kept stops the run with it
-        end = self._loop.time()
-        self._rests_until = end + min(REST * (end - begin), LONGEST_REST)
+    # --- batches and rows
 
     async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
-        settings, this = self._settings, asyncio.current_task()
-        if this is not None:
-            self._own(this)
-        verified = verifiers.column(settings.verifier)
-        columns.check_columns(list(batch), settings.prompt_column, settings.id_column, verified)
-        given_prompts = batch[settings.prompt_column]
-        if isinstance(given_prompts, str) or given_prompts is None:
-            raise DatasetError(
-                "The transform got a single row. A batch is expected: call map(transform, batched=True)."
-            )
-        ids = batch[settings.id_column] if settings.id_column is not None else [None] * len(given_prompts)
+        task = asyncio.current_task()
+        assert task is not None
+        self._own(task)
+        reader = PromptReader(self._settings, list(batch), seen)
+        inputs = _rows(batch, reader, self._settings.prompt_column)
         tasks: dict[int, asyncio.Task[dict[str, Any]]] = {}
         try:
             async with self._admission:  # one batch after another, in the order in which they came
                 if self._started is None:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
-                asked = [self._read(given, prompt, seen) for given, prompt in zip(ids, given_prompts, strict=True)]
-                if self._journal is not None and self._outbox is None:  # what is in parts has no place in the journal
-                    self._journal.enroll(row[0] for row in asked if not isinstance(row, PromptError))
-                for number in range(len(asked)) if self._in_order else _longest_first(asked):
-                    await self._window.enter()
-                    row = {name: batch[name][number] for name in batch} if self._verifier is not None else {}
-                    tasks[number] = self._own(asyncio.create_task(self._row(ids[number], asked[number], row)))
+                prompts = [self._read(reader, row) for row in inputs]
+                self._enroll([prompt for prompt in prompts if isinstance(prompt, Prompt)])
+                for number in _longest_first(prompts):
+                    await self.window.enter()
+                    tasks[number] = self._own(asyncio.create_task(self._row(prompts[number], inputs[number])))
                     tasks[number].add_done_callback(self._leave)
-            rows = await asyncio.gather(*(tasks[number] for number in range(len(ids))))
-            if self._journal is not None:
-                self._journal.flush()  # now they are durable
-            if self._outbox is not None:
-                await self._outbox.stored()
+            rows = await asyncio.gather(*(tasks[number] for number in range(len(inputs))))
+            await self._synthesis.stored()
         finally:
-            for task in tasks.values():
-                task.cancel()
+            for one in tasks.values():
+                one.cancel()
         return {name: [row[name] for row in rows] for name in columns.COLUMNS}
+
+    def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:
+        try:
+            prompt = reader.read(row)
+        except PromptError as error:
+            return error
+        return replace(prompt, seed=derive_seed(self._settings.seed, prompt.key))
+
+    def _enroll(self, prompts: list[Prompt]) -> None:
+        """Give rows their places in the journal, and say once that ids are there with other prompts."""
+        other_prompts: dict[str, str] = {}
+        self._synthesis.enroll([prompt.row_key for prompt in prompts], other_prompts)
+        if other_prompts and not self._warned:
+            self._warned = True
+            for line in why_anew(other_prompts, self._settings):
+                self._progress.write(line)
+
+    async def _row(self, prompt: Prompt | PromptError, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one row, whatever its prompt is like."""
+        self._rows_begun += 1
+        if isinstance(prompt, PromptError):
+            row = self._synthesis.unusable(prompt)
+        else:
+            with self._progress.row():
+                row = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
+            tokens = length(prompt.messages) // CHARACTERS_PER_TOKEN + row["teacher_tokens"] + row["student_tokens"]
+            self.window.learn(tokens, self.meter.recomputed_tokens)
+        self._progress.done(row)
+        return row
 
     def _leave(self, _: asyncio.Task[Any]) -> None:
         """Give a row's place in the window to the next."""
-        self._window.leave()
+        self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
 
-    def _read(self, given: Any, prompt: Any, seen: set[str]) -> _Asked | PromptError:
-        try:
-            return prompts.read(given, prompt, self._settings, seen)
-        except PromptError as error:
-            return error
 
-    async def _row(self, given: Any, asked: _Asked | PromptError, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write one row, whatever its prompt is like; ``row`` is what its verifier may read."""
-        self._rows_seen += 1
-        if isinstance(asked, PromptError):
-            done = self._columns(Trajectory(str(given), finish_reason="error", error=str(asked)), [])
-        else:
-            key, messages = asked
-            work = Prompt(key, messages, derive_seed(self._settings.seed, key), self._rows_seen)
-            with self._progress.row():
-                done = await self._look_up_or_write(work, row)
-            self._learn_length(messages, done)
-        self._progress.done(done)
-        return done
-
-    async def _look_up_or_write(self, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
-        if self._outbox is not None and (found := await self._outbox.find(prompt.key)) is not None:
-            return found
-        if self._journal is None:
-            done = await self._write(prompt, given)
-        else:
-            done = await self._write_durably(prompt, given, self._journal)
-        if self._outbox is not None:
-            self._outbox.add(prompt.key, done)
-        return done
-
-    def _learn_length(self, messages: Sequence[Message], row: Mapping[str, Any]) -> None:
-        prompt = prompts.length(messages) // CHARACTERS_PER_TOKEN
-        self._window.learn(prompt + row["teacher_tokens"] + row["student_tokens"], self._waits.read_again)
-
-    def _columns(
-        self, trajectory: Trajectory, messages: Sequence[Message], draft: Draft | None = None
-    ) -> dict[str, Any]:
-        return columns.row(
-            trajectory,
-            messages,
-            self._student.vocabulary,
-            self._student.dialect,
-            method=self._settings.method,
-            run_fingerprint=self._fingerprint,
-            draft=draft,
-        )
-
-    async def _attempt(
-        self, prompt: Prompt, given: Mapping[str, Any], draft: Draft, journal: Journal | None = None
-    ) -> Trajectory:
-        return await methods.write(
-            prompt,
-            self._teacher,
-            self._student,
-            self._settings,
-            draft,
-            given=given,
-            verifier=self._verifier,
-            record=functools.partial(self._record, journal),
-            waits=self._waits,
-        )
-
-    async def _write(self, prompt: Prompt, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a row, trying again after what was kept where that may help."""
-        draft = Draft(prompt.key, prompt.seed, self._settings.judged)
-        attempt = 1
-        while (trajectory := await self._attempt(prompt, given, draft)).retryable:
-            if attempt == self._settings.max_attempts:
-                break
-            await asyncio.sleep(_pause(attempt))
-            attempt += 1
-        return self._columns(trajectory, prompt.messages, draft)
-
-    async def _write_durably(self, prompt: Prompt, given: Mapping[str, Any], journal: Journal) -> dict[str, Any]:
-        """Look a row up in the journal, or write it there as it is written."""
-        while True:
-            claim = await self._claim(prompt.key, journal)
-            if claim.status == "finished":
-                return claim.columns
-            draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
-            try:
-                trajectory = await self._attempt(prompt, given, draft, journal)
-                row = self._columns(trajectory, prompt.messages, draft)
-            except BaseException:
-                journal.release(prompt.key)
-                raise
-            if trajectory.finish_reason != "error":
-                journal.finish(prompt.key, row)
-                self._flush_soon(journal)
-                return row
-            journal.fail(prompt.key, row)
-            self._flush_soon(journal)
-            if not trajectory.retryable or claim.attempts + 1 >= self._settings.max_attempts:
-                return row
-            await asyncio.sleep(_pause(claim.attempts + 1))
-
-    async def _claim(self, key: str, journal: Journal) -> Claim:
-        """Claim a row, waiting while another row with the same key or another process writes it."""
-        while (claim := journal.claim(key)).status == "busy":  # noqa: ASYNC110 - another process sends no event
-            await asyncio.sleep(0.2)
-        return claim
-
-    def _record(self, journal: Journal | None, draft: Draft, piece: Span | None) -> None:
-        self._window.part()
-        if journal is None:
-            return
-        if self._journal_error is not None:
-            raise self._journal_error
-        journal.append(draft.key, [piece] if piece is not None and piece.text else [], draft.state())
-        self._flush_soon(journal)
+def _rows(batch: Batch, reader: PromptReader, prompt_column: str) -> list[dict[str, Any]]:
+    """Return a batch row by row, with the columns that are read."""
+    if isinstance(batch[prompt_column], str) or batch[prompt_column] is None:
+        raise DatasetError("The transform got a single row. A batch is expected: call map(transform, batched=True).")
+    read = {name: batch[name] for name in reader.read_columns}
+    return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
 
 
-def _longest_first(asked: Sequence[_Asked | PromptError]) -> list[int]:
+def _longest_first(prompts: Sequence[Prompt | PromptError]) -> list[int]:
     """Return in which order to begin rows: longer prompts tend to have longer rows, which are best not begun last."""
-    lengths = [0 if isinstance(row, PromptError) else prompts.length(row[1]) for row in asked]
-    return sorted(range(len(asked)), key=lengths.__getitem__, reverse=True)
-
-
-def _pause(attempt: int) -> float:
-    """Return the seconds to wait after a failed attempt."""
-    return min(30.0, 0.1 * float(2**attempt))
-
-
-def journal_of(settings: Settings, fingerprint: str) -> Journal | None:
-    """Return the journal of a run, where it has one. Touches no file."""
-    if settings.journal is None:
-        return None
-    if settings.journal != "auto":
-        return Journal(settings.journal, fingerprint, max_attempts=settings.max_attempts)
-    folder = Path(datasets.config.HF_DATASETS_CACHE).parent / "tessy"
-    return Journal(folder / f"{fingerprint}.journal", fingerprint, max_attempts=settings.max_attempts)
-
-
-def parts_of(settings: Settings, fingerprint: str) -> Parts | None:
-    """Return the parts of a run, where it puts rows into such. Touches no file."""
-    return Parts(settings.parts, fingerprint) if settings.parts is not None else None
-
-
-def count(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
-    """Count how a dataset's rows stand: done, to continue, to do, failed before. Starts nothing."""
-    names = [name for name in (settings.prompt_column, settings.id_column) if name is not None]
-    columns.check_columns(list(dataset.column_names or names), settings.prompt_column, settings.id_column)
-    journal, seen, unusable, in_parts = journal_of(settings, fingerprint), set[str](), 0, 0
-    parts = parts_of(settings, fingerprint)
-    if parts is not None:
-        parts.refresh()
-
-    def keys() -> Iterator[str]:
-        nonlocal unusable, in_parts
-        for row in dataset.select_columns(names):
-            try:
-                given = row[settings.id_column] if settings.id_column is not None else None
-                key = prompts.read(given, row[settings.prompt_column], settings, seen)[0]
-            except PromptError:
-                unusable += 1
-                continue
-            if parts is not None and parts.done(key):
-                in_parts += 1
-            else:
-                yield key
-
-    if journal is None or not journal.path.exists():
-        counts = Counts(to_do=sum(1 for _ in keys()))
-    else:
-        counts = journal.plan(keys())
-        journal.close()
-    return counts._replace(done=counts.done + in_parts, to_do=counts.to_do + unusable)
+    lengths = [0 if isinstance(prompt, PromptError) else length(prompt.messages) for prompt in prompts]
+    return sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)

@@ -1,7 +1,7 @@
 """How many rows are written at the same time: a fixed number, or as many as the engines' caches hold.
 
-More rows keep the engines busier, until their keys and values no longer fit: then engines throw out the caches of
-rows that wait and read those rows again at each turn, which costs more than it gains. Knows nothing of text.
+More rows keep the engines busier, until their keys and values no longer fit: then engines evict the caches of rows
+that wait and compute them again at each turn, which costs more than it gains. Knows nothing of text.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MOST_ROWS = 512
 """The most there is a use for: two engines with vLLM's usual batch of 256."""
 
 FILLED = 0.9
-"""The part of a cache that is planned for."""
+"""The share of a cache that is planned for."""
 
 GUESSES = 8
 """For how many finished rows the guess of their length counts, before any is finished."""
 
 TOLERATED = 0.1
-"""Tokens that may be read again, as a part of the tokens of the rows that end meanwhile, before the window closes."""
+"""Tokens that may be recomputed, as a share of the tokens of the rows that end meanwhile, before the window closes."""
 
 
 class Window:
@@ -34,21 +34,18 @@ class Window:
     Args:
         rows: How many, or ``"auto"``.
         guess: Tokens that a row is thought to have in the end, before any has ended.
-        halves: Whether an empty window is filled by halves, the second when :meth:`part` is called. All rows begin
-            with the student; so one half can be with the teacher while the other is with the student.
 
     Attributes:
         rows: Rows in flight.
     """
 
-    def __init__(self, rows: int | Literal["auto"], guess: int, halves: bool = False) -> None:
+    def __init__(self, rows: int | Literal["auto"], guess: int) -> None:
         self.rows = 0
-        self._halves, self._half = halves, False
         self._fixed = None if rows == "auto" else rows
         self._engines: tuple[Engine, ...] = ()
         self._finished, self._sum, self._squares = float(GUESSES), float(GUESSES * guess), float(GUESSES * guess**2)
         self._share = 1.0
-        self._read_again = 0
+        self._recomputed = 0
         self._changed = asyncio.Event()
 
     def open(self, *engines: Engine) -> None:
@@ -70,47 +67,39 @@ class Window:
 
     @property
     def row_tokens(self) -> float:
-        """Tokens to plan for a row: of one that ends or, where few rows are much longer than the others, of one met.
+        """Expected tokens of a row in flight: the larger of ``E[n]`` and the length-biased ``E[n²] / 2 E[n]``.
 
-        A row is in flight the longer the longer it is, and has half of its tokens on average while it is:
-        ``E[n²] / 2 E[n]``.
+        Longer rows are in flight for longer, each with half of its tokens on average.
         """
         return max(self._sum / self._finished, self._squares / (2 * self._sum))
 
     async def enter(self) -> None:
         """Wait until another row may be written."""
-        self._half = self._halves and (self._half or not self.rows)
-        while self.rows >= ((self.limit + 1) // 2 if self._half else self.limit):
+        while self.rows >= self.limit:
             self._changed.clear()
             await self._changed.wait()
         self.rows += 1
-
-    def part(self) -> None:
-        """Let the second half in: the first rows have got an answer."""
-        if self._half:
-            self._half = False
-            self._changed.set()
 
     def leave(self) -> None:
         """Make room for another row."""
         self.rows -= 1
         self._changed.set()
 
-    def learn(self, tokens: int, read_again: int) -> None:
+    def learn(self, tokens: int, recomputed: int) -> None:
         """Learn from a row that ended.
 
         Args:
             tokens: Its length with its prompt.
-            read_again: Tokens that engines had to read again so far, for all rows.
+            recomputed: Tokens that engines had to compute again so far, for all rows.
         """
         self._finished += 1
         self._sum += tokens
         self._squares += tokens**2
-        if read_again - self._read_again <= TOLERATED * tokens:
+        if recomputed - self._recomputed <= TOLERATED * tokens:
             self._share = min(1.0, 1.02 * self._share)
         elif self.rows <= self.limit:  # else it closed before, and rows that came in earlier still overflow the caches
             self._share = max(0.8 * self._share, 1 / MOST_ROWS)
-        self._read_again = read_again
+        self._recomputed = recomputed
         self._changed.set()
 
     @property

@@ -12,10 +12,11 @@ from tessy_hf import Script, Settings
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, MergeError, PartsError
 from tessy_hf.rows.columns import schema
-from tessy_hf.run import shared_rows as parts
+from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.run import storage
 from tessy_hf.run.journal import Journal
-from tessy_hf.run.shared_rows import Parts
-from tessy_hf.trajectory import Span
+from tessy_hf.run.shared_rows import SharedRows
+from tessy_hf.trajectory import RowKey, Span
 from tests.cli.test_cli import tessy as tessy
 from tests.test_transform import prompts, rows_of, scripted
 
@@ -164,11 +165,11 @@ def test_prompts_without_the_columns_are_told(hosts):
 def test_texts_are_not_held_in_memory(tmp_path, monkeypatch):
     """Rows of 40 kB from many parts: a few row groups are in memory at a time, whatever their number."""
     rows = {row["id"]: row for row in rows_of(prompts(40), scripted(long, max_answer_tokens=10**6))}
-    written = Parts(str(tmp_path / "parts"), rows["r0"]["run_fingerprint"])
+    written = SharedRows(str(tmp_path / "parts"), rows["r0"]["run_fingerprint"])
     written.describe(schema(True), "{}")
     for key, row in rows.items():
-        written.write({key: row})
-    monkeypatch.setattr(parts, "CACHE_BYTES", 1 << 18)
+        written.write({RowKey(key, finished_prompt_hash(row["messages"])): row})
+    monkeypatch.setattr(storage, "CACHE_BYTES", 1 << 18)
     merged = Merge([tmp_path / "parts"], prompts(40), settings=Settings.check(id_column="id"))
     gc.collect()
     begin, most, size = pa.total_allocated_bytes(), 0, 0

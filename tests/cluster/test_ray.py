@@ -12,7 +12,7 @@ from datasets import Dataset
 from tessy_hf import demo
 from tessy_hf.cluster.ray import Placement, RowWriter, map_options, synthesize
 from tessy_hf.errors import DatasetError, EngineDeadError, SettingsError
-from tessy_hf.run import shared_rows as parts
+from tessy_hf.run.shared_rows import SharedRows
 from tests import ray_cluster
 from tests.cli.test_cli import tessy as tessy
 from tests.engines import servers
@@ -52,7 +52,7 @@ def single(server, count, **settings):
 
 def in_parts(folder, run):
     """How many rows are in parts by now."""
-    there = parts.Parts(str(folder), run)
+    there = SharedRows(str(folder), run)
     there.refresh()
     return len(there)
 

@@ -7,7 +7,8 @@ from datasets import IterableDataset, load_dataset
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows import columns
 from tessy_hf.rows import parquet as shards
-from tessy_hf.rows.parquet import Rows, ShardWriter
+from tessy_hf.rows.parquet import ShardWriter
+from tessy_hf.run.finished import TRAINERS_OWN, Rows
 from tests.hub_sweep import as_stream, finished
 from tests.test_transform import prompts, scripted
 
@@ -49,7 +50,7 @@ def test_columns_that_trainers_take_for_their_own_are_renamed(tmp_path):
         released = Rows(kind).dataset()
         assert released.column_names[1] == "source_prompt" and released.column_names[-1] == "source_images"
         assert released["source_prompt"][:] == rows["prompt"][:] and released["messages"][:] == rows["messages"][:]
-    assert not shards.TRAINERS_OWN & {*columns.COLUMNS}
+    assert not TRAINERS_OWN & {*columns.COLUMNS}
     with pytest.raises(DatasetError, match="a column 'source_prompt'.*'prompt' as their own"):
         Rows(rows.add_column("source_prompt", [1] * 5))
 

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
+from tessy_hf.engines.base import Completion, Request
 from tessy_hf.engines.scripted import Script, ScriptedEngine
 from tessy_hf.errors import RequestError
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.run import runner as run
-from tessy_hf.run.metering import Waits
+from tessy_hf.run.metering import CACHE_GRAIN, Meter, MeteredEngine, MeteredPredictor
 from tessy_hf.run.progress import Progress
 from tessy_hf.run.window import Window
 from tessy_hf.transform import TessyTransform
@@ -18,45 +19,79 @@ from tests import clock
 from tests.rules import both, by_first_letter
 
 
-def test_what_takes_too_long_fails_its_row_which_may_be_tried_again():
-    async def too_long():
-        async with Waits(0.01).on("r7", "the teacher 'm'"):
-            await asyncio.sleep(10)
+def request(row="r7", ids=range(5)):
+    return Request(row, 1, "thinking", ids, 20, 0.0, 1.0, 0, frozenset())
 
+
+class Slow:
+    """An engine whose requests take as many seconds as their row's name says, and a predictor that takes five."""
+
+    model = "m"
+
+    def __init__(self, computed=()):
+        self.computed, self.closed, self.released = iter(computed), 0, []
+
+    async def complete(self, request):
+        await asyncio.sleep(float(request.row))
+        return Completion([1], None, prompt_tokens_read=next(self.computed, None))
+
+    async def stream(self, request):
+        try:
+            for _ in range(3):
+                yield await self.complete(request)
+        finally:
+            self.closed += 1
+
+    def release(self, row):
+        self.released.append(row)
+
+    async def labels(self, window, since=0):
+        await asyncio.sleep(5)
+        return [True] * (len(window) - since)
+
+
+def metered(meter, author="teacher", computed=()):
+    return MeteredEngine(Slow(computed), author, meter)
+
+
+def test_a_request_that_takes_too_long_fails_its_row_which_may_be_tried_again():
     with pytest.raises(
-        RequestError, match=r"Row 'r7' got nothing from the teacher 'm' within 0.01 s.*request_timeout"
+        RequestError, match=r"Row '3' got nothing from the teacher 'm' within 2 s.*request_timeout"
     ) as e:
-        clock.run(too_long())
+        clock.run(metered(Meter(2)).complete(request("3")))
     assert e.value.retryable
+    with pytest.raises(RequestError, match="A row got nothing from the student boundary predictor within 2 s"):
+        clock.run(MeteredPredictor(Slow(), "student", Meter(2)).labels([1, 2]))
 
 
-def test_each_wait_has_its_own_time_though_one_alarm_rings_for_all():
-    async def waiting(waits, row, begin, seconds):
-        await asyncio.sleep(begin)
-        async with waits.on(row, "the teacher 'm'"):
-            await asyncio.sleep(seconds)
-        return row
+def test_each_piece_of_a_stream_has_its_own_deadline_and_a_late_one_ends_it():
+    async def pieces(deadline):
+        engine = metered(Meter(deadline))
+        try:
+            return [piece.token_ids async for piece in engine.stream(request("2"))]
+        finally:
+            assert engine.closed == 1
 
+    assert clock.run(pieces(3)) == [[1], [1], [1]]
+    with pytest.raises(RequestError, match="Row '2' got nothing"):
+        clock.run(pieces(1))
+
+
+def test_each_request_has_its_own_deadline():
     async def session():
-        waits = Waits(0.2)
-        short = [waiting(waits, f"short {n}", 0.05 * n, 0.05) for n in range(8)]  # over before and after the alarm
-        long = [waiting(waits, f"long {n}", 0.05 * n, 10) for n in range(4)]
-        done = await asyncio.wait_for(asyncio.gather(*short, *long, return_exceptions=True), 5)
-        return done, waits.stalled(0)
+        meter = Meter(2)
+        engine = metered(meter)
+        answers = [engine.complete(request(row)) for row in ("1", "5", "1.5", "7")]
+        return await asyncio.gather(*answers, return_exceptions=True), meter.stalled(0)
 
-    done, left = clock.run(session())
-    assert done[:8] == [f"short {n}" for n in range(8)]
-    assert [str(error).split(" got")[0] for error in done[8:]] == [f"Row 'long {n}'" for n in range(4)]
-    assert left is None
+    answers, left = clock.run(session())
+    assert [str(answer).split(" got")[0] for answer in answers[1::2]] == ["Row '5'", "Row '7'"]
+    assert answers[0] == answers[2] == Completion([1], None) and left is None
 
 
 def test_a_row_that_is_cancelled_is_not_taken_for_late():
     async def session():
-        async def waiting():
-            async with Waits(0.01).on("a", "the teacher 'm'"):
-                await asyncio.sleep(10)
-
-        task = asyncio.create_task(waiting())
+        task = asyncio.create_task(metered(Meter(2)).complete(request("10")))
         await asyncio.sleep(0)
         task.cancel()
         await task
@@ -67,41 +102,59 @@ def test_a_row_that_is_cancelled_is_not_taken_for_late():
 
 def test_a_timeout_of_somebody_elses_is_left_alone():
     async def fails():
-        async with Waits(10).on("r7", "the teacher 'm'"):
-            raise TimeoutError("of a socket")
+        raise TimeoutError("of a socket")
 
     with pytest.raises(TimeoutError, match="of a socket"):
-        clock.run(fails())
+        clock.run(Meter(10).wait(fails(), "the teacher 'm'", of="teacher"))
+
+
+def test_all_else_is_the_engine_s_own():
+    engine = metered(Meter())
+    engine.release("r7")
+    assert engine.model == "m" and engine.released == ["r7"]
+    with pytest.raises(AttributeError):
+        _ = engine.nothing
 
 
 def test_it_is_known_how_long_rows_waited_for_what():
     async def session():
-        waits = Waits()
-        async with waits.on("a", "the teacher 'm'", of="teacher"), waits.on("b", "the teacher 'm'", of="teacher"):
-            await asyncio.sleep(5)
+        meter = Meter()
+        teacher, student = metered(meter), metered(meter, "student")
+        await asyncio.gather(teacher.complete(request("5")), teacher.complete(request("5")))
         await asyncio.sleep(60)
-        async with waits.on("a", "the teacher 'm'", of="teacher"):
-            await asyncio.sleep(2)
-        async with waits.on("a", "the student 's'", of="student"):
-            pass
-        return waits.loads()
+        await teacher.complete(request("2"))
+        await student.complete(request("0"))
+        await MeteredPredictor(Slow(), "student", meter).labels([1])
+        return meter.loads()
 
     loads = clock.run(session())
     assert loads["teacher"] == pytest.approx((5 + 2, 2 * 5 + 2, 3))
-    assert loads["student"] == (0, 0, 1)
+    assert loads["student"] == (0, 0, 1) and loads["predictors"] == pytest.approx((5, 5, 1))
+
+
+def test_tokens_that_an_engine_had_before_and_computes_again_are_counted():
+    """Of what is new to it, and of a block that was not full, it is no wonder."""
+
+    async def recomputed(*requests):
+        meter = Meter()
+        engine = metered(meter, computed=[computed for _, computed in requests])
+        for length, _ in requests:
+            await engine.complete(request("0", range(length)))
+        return meter.recomputed_tokens
+
+    assert clock.run(recomputed((1000, 1000), (1020, 20 + CACHE_GRAIN), (1040, 20))) == 0
+    assert clock.run(recomputed((1000, 1000), (1020, 1020), (1040, None))) == 1020 - 20 - CACHE_GRAIN
 
 
 def test_the_progress_line_names_what_slows_the_run_down(monkeypatch):
     async def session():
         monkeypatch.setattr("tessy_hf.run.progress.time", SimpleNamespace(monotonic=asyncio.get_running_loop().time))
-        waits = Waits()
-        progress = Progress(waits, Window(64, 1000))
+        meter = Meter()
+        progress = Progress(meter, Window(64, 1000))
         with progress.row():
             assert "bound" not in progress.line()
-            async with waits.on("a", "the student 's'", of="student"):
-                await asyncio.sleep(0.01)
-            async with waits.on("a", "the teacher 'm'", of="teacher"):
-                await asyncio.sleep(0.09)
+            await metered(meter, "student").complete(request("1"))
+            await metered(meter).complete(request("9"))
             return progress.line()
 
     line = clock.run(session())
@@ -110,20 +163,16 @@ def test_the_progress_line_names_what_slows_the_run_down(monkeypatch):
 
 def test_nothing_is_stalled_while_something_comes():
     async def session():
-        waits = Waits()
-        assert waits.stalled(0) is None
-        async with (
-            waits.on("a", "the teacher 'm'"),
-            waits.on("b", "the student 'n'"),
-            waits.on("c", "the teacher 'm'"),
-        ):
-            named = waits.stalled(0)
-            assert waits.stalled(5) is None
-        assert waits.stalled(0) is None
-        return named
+        meter = Meter()
+        teacher, student = metered(meter), metered(meter, "student")
+        waiting = [asyncio.create_task(engine.complete(request("9"))) for engine in (teacher, student, teacher)]
+        await asyncio.sleep(3)
+        stalled = meter.stalled(2), meter.stalled(5)
+        await asyncio.gather(*waiting)
+        return *stalled, meter.stalled(0)
 
-    named = asyncio.run(session())
-    assert named == "the teacher 'm' (2 rows), the student 'n' (1 row); the longest, row 'a', since 0 s"
+    named = "the teacher 'm' (2 rows), the student 'm' (1 row); the longest, row '9', since 3 s"
+    assert clock.run(session()) == (named, None, None)
 
 
 def transform(latency, **settings):

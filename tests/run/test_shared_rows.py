@@ -12,7 +12,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import PartsError, RequestError
-from tessy_hf.run import shared_rows as parts
+from tessy_hf.rows.prompt import PromptReader
+from tessy_hf.run import outbox
+from tessy_hf.run.shared_rows import SharedRows, record_of
+from tessy_hf.run.storage import ParquetRows, file_system
 from tests import crashes
 from tests.crashes import Work
 from tests.test_transform import play, prompts, rows_of, scripted
@@ -27,7 +30,7 @@ def shared(request, tmp_path):
 
 
 def names_in(shared):
-    system, path = parts.file_system(shared)
+    system, path = file_system(shared)
     return [str(name).rpartition("/")[2] for name in system.ls(path, detail=False)]
 
 
@@ -49,8 +52,8 @@ def test_a_part_is_a_dataset_with_the_keys_and_the_run_s_record(tmp_path):
     assert part.name.startswith(f"part-{transform.run_fingerprint}-") and part.suffix == ".parquet"
     rows = load_dataset("parquet", data_files=str(part), split="train")
     assert rows["key"] == [f"r{i}" for i in range(5)] and rows["answer"][3] == "the answer is r3 ."
-    system, path = parts.file_system(str(part))
-    told = parts.record_of(parts.ParquetFiles(system).schema(path))
+    system, path = file_system(str(part))
+    told = record_of(ParquetRows(system).schema(path))
     assert told["settings"] == record.settings and told["fingerprint"] == record.fingerprint
 
 
@@ -70,14 +73,14 @@ def test_parts_of_another_run_are_refused(shared):
 
 
 def test_rows_share_parts_while_there_is_more_to_do_and_none_waits_at_the_end(shared, monkeypatch):
-    monkeypatch.setattr(parts, "LONGEST_WAIT", 1e9)
+    monkeypatch.setattr(outbox, "LONGEST_WAIT", 1e9)
     rows_of(prompts(200), scripted(parts=shared, rows_in_flight=16, latency=0.001), batch_size=50)
     assert len(names_in(shared)) <= 200 / 8 + 16  # one for eight rows, and less full ones by the last of them
 
 
 def test_a_row_is_put_before_its_batch_is_done(tmp_path, monkeypatch):
     """The first row takes until another is in a part, though rows wait for its place."""
-    monkeypatch.setattr(parts, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(outbox, "LONGEST_WAIT", 0.05)
     shared = tmp_path / "run"
     waited = []
 
@@ -220,9 +223,10 @@ def test_another_host_goes_on_where_one_was_killed(tmp_path, seed):
     expected, _ = crashes.unbroken(first._replace(settings={**settings, "parts": None}), tmp_path / "unbroken")
     draw = random.Random(seed)
     assert crashes.kill_when(crashes.begin(first), first, draw.randrange(60_000, 90_000), 0.0) == -signal.SIGKILL
-    there = parts.Parts(settings["parts"], first.transform.run_fingerprint)
+    there = SharedRows(settings["parts"], first.transform.run_fingerprint)
     there.refresh()
-    done = {f"r{i}" for i in range(120) if there.done(f"r{i}")}
+    reader = PromptReader(first.transform.settings, ["id", "prompt"])
+    done = {key.id for key in (reader.read(row).row_key for row in crashes.script_rows(range(120))) if there.done(key)}
     assert done, "the death came too early to show anything"
     second = first._replace(folder=tmp_path / "second")
     second.folder.mkdir()

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
 from tessy_hf.boundary.predictor import BoundaryPredictor
+from tessy_hf.run.runner import RUNS
 from tessy_hf.run.window import MOST_ROWS, ROWS, Window
 
 
@@ -32,39 +33,6 @@ def test_a_fixed_window_lets_in_so_many_rows_and_the_next_when_one_leaves():
         rows.leave()
         await third
         assert rows.rows == rows.limit == 2
-
-    asyncio.run(use())
-
-
-def test_an_empty_window_is_filled_by_halves():
-    async def use():
-        rows = Window(5, 1000, halves=True)
-        for _ in range(3):  # empty again in between
-            entries = [asyncio.create_task(rows.enter()) for _ in range(5)]
-            await asyncio.sleep(0)
-            assert rows.rows == 3
-            rows.leave()  # who leaves makes room, but does not end the first half
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            assert rows.rows == 3
-            rows.part()
-            await asyncio.gather(*entries)
-            assert rows.rows == 4
-            for _ in range(4):
-                rows.leave()
-
-    asyncio.run(use())
-
-
-def test_a_half_whose_rows_all_leave_lets_the_others_in():
-    async def use():
-        rows = Window(4, 1000, halves=True)
-        for _ in range(10):
-            await rows.enter()
-            await rows.enter()
-            rows.leave()
-            rows.leave()
-        assert rows.rows == 0
 
     asyncio.run(use())
 
@@ -97,7 +65,7 @@ def test_few_long_rows_among_many_short_ones_count_for_the_time_they_are_in_flig
     assert 4_000 < rows.row_tokens < 5_000  # though the mean is 1,000
 
 
-def test_the_window_closes_while_rows_are_read_again_and_opens_slowly_after():
+def test_the_window_closes_while_rows_are_recomputed_and_opens_slowly_after():
     rows = window(100_000)
     rows.learn(1000, 50)
     assert rows.limit == 90  # as much is tolerated
@@ -176,7 +144,8 @@ def test_a_run_keeps_to_the_cache_even_where_it_is_smaller_than_told(lie):
 
     class Engine(SmallCache):
         async def complete(self, request):
-            most[0] = max(most[0], transform._run()._window.rows)
+            *_, run = RUNS.values()
+            most[0] = max(most[0], run.window.rows)
             return await super().complete(request)
 
     words = Words(str(demo.BOUNDARY_STUDENT))
@@ -188,7 +157,8 @@ def test_a_run_keeps_to_the_cache_even_where_it_is_smaller_than_told(lie):
     settings = {"id_column": "id", "journal": None, "max_thinking_tokens": 3_500, "max_answer_tokens": 100}
     with TessyTransform(**speakers, **settings, rows_in_flight="auto", chunk_tokens=16) as transform:
         written = list(prompts.map(transform, batched=True, batch_size=10, load_from_cache_file=False))
-        lost, window = transform._run()._waits.read_again, transform._run()._window
+        *_, run = RUNS.values()
+        lost, window = run.meter.recomputed_tokens, run.window
     assert {row["finish_reason"] for row in written} == {"stop"}
     assert all(900 < row["teacher_tokens"] + row["student_tokens"] < 1100 for row in written)
     assert re.fullmatch(r" of \d+ \(cache: 10,000 tokens.*; a row: (9|1,0)\d\d\)", window.reason)

@@ -1,0 +1,182 @@
+"""Files on storage that all hosts see: listed, read by row and written whole, by fsspec, with retries.
+
+Knows Parquet files of finished rows, and nothing of who wrote them.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tessy_hf.errors import PartsError
+from tessy_hf.retries import RetryPolicy
+from tessy_hf.rows import columns
+from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.trajectory import RowKey
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+RETRIES = RetryPolicy(attempts=6, first_pause=0.2, longest_pause=5)
+"""For each step at storage, beyond what the file system does itself."""
+
+CACHE_BYTES = 256 << 20
+"""How much of the files that were read is kept in memory."""
+
+PROMPT_HASH = "prompt_hash"
+"""The column with the hash of what a row answers."""
+
+_WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
+"""Storage that has no folders; making one would at most make a bucket of a misspelt name."""
+
+
+def file_system(folder: str) -> tuple[Any, str]:
+    """Return the file system of a folder and its path there.
+
+    Raises:
+        PartsError: fsspec does not know it.
+    """
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(folder)
+    except (ImportError, ValueError) as error:
+        raise PartsError(
+            f"The folder {folder!r} cannot be reached: {error}. A path, or an address that fsspec knows, is expected; "
+            "install what it names (pip install s3fs, for s3://), or pass another."
+        ) from error
+    return system, str(path).rstrip("/")
+
+
+def names_in(system: Any, path: str) -> list[str]:
+    """Return the names of the files in a folder, sorted; none where there is no such folder.
+
+    Raises:
+        PartsError: The folder cannot be read.
+    """
+    system.invalidate_cache()
+    try:
+        found = RETRIES.call(lambda: system.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise PartsError(
+            f"The folder {path} cannot be read: {error}. One that this user may read is expected; check its address "
+            "and the credentials in the environment."
+        ) from error
+    return sorted({str(name).rpartition("/")[2] for name in found})
+
+
+def put(system: Any, path: str, content: bytes) -> None:
+    """Write a file, whole or not at all. Object storage does so by itself; on disks it is renamed into place.
+
+    Raises:
+        OSError: The storage refuses, or failed again and again.
+    """
+    RETRIES.call(lambda: _put(system, path, content))
+
+
+def _put(system: Any, path: str, content: bytes) -> None:
+    folder = path.rpartition("/")[0]
+    protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    if not protocols & _WITHOUT_FOLDERS:
+        system.makedirs(folder, exist_ok=True)
+    if "file" not in protocols:
+        system.pipe_file(path, content)
+        return
+    fresh = Path(folder, f".{uuid.uuid4().hex}.tmp")
+    try:
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+class Place(NamedTuple):
+    """Where a row is: file, row group and number in it; and whether it failed."""
+
+    path: str
+    group: int
+    number: int
+    failed: bool
+
+
+class ParquetRows:
+    """Finished rows in Parquet files of one file system, read by place, a few row groups in memory.
+
+    Args:
+        system: The file system, of fsspec.
+    """
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+
+    def schema(self, path: str) -> pa.Schema:
+        """Return a file's schema."""
+        return self._read(path, lambda file: file.schema_arrow)
+
+    def keys(
+        self, path: str, id_column: str = "key", hashed: Sequence[str] = ()
+    ) -> Iterator[tuple[RowKey, str | None, Place]]:
+        """Iterate over key, run and place of a file's rows. Reads no text where the file has prompt hashes.
+
+        Args:
+            path: The file.
+            id_column: The column with the rows' ids.
+            hashed: The columns that decide a row besides its prompt, where the file has no prompt hashes.
+        """
+
+        def read(file: Any) -> list[pa.Table]:
+            asked = [PROMPT_HASH] if PROMPT_HASH in file.schema_arrow.names else ["messages", *hashed]
+            names = list(dict.fromkeys([id_column, "finish_reason", "run_fingerprint", *asked]))
+            missing = [name for name in names if name not in file.schema_arrow.names]
+            if missing:
+                raise PartsError(
+                    f"{path} has no column {missing[0]!r}. Finished rows are expected, with their ids in "
+                    f"{id_column!r} and all columns that a run adds; leave the file out."
+                )
+            return [file.read_row_group(group, columns=names) for group in range(file.num_row_groups)]
+
+        for group, found in enumerate(self._read(path, read)):
+            for number, row in enumerate(found.to_pylist()):
+                asked = row.get(PROMPT_HASH) or finished_prompt_hash(row["messages"], {n: row[n] for n in hashed})
+                place = Place(path, group, number, row["finish_reason"] == "error")
+                yield RowKey(str(row[id_column]), asked), row["run_fingerprint"], place
+
+    def row(self, place: Place) -> dict[str, Any]:
+        """Read what a run added to a row: the values of :data:`tessy_hf.rows.columns.COLUMNS`."""
+        at = (place.path, place.group)
+        if at not in self._cache:
+            names = list(columns.COLUMNS)
+            self._cache[at] = self._read(place.path, lambda file: file.read_row_group(place.group, columns=names))
+            while len(self._cache) > 1 and sum(one.nbytes for one in self._cache.values()) > CACHE_BYTES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(at)
+        (row,) = self._cache[at].slice(place.number, 1).to_pylist()
+        return {name: row[name] for name in columns.COLUMNS}
+
+    def _read(self, path: str, read: Callable[[Any], Any]) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        def opened() -> Any:
+            with self._system.open(path, "rb") as content, pq.ParquetFile(content) as file:
+                return read(file)
+
+        try:
+            return RETRIES.call(opened)
+        except PartsError:
+            raise
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise PartsError(
+                f"The file {path} cannot be read: {error}. A complete Parquet file of finished rows is expected; "
+                "check the storage, or remove the file and run again, so that its rows are written anew."
+            ) from error

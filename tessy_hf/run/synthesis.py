@@ -1,0 +1,176 @@
+"""One row of a run: looked up where it is finished, else written, tried again after failures, and kept.
+
+Prompts go in, the columns of finished rows come out. Knows the method and where rows are kept; knows nothing of
+datasets, batches or how many rows are in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tessy_hf.errors import PromptError
+from tessy_hf.method import methods
+from tessy_hf.method.speaker import Speaker
+from tessy_hf.retries import RetryPolicy
+from tessy_hf.rows import columns
+from tessy_hf.run.commits import Commits
+from tessy_hf.run.journal import Claim
+from tessy_hf.run.metering import Meter
+from tessy_hf.run.outbox import Outbox
+from tessy_hf.run.verdict import verify_with
+from tessy_hf.settings import Settings
+from tessy_hf.trajectory import Draft, Message, Prompt, RowKey, Span, Trajectory
+from tessy_hf.verifiers import verifiers
+
+RETRIES = RetryPolicy(first_pause=0.2)
+"""The pauses between attempts at a row."""
+
+BUSY_SECONDS = 0.2
+"""How often to look whether another process has finished a row that it writes."""
+
+
+class Synthesis:
+    """Writes the rows of a run. Used by one event loop.
+
+    Args:
+        teacher: The strong model, metered.
+        student: The model to be trained, metered.
+        settings: The run's settings.
+        fingerprint: The run's fingerprint.
+        meter: What rows wait for.
+        commits: The journal, where there is one.
+        outbox: The shared rows, where there are any.
+    """
+
+    def __init__(
+        self,
+        teacher: Speaker,
+        student: Speaker,
+        settings: Settings,
+        fingerprint: str,
+        meter: Meter,
+        commits: Commits | None,
+        outbox: Outbox | None,
+    ) -> None:
+        self._teacher, self._student, self._settings, self._fingerprint = teacher, student, settings, fingerprint
+        self._meter, self._commits, self._outbox = meter, commits, outbox
+        self._verifier = verifiers.build(settings.verifier)
+        self._writing: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    def check(self) -> None:
+        """Check what can be checked before anything heavy is loaded.
+
+        Raises:
+            TemplateError: A chat template would lose the thinking.
+            SettingsError: The verifier does not work.
+            SandboxError: The verifier needs more than this system permits.
+        """
+        self._teacher.check_templates(student=False)
+        self._student.check_templates(student=True)
+        verifiers.check(self._verifier)
+
+    def enroll(self, keys: Iterable[RowKey], other_prompts: dict[str, str]) -> None:
+        """Give rows their places in the journal; see :meth:`tessy_hf.run.journal.Journal.plan`."""
+        if self._commits is not None and self._outbox is None:  # shared rows have no place in the journal
+            keys = list(keys)
+            self._commits.journal.plan(keys, other_prompts)
+            self._commits.journal.enroll(keys)
+
+    async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns of a row, written if need be.
+
+        Args:
+            prompt: The row's question.
+            inputs: The input columns that its verifier may read.
+
+        Raises:
+            TessyError: The run cannot go on.
+        """
+        # Engines know a row by its id: two rows of one id, of two passes, are written one after the other.
+        async with self._writing.setdefault(prompt.key, asyncio.Lock()):
+            if self._outbox is None:
+                return await self._journaled(prompt, inputs)
+            found = await self._outbox.find(prompt.row_key)
+            if found is None:
+                found = await self._journaled(prompt, inputs)
+                self._outbox.add(prompt.row_key, found)
+            return found
+
+    async def stored(self) -> None:
+        """Wait until all rows written so far are durable.
+
+        Raises:
+            JournalError: The journal cannot be written.
+            PartsError: The shared rows cannot be written.
+        """
+        if self._commits is not None:
+            self._commits.journal.flush()
+        if self._outbox is not None:
+            await self._outbox.stored()
+
+    def unusable(self, error: PromptError) -> dict[str, Any]:
+        """Return the columns of a row whose prompt cannot be used."""
+        return self._columns(Trajectory("", finish_reason="error", error=str(error)), [])
+
+    def _columns(
+        self, trajectory: Trajectory, messages: Iterable[Message], draft: Draft | None = None
+    ) -> dict[str, Any]:
+        return columns.row(
+            trajectory,
+            list(messages),
+            self._student.vocabulary,
+            self._student.dialect,
+            method=self._settings.method,
+            run_fingerprint=self._fingerprint,
+            draft=draft,
+        )
+
+    async def _journaled(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Look a row up in the journal, or try to write it until it is finished or out of attempts."""
+        draft = Draft(prompt.key, prompt.seed, self._settings.judged)
+        attempts = 0
+        while True:
+            if self._commits is not None:
+                claim = await self._claim(prompt.row_key, self._commits)
+                if claim.status == "finished":
+                    return claim.columns
+                draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
+                attempts = claim.attempts
+            row, retryable = await self._attempt(prompt, inputs, draft)
+            attempts += 1
+            if not retryable or attempts >= self._settings.max_attempts:
+                return row
+            await asyncio.sleep(RETRIES.pause(attempts))
+
+    async def _claim(self, key: RowKey, commits: Commits) -> Claim:
+        while (claim := commits.journal.claim(key)).status == "busy":  # noqa: ASYNC110 - other processes send no event
+            await asyncio.sleep(BUSY_SECONDS)
+        return claim
+
+    async def _attempt(self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft) -> tuple[dict[str, Any], bool]:
+        """Write a row, on from its draft; return its columns, and whether another attempt may help."""
+        commits, key = self._commits, prompt.row_key
+
+        def keep(draft: Draft, piece: Span | None) -> None:
+            if commits is not None:
+                commits.journal.append(key, [piece] if piece is not None and piece.text else [], draft.state())
+                commits.soon()
+
+        verify = self._verifier and verify_with(self._verifier, prompt.key, inputs, self._meter)
+        plan = self._settings.plan(prompt.key)
+        try:
+            written = await methods.write(
+                prompt, self._teacher, self._student, plan, draft, verify=verify, record=keep
+            )
+            row = self._columns(written, prompt.messages, draft)
+        except BaseException:
+            if commits is not None:
+                commits.journal.release(key)
+            raise
+        if commits is not None:
+            (commits.journal.fail if written.finish_reason == "error" else commits.journal.finish)(key, row)
+            commits.soon()
+        return row, written.retryable

@@ -1,0 +1,244 @@
+"""A row is looked up by its id and all that it asks: no prompt ever gets the row of another."""
+
+import hashlib
+import json
+import sqlite3
+from contextlib import closing
+from itertools import zip_longest
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from tessy_hf import Script
+from tessy_hf.cluster.merge import Merge
+from tessy_hf.engines.base import derive_seed
+from tessy_hf.errors import EngineDeadError, MergeError
+from tessy_hf.run.journal import Counts, Journal
+from tessy_hf.trajectory import Span
+from tests.run.test_resume import run
+from tests.test_transform import prompts, rows_of, scripted
+
+
+def asking(**prompts_by_id):
+    return Dataset.from_dict({"id": [*prompts_by_id], "prompt": [*prompts_by_id.values()]})
+
+
+def asked(rows):
+    return [row["messages"][0]["content"] for row in rows]
+
+
+@pytest.fixture(params=["journal", "parts", "neither"])
+def kept(request, tmp_path):
+    """Settings of a run that keeps its rows in one of the places there are."""
+    return {} if request.param == "neither" else {request.param: str(tmp_path / "kept")}
+
+
+def test_splits_whose_ids_are_the_same_get_rows_of_their_own(kept):
+    splits = DatasetDict(train=asking(a="one", b="two"), test=asking(a="three", b="two"))
+    for _ in range(2):
+        with scripted(**kept) as transform:
+            done = splits.map(transform, batched=True, features=transform.features(splits["train"]))
+        assert asked(done["train"]) == ["one", "two"] and asked(done["test"]) == ["three", "two"]
+
+
+def test_streams_whose_ids_are_the_same_can_be_read_in_turns(kept):
+    texts = {"a": "first words", "b": "other words", "c": "last words"}
+    with scripted(lambda row: Script("okay so", texts[row]), latency=0.001, **kept) as transform:
+        one, two = (
+            asking(**{name: f"{name} {n}" for name in texts}).to_iterable_dataset().map(transform, batched=True)
+            for n in range(2)
+        )
+        pairs = list(zip_longest(one, two))
+    assert [asked(pair) for pair in pairs] == [[f"{name} 0", f"{name} 1"] for name in texts]
+    assert [[row["answer"] for row in pair] for pair in pairs] == [[text, text] for text in texts.values()]
+
+
+def test_a_corrected_prompt_under_its_old_id_is_written_anew_and_the_old_row_stays(kept, capfd):
+    old, new = asking(a="What is 1+2?", b="x"), asking(a="What is 1+1?", b="x")
+    first, _ = run(old, scripted(**kept))
+    capfd.readouterr()
+    transform = scripted(**kept)
+    assert transform.plan(new) == (Counts(done=1, to_do=1) if kept else Counts(to_do=2))
+    told = capfd.readouterr().err
+    rows, requests = run(new, transform)
+    assert asked(rows) == ["What is 1+1?", "x"]
+    if kept:
+        assert requests == 2
+        assert run(old, scripted(**kept)) == (first, 0) and run(new, scripted(**kept)) == (rows, 0)
+    if "journal" in kept:
+        sentence = "TESSY: 1 id was seen before with another prompt: written anew."
+        assert sentence in told and sentence in capfd.readouterr().err
+
+
+def test_the_plan_counts_ids_that_were_seen_with_another_prompt(tmp_path, capfd):
+    settings = {"journal": str(tmp_path / "rows.journal")}
+    run(prompts(5), scripted(**settings))
+    changed = prompts(7).map(lambda row: {"prompt": row["prompt"] + ("!" if row["id"] in ("r1", "r2", "r4") else "")})
+    capfd.readouterr()
+    assert scripted(**settings).plan(changed.to_iterable_dataset()) == (2, 0, 5, 0)
+    assert "3 ids were seen before with another prompt: written anew." in capfd.readouterr().err
+
+
+def test_a_half_written_row_is_not_continued_under_another_prompt(tmp_path):
+    asked_for = []
+
+    def fault(request):
+        asked_for.append(request.part)
+        return EngineDeadError("gone") if request.part == "answer" and len(asked_for) == 2 else None
+
+    settings = {"journal": str(tmp_path / "rows.journal"), "fault": fault}
+    with scripted(**settings) as transform, pytest.raises(EngineDeadError):
+        transform(asking(a="old")[:])
+    rows, _ = run(asking(a="new"), scripted(**settings))
+    assert asked(rows) == ["new"] and asked_for[2:] == ["thinking", "answer"]
+    rows, _ = run(asking(a="old"), scripted(**settings))
+    assert asked(rows) == ["old"] and asked_for[4:] == ["answer"]  # its own text was kept all the while
+
+
+def test_an_id_that_is_there_twice_in_one_pass_is_refused_whatever_it_asks():
+    twice = Dataset.from_dict({"id": ["a", "a", "a"], "prompt": ["x", "y", "x"]})
+    rows = rows_of(twice, scripted())
+    assert [row["finish_reason"] for row in rows] == ["stop", "error", "error"]
+    assert "Ids must be unique" in rows[1]["error"] and rows[1]["error"] == rows[2]["error"]
+
+
+def test_tools_belong_to_what_is_asked(kept):
+    def with_tools(names):
+        return asking(a="x").add_column(
+            "tools", [[{"type": "function", "function": {"name": name}} for name in names]]
+        )
+
+    run(with_tools(["add"]), scripted(**kept))
+    assert run(with_tools(["add"]), scripted(**kept))[1] == (0 if kept else 2)
+    assert run(with_tools(["add", "sub"]), scripted(**kept))[1] == 2
+
+
+# --- what verifiers read
+
+
+def test_a_verdict_is_of_the_reference_answer_of_its_row(kept):
+    """The answer is 2: right by the first reference, wrong by the second."""
+
+    def verdicts(id_column, **columns):
+        where = {name: f"{path}-{id_column}" for name, path in kept.items()}
+        settings = {"verifier": {"name": "exact", "column": "gold"}, "id_column": id_column, **where}
+        rows = rows_of(Dataset.from_dict(columns), scripted(lambda row: Script("okay", "2"), **settings))
+        return [row["verdict"] for row in rows]
+
+    assert verdicts(None, prompt=["x", "x"], gold=["2", "3"]) == [1, 0]
+    assert verdicts(None, prompt=["x", "x"], gold=["3", "2"]) == [0, 1]
+    assert verdicts("id", prompt=["x"], gold=["2"], id=["a"]) == [1]
+    assert verdicts("id", prompt=["x"], gold=["3"], id=["a"]) == [0]
+
+
+def says_gold(row):
+    return row["answer"] == row["gold"]
+
+
+def test_a_function_may_have_read_any_column(kept):
+    def requests(verifier, **columns):
+        given = Dataset.from_dict({"id": ["a"], "prompt": ["x"], **columns})
+        where = {name: f"{path}-{verifier is exact}" for name, path in kept.items()}
+        return run(given, scripted(lambda row: Script("okay", "2"), verifier=verifier, **where))[1]
+
+    exact = {"name": "exact", "column": "gold"}
+    again = 0 if kept else 2
+    assert requests(says_gold, gold=["2"], note=["one"]) == requests(exact, gold=["2"], note=["one"]) == 2
+    assert requests(says_gold, gold=["2"], note=["one"]) == again
+    assert requests(says_gold, gold=["2"], note=["two"]) == 2
+    assert requests(exact, gold=["2"], note=["two"]) == again
+
+
+# --- seeds stay
+
+
+def test_the_seed_is_that_of_the_id_or_of_the_messages():
+    with scripted(seed=3) as transform:
+        row = transform({"id": ["a"], "prompt": ["x"]})
+    assert row["seed"] == [derive_seed(3, "a")]
+    text = '[{"content": "x", "role": "user"}]'
+    with scripted(lambda row: Script("okay", "2"), seed=3, id_column=None) as transform:
+        row = transform({"prompt": ["x"]})
+    assert row["seed"] == [derive_seed(3, hashlib.sha256(text.encode()).hexdigest()[:32])]
+
+
+# --- merging
+
+
+def test_a_row_of_another_prompt_does_not_fill_the_place_of_its_id(tmp_path):
+    old, new = asking(a="old", b="x"), asking(a="new", b="x")
+    rows_of(old, scripted(parts=str(tmp_path / "parts")))
+    rows_of(old, scripted(journal=str(tmp_path / "rows.journal")))
+    old.map(scripted(), batched=True).to_parquet(tmp_path / "rows.parquet")
+    for source in ("parts", "rows.journal", "rows.parquet"):
+        merged = Merge([tmp_path / source], new, settings=scripted().settings)
+        assert merged.report.missing == merged.report.foreign == merged.report.other_prompts == ["a"], source
+        with pytest.raises(MergeError, match="1 of 2 prompts have no row: 'a'. Of 'a' .* answer other prompts"):
+            merged.check()
+    rows_of(new, scripted(parts=str(tmp_path / "parts")))
+    sources = [tmp_path / source for source in ("parts", "rows.journal", "rows.parquet")]
+    merged = Merge(sources, new)
+    assert asked(merged.rows()) == ["new", "x"] and merged.report.duplicates == ["b"]
+
+
+@pytest.mark.parametrize("verifier", [says_gold, {"name": "exact", "column": "gold"}])
+def test_a_row_with_the_verdict_of_another_reference_does_not_either(tmp_path, verifier):
+    def given(gold):
+        return asking(a="x", b="y").add_column("gold", gold)
+
+    settings = {"verifier": verifier, "script": lambda row: Script("okay", "2")}
+    rows_of(given(["2", "2"]), scripted(parts=str(tmp_path / "parts"), **settings))
+    given(["2", "2"]).map(scripted(**settings), batched=True).to_parquet(tmp_path / "rows.parquet")
+    for source in ("parts", "rows.parquet"):
+        told = None if source == "parts" else scripted(**settings).settings
+        assert Merge([tmp_path / source], given(["2", "3"]), settings=told).report.missing == ["b"]
+        assert not Merge([tmp_path / source], given(["2", "2"]), settings=told).report.missing
+
+
+# --- what earlier versions left
+
+
+def as_format_1(path):
+    """Take the prompt hashes out of a journal, as it was written before there were any."""
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("""
+            BEGIN; DROP INDEX held; ALTER TABLE rows RENAME TO new;
+            CREATE TABLE rows (id INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, key TEXT NOT NULL, owner TEXT,
+                attempts INTEGER NOT NULL DEFAULT 0, finish_reason TEXT, state TEXT, UNIQUE (fingerprint, key));
+            INSERT INTO rows SELECT id, fingerprint, key, owner, attempts, finish_reason, state FROM new;
+            DROP TABLE new; CREATE INDEX held ON rows (owner) WHERE owner IS NOT NULL;
+            PRAGMA user_version = 1; COMMIT;
+        """)
+
+
+def test_a_journal_that_knew_rows_by_their_ids_gives_those_of_the_same_messages(tmp_path, capfd):
+    path = tmp_path / "rows.journal"
+    first, _ = run(prompts(4), scripted(journal=str(path)))
+    with closing(Journal(path, scripted().run_fingerprint)) as journal:
+        journal.claim("r4")
+        journal.append("r4", [Span("student", "thinking", "okay so")], {})
+    as_format_1(path)
+    changed = prompts(5).map(lambda row: {"prompt": "another" if row["id"] == "r1" else row["prompt"]})
+    capfd.readouterr()
+    assert scripted(journal=str(path)).plan(changed) == Counts(done=3, to_do=2)
+    told = capfd.readouterr().err
+    assert "1 id was seen before with another prompt: written anew." in told
+    assert "1 id was begun by an earlier version, which did not keep what half-written rows answer" in told
+    rows, requests = run(changed, scripted(journal=str(path)))
+    assert requests == 4 and asked(rows) == changed["prompt"][:]
+    assert [rows[0], *rows[2:4]] == [first[0], *first[2:4]]
+
+
+def test_shared_rows_without_prompt_hashes_are_known_by_their_messages(tmp_path):
+    import pyarrow.parquet as pq
+
+    first = rows_of(prompts(3), scripted(parts=str(tmp_path)))
+    [part] = tmp_path.iterdir()
+    rows = pq.read_table(part)
+    assert rows["prompt_hash"].to_pylist() == [
+        hashlib.sha256(json.dumps([{"content": row["prompt"], "role": "user"}]).encode()).hexdigest()[:32]
+        for row in prompts(3)
+    ]
+    pq.write_table(rows.drop_columns("prompt_hash"), part)
+    assert run(prompts(3), scripted(parts=str(tmp_path))) == (first, 0)
+    assert run(asking(r1="another"), scripted(parts=str(tmp_path)))[1] == 2
