@@ -95,13 +95,13 @@ class Failures:
     Attributes:
         error: The last one.
         count: How many there were.
-        since: When the first one came, by ``time.monotonic()``.
+        elapsed: Seconds from the first to the last.
         pause: Seconds until the next attempt.
     """
 
     error: BaseException
     count: int
-    since: float
+    elapsed: float
     pause: float
 
 
@@ -131,7 +131,7 @@ class RetryPolicy:
 
     def exhausted(self, failures: Failures) -> bool:
         """Return whether no further attempt is to be made."""
-        late = time.monotonic() + failures.pause - failures.since > self.timeout
+        late = failures.elapsed + failures.pause > self.timeout + 1e-6
         return late or failures.count >= self.attempts
 
     def call(
@@ -200,7 +200,7 @@ class _Hooks:
     ) -> None:
         self._policy, self._count, self._since = policy, 0, 0.0
         self.options: dict[str, Any] = {
-            "retry": tenacity.retry_if_exception(retry_on),
+            "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and retry_on(error)),
             "wait": self._wait,
             "stop": lambda _: stop(self.failures),
             "reraise": True,
@@ -210,8 +210,10 @@ class _Hooks:
         error = state.outcome.exception() if state.outcome is not None else None
         assert error is not None, "tenacity waits after failures only"
         self._count, self._since = self._count + 1, self._since or time.monotonic()
-        pause = self._policy.pause(self._count, error)
-        self.failures = Failures(error, self._count, self._since, pause)
+        elapsed, pause = time.monotonic() - self._since, self._policy.pause(self._count, error)
+        if _asked_pause(error) is None:  # the last attempt is at the end of the time
+            pause = min(pause, max(0.0, self._policy.timeout - elapsed))
+        self.failures = Failures(error, self._count, elapsed, pause)
         return pause
 
 

@@ -25,6 +25,7 @@ from tessy_hf.retries import (
     retry_after,
     status_of,
 )
+from tests.engines import virtual_time
 
 AT_ONCE = {"first_pause": 0.0}
 
@@ -193,6 +194,38 @@ def test_a_pause_beyond_the_timeout_is_not_begun(call):
         call(RetryPolicy(timeout=5.0), failing)
 
 
+def test_the_last_attempt_is_at_the_end_of_the_time():
+    times = []
+
+    async def attempt():
+        times.append(time.monotonic())
+        raise TransientError("busy")
+
+    with pytest.raises(TransientError):
+        virtual_time.run(RetryPolicy(timeout=16.0, first_pause=10.0).call_async(attempt))
+    assert 16 <= times[-1] - times[0] < 16.1
+
+
+def test_a_cancelled_call_is_not_repeated():
+    async def attempt():
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise TransientError("busy")
+        second.set()
+        await asyncio.Event().wait()
+
+    async def session():
+        call = asyncio.ensure_future(RetryPolicy(**AT_ONCE).call_async(attempt, retry_on=lambda error: True))
+        await second.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    attempts, second = [], asyncio.Event()
+    asyncio.run(session())
+    assert len(attempts) == 2
+
+
 @both
 def test_what_to_retry_and_when_to_stop_can_be_told(call):
     failing, told = Failing(KeyError("a"), KeyError("b"), KeyError("c")), []
@@ -218,12 +251,11 @@ def test_an_asynchronous_notification_is_awaited():
 
 
 def test_the_timeout_counts_from_the_first_failure():
-    now = time.monotonic()
-    policy = RetryPolicy(timeout=60.0)
-    assert not policy.exhausted(Failures(TransientError("x"), 1, now, 30.0))
-    assert policy.exhausted(Failures(TransientError("x"), 1, now, 61.0))
-    assert policy.exhausted(Failures(TransientError("x"), 5, now - 55.0, 10.0))
-    assert not RetryPolicy().exhausted(Failures(TransientError("x"), 10**6, now - 10.0**6, 10.0))
+    policy, error = RetryPolicy(timeout=60.0), TransientError("x")
+    assert not policy.exhausted(Failures(error, 1, elapsed=0.0, pause=30.0))
+    assert policy.exhausted(Failures(error, 1, elapsed=0.0, pause=61.0))
+    assert policy.exhausted(Failures(error, 5, elapsed=55.0, pause=10.0))
+    assert not RetryPolicy().exhausted(Failures(error, 10**6, elapsed=10.0**6, pause=10.0))
 
 
 # --- what is said

@@ -115,7 +115,8 @@ class Client:
                 f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "
                 "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
             )
-        lengths = [length for length in (models[self._model], self._context) if length]
+        known = (models[self._model], self._context)
+        lengths = [length for length in known if isinstance(length, int) and length > 0]
         if not lengths:
             raise EngineDeadError(
                 f"The server at {server} does not say how long a context {self._model!r} has. "

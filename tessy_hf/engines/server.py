@@ -344,7 +344,7 @@ class _Notices:
         if self._answered_at() <= self._since:
             waited, most = time.monotonic() - self._since, self._engine.retry_timeout
             logger.warning(
-                "%s: waiting for an answer since %.0f s. %s Given up after %g s without one (retry_timeout).",
+                "%s: no answer for %.0f s. %s Giving up after %g s (retry_timeout).",
                 self._engine.model,
                 waited,
                 self._words,

@@ -391,15 +391,17 @@ def test_a_retry_after_beyond_the_retry_timeout_is_not_waited_for(monkeypatch):
 def test_waiting_is_logged_soon_and_every_ten_seconds_once_for_all_rows(monkeypatch, caplog):
     server = InProcess(monkeypatch, lambda _: (429 if time.monotonic() < server.begin + 42 else 200, {}))
     write(server, 20)
-    told = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
-    assert [text.split("since ")[1].split(" s.")[0] for text in told] == ["3", "13", "23", "33", "43"][: len(told)]
+    told = [record.getMessage() for record in caplog.records if "no answer for" in record.getMessage()]
+    assert [text.split("no answer for ")[1].split(" s.")[0] for text in told] == ["3", "13", "23", "33", "43"][
+        : len(told)
+    ]
     assert len(told) in (4, 5) and all("answered 429: 'not now'" in text for text in told)
 
 
 def test_a_wait_of_a_moment_is_not_logged(monkeypatch, caplog):
     server = InProcess(monkeypatch, lambda _: (429 if len(server.times) % 2 else 200, {}))
     write(server, 100)
-    assert "waiting" not in caplog.text
+    assert "no answer for" not in caplog.text
 
 
 def test_a_server_that_is_not_up_is_named_soon(monkeypatch, caplog):
@@ -411,11 +413,11 @@ def test_a_server_that_is_not_up_is_named_soon(monkeypatch, caplog):
     server = InProcess(monkeypatch, lambda _: (200, {}))
     up, server.handle = server.handle, starting
     write(server, 1)
-    told = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "no answer for" in record.getMessage()]
     assert len(told) in (2, 3) and all(
         "http://server/v1 cannot be reached: Connection refused" in text for text in told
     )
-    assert "since 3 s" in told[0] and "120 s" in told[0]
+    assert "no answer for 3 s" in told[0] and "after 120 s" in told[0]
 
 
 # --- how much at once
@@ -689,6 +691,13 @@ def test_redirects_are_not_followed(monkeypatch):
             run(engine(server), request())
         refused("status 307", paths={"/v1/models": away})
         assert not other.requests
+
+
+def test_the_retry_timeout_goes_by_its_former_name_too():
+    url = "http://one/v1"
+    assert ServerEngine("student", base_url=url, patience=7.0).retry_timeout == 7.0
+    assert ServerEngine("student", base_url=url, retry_timeout=8.0).retry_timeout == 8.0
+    assert ServerEngine("student", base_url=url).retry_timeout == 120.0
 
 
 def test_where_a_model_is_served_does_not_tell_runs_apart():
