@@ -2,7 +2,7 @@
 
 vLLM looks cached blocks up by their hashes, and hashes the whole prompt of each request, so hashing costs O(n²) over a
 row that is written in short requests. But a row's prompt begins with its last prompt: only new blocks need hashing.
-The processor time to add a request with 10,000 cached tokens falls to a quarter, with 40,000 to a ninth
+The processor time to add a request with 10,000 cached tokens falls to a third, with 40,000 to a sixth
 (``benchmarks/chunk.py``). Outputs are the same.
 
 vLLM's internals may change in any release. They are used only in :data:`TESTED_VERSIONS` and after a check with the
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm import LLMEngine
     from vllm.v1.request import Request
 
-TESTED_VERSIONS = ("0.32.",)
+TESTED_VERSIONS = ("0.32.", "0.33.")
 
 SWITCH = "TESSY_VLLM_INTERNALS"
 """Environment variable; ``0`` restricts us to vLLM's public API."""
