@@ -1,4 +1,4 @@
-"""Which device a network runs on, and how many cores its thread may use. Knows nothing of models."""
+"""Pick the device of a network, and limit the cores of its thread. Knows nothing of models."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""One round of generation: what is new of some rows is read, then all are continued token by token.
+"""Batched generation: read what is new of each row, then continue all rows token by token.
 
-In: requests with the ids of their rows. Out: for each what was written. Runs on a worker thread of its own; knows no
-event loop, no streams, and not what a row is written for.
+In: requests. Out: completions. The only caller of the network. Knows no event loop, threads or streams.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from tessy_hf.engines.network import sample_cache
 from tessy_hf.engines.sampling import Sampler
 
 PASS_TOKENS = 512
-"""What a forward pass costs besides what it reads, in tokens read."""
+"""Fixed cost of a forward pass, in tokens read."""
 
 CACHE_SHARE = 0.2
-"""The part of the memory that is planned for one engine's keys and values."""
+"""Share of the memory that one engine plans for keys and values."""
 
 
 @dataclass
 class _Writing:
-    """A row while it is continued, and what ended it."""
+    """A request, its row as it grows, and the stop id that ended it."""
 
     request: Request
     row: Row
@@ -58,13 +57,13 @@ class _Writing:
 
 
 class Generator:
-    """A network, and what is kept of the rows that it writes.
+    """A network and the KV pool of its rows. Not thread-safe: one round at a time.
 
     Args:
         network: A causal language model.
 
     Attributes:
-        cache_tokens: How many tokens of rows fit into the memory that is planned for them.
+        cache_tokens: How many tokens of keys and values fit into :data:`CACHE_SHARE` of the memory.
 
     Raises:
         SettingsError: The model keeps more than keys and values, see :func:`tessy_hf.engines.network.sample_cache`.
@@ -77,7 +76,7 @@ class Generator:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], released: Sequence[str] = ()) -> list[Completion]:
-        """Continue rows side by side.
+        """Continue rows as one batch.
 
         Args:
             requests: Of different rows.
@@ -107,7 +106,7 @@ class Generator:
         ]
 
     def _read(self, batch: Batch) -> torch.Tensor:
-        """Read what is next in a batch; return the logits behind each row's last id."""
+        """Run the network on a batch's next ids; return the logits after each row's last id."""
         logits, _ = forward(
             self._network,
             batch.ids,
@@ -119,9 +118,9 @@ class Generator:
         return logits[:, -1]
 
     def _read_long_prompts(self, rows: Sequence[Row]) -> None:
-        """Read rows with much that is new, all but their last id, before the others join them.
+        """Read long prompts, all but their last id, in a pass of their own.
 
-        In one batch with them all rows would read as many ids as the longest prompt has.
+        All rows of a batch read as many ids as the one with the most new ones.
         """
         while len(first := read_first(np.array([len(row.ids) - row.kept for row in rows]))):
             long = [rows[at] for at in first]
@@ -138,7 +137,10 @@ def _memory_bytes(device: torch.device) -> int:
 
 
 def read_first(unread: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Return which rows, of those with so many ids to read, are better read before the others join them."""
+    """Return which rows to read in a pass of their own, given how many ids each row has to read.
+
+    None are returned where one pass for all costs less.
+    """
     order = np.argsort(-unread, kind="stable")
     widths, apart = unread[order], np.arange(len(unread))
     cost = apart * widths[0] + len(unread) * widths + PASS_TOKENS * (apart > 0)

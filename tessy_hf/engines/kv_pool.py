@@ -1,8 +1,8 @@
-"""Keys and values of the rows under way, and batches made of them.
+"""KV cache per row, and the batches laid out from it.
 
-In: rows of token ids, and a cache of `transformers` after the network has read a batch. Out: the next batch, with the
-keys and values that are kept of each row. A row's longest known beginning is found by its ids, so a rollback needs no
-call. Knows no network, request, sampling or event loop.
+In: rows of token ids, and the cache of a batch after the network has read it. Out: the next batch, with the cached
+keys and values of each row. The cached prefix is found by comparing ids, so a rollback needs no call. Knows no
+network, request, sampling or event loop.
 
 Rows of a batch are aligned at their last id, with padding in front and nowhere else: distances between columns are
 distances between positions, which sliding windows and chunks of attention count. All rows read as many ids as the one
@@ -21,17 +21,17 @@ import torch
 from transformers import DynamicCache
 
 ROOM = 256
-"""A row's tensor grows by this many tokens, or by a quarter."""
+"""A row's tensor grows by this many tokens, or by a quarter if that is more."""
 
 
 @dataclass
 class Row:
-    """A row while it is read and written.
+    """The ids of a row, and how many of them are cached.
 
     Attributes:
         key: Its name.
         ids: All its ids.
-        kept: How many of them, from the first, the pool has keys and values of.
+        kept: How many leading ids have keys and values in the pool.
     """
 
     key: str
@@ -47,7 +47,7 @@ class Batch:
         rows: The rows.
         begins: The column of each row's first id.
         ids: What is to be read next, of shape (rows, width).
-        positions: Places of those ids in their rows, of the same shape.
+        positions: Positions of those ids in their rows, of the same shape.
         mask: Which columns are not padding, of shape (rows, columns up to the last of ``ids``).
         cache: Keys and values of the columns before ``ids``; a forward pass appends its own.
     """
@@ -60,7 +60,7 @@ class Batch:
     cache: Any
 
     def append(self, tokens: torch.Tensor) -> None:
-        """Make one token of each row, of shape (rows,), what is to be read next."""
+        """Set the next ids to one new token per row, of shape (rows,)."""
         self.ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], 1)
@@ -68,17 +68,17 @@ class Batch:
 
 @dataclass
 class _Kept:
-    """Ids of a row, and their keys and values in all layers: (room for tokens, values per token)."""
+    """Ids of a row, and their keys and values in all layers, of shape (capacity, values per token)."""
 
     ids: array[int]
     states: torch.Tensor
 
 
 class KVPool:
-    """What is kept of each row. A row's keys and values of all layers lie side by side in one tensor.
+    """Keys and values of each row, for all layers in one tensor per row.
 
     Args:
-        sample: A cache with one token of one row, which says what each layer keeps of a token.
+        sample: A cache with one token of one row, which shows the shapes of each layer.
     """
 
     def __init__(self, sample: Any) -> None:
@@ -94,7 +94,7 @@ class KVPool:
         return int(self._none.shape[1] * self._none.itemsize)
 
     def open(self, key: str, ids: Sequence[int]) -> Row:
-        """Return a row with the number of its ids that are kept; at least one is left to read."""
+        """Return a row with the length of its cached prefix, which leaves at least one id to read."""
         own = array("i", ids)
         return Row(key, own, _common(self._rows[key].ids, own) if key in self._rows else 0)
 
@@ -103,7 +103,7 @@ class KVPool:
         self._rows.pop(key, None)
 
     def batch(self, rows: Sequence[Row], ends: Sequence[int]) -> Batch:
-        """Lay out rows so that each row's ids up to its end are read, those that are not kept among them."""
+        """Lay out rows so that the network reads the ids of each up to its end that are not cached."""
         width = max(end - row.kept for row, end in zip(rows, ends, strict=True))
         cached = [max(end - width, 0) for end in ends]
         longest = max(cached)
@@ -117,7 +117,7 @@ class KVPool:
         return Batch(rows, begins.tolist(), ids, positions, mask, self._cache(rows, cached))
 
     def _cache(self, rows: Sequence[Row], counts: Sequence[int]) -> Any:
-        """Return a cache with the first so many tokens of each row, aligned at the right."""
+        """Return a cache with the first ``counts`` tokens of each row, aligned at the right."""
         cache, longest = DynamicCache(), max(counts)
         if not longest:
             return cache
@@ -132,7 +132,7 @@ class KVPool:
         return cache
 
     def store(self, batch: Batch) -> None:
-        """Keep the keys and values that the network computed of each row's ids."""
+        """Store the keys and values that the network computed for the ids of each row."""
         columns = batch.cache.get_seq_length()
         since = min(begin + row.kept for row, begin in zip(batch.rows, batch.begins, strict=True))
         new = [tensor[:, :, since:].transpose(1, 2).flatten(2) for tensor in _tensors(batch.cache)]
@@ -143,7 +143,7 @@ class KVPool:
             kept.ids, row.kept = row.ids[:end], end
 
     def _room(self, row: Row, tokens: int) -> _Kept:
-        """Return what is kept of a row, with room for so many tokens."""
+        """Return the entry of a row, with a capacity of at least ``tokens``."""
         kept = self._rows.setdefault(row.key, _Kept(array("i"), self._none))
         if len(kept.states) < tokens:
             larger = self._none.new_empty((max(tokens + ROOM, tokens * 5 // 4), self._none.shape[1]))

@@ -1,7 +1,7 @@
-"""A causal language model of `transformers`, loaded, or the reason why its rows cannot be written side by side.
+"""Load a causal language model of `transformers`, and refuse one whose rows would depend on each other.
 
-In: a model's name and options. Out: the network on its device, how long a row may be, and a cache with one token,
-which says what the model keeps of a text. Knows no rows, requests or event loop.
+In: a model's name and options. Out: the network on its device, its context length, and a cache with one token, which
+shows what the model keeps of a text. Knows no rows, requests or event loop.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ def load(model: str, revision: str | None, dtype: str, device: str, options: Map
 
 
 def row_length(network: PreTrainedModel, asked: int | None) -> int:
-    """Return how many tokens a row may have: those asked for, or those the model's config names.
+    """Return the context length: what is asked for, or what the model's config says.
 
-    Some rotary embeddings take other frequencies for a whole batch once a row in it passes a length: no row may.
+    It is limited where rotary frequencies of a whole batch change once one row passes a length (``longrope``,
+    ``dynamic``): beyond it a row would depend on the rows beside it.
 
     Raises:
         SettingsError: More are asked for.
@@ -65,17 +66,17 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 
 def _steady_length(rope: dict[str, Any], length: int) -> int:
-    """Return up to how many tokens frequencies do not depend on the batch."""
+    """Return the longest row for which frequencies do not depend on the batch."""
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or length)
     return length if rope.get("rope_type") == "dynamic" else 1 << 30
 
 
 def sample_cache(network: PreTrainedModel) -> Any:
-    """Read one token, and return the cache with what the model keeps of it.
+    """Read one token, and return the cache with its keys and values in all layers.
 
     Raises:
-        SettingsError: It keeps something else than a key and a value of each token: linear attention, state space,
+        SettingsError: The model keeps other state than a key and a value per token: linear attention, state space,
             sparse attention with an indexer.
     """
     types = set(getattr(network.config.get_text_config(), "layer_types", None) or ()) - LAYER_TYPES
@@ -91,7 +92,7 @@ def sample_cache(network: PreTrainedModel) -> Any:
         raise _refused(network, f"cannot read a token with a cache of keys and values: {error!r}") from error
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     if not tensors or any(tensor is None or tensor.ndim != 4 or tensor.shape[2] != 1 for tensor in tensors):
-        raise _refused(network, "does not keep a key and a value of each token in each layer")
+        raise _refused(network, "does not keep a key and a value per token in each layer")
     if len({(tensor.device, tensor.dtype) for tensor in tensors}) > 1:
         raise _refused(network, "keeps keys and values on several devices or in several precisions")
     return cache

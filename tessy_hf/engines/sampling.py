@@ -1,4 +1,4 @@
-"""The next token of each row of a batch: logits go in, token ids come out.
+"""Sample the next token of each row of a batch: logits in, token ids out.
 
 The token at position p of a row is drawn with a number made of the row's seed and p alone, so that a row depends
 neither on how it was cut into requests nor on the rows beside it. Knows no network, cache or stop ids.
@@ -17,7 +17,7 @@ from tessy_hf.engines.base import Request
 
 
 class Sampler:
-    """Draws tokens as the requests of a batch ask for: greedily, or by temperature and nucleus.
+    """Greedy decoding, temperature and nucleus sampling, per row.
 
     Args:
         requests: One for each row of the batch.

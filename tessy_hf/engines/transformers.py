@@ -1,4 +1,4 @@
-"""Any causal language model of `transformers`, with each row's keys and values kept across chunks.
+"""A causal language model of `transformers` in this process, with keys and values kept of each row across chunks.
 
 In: requests. Out: completions, at once or as streams. Requests that wait while the model works are taken together in
 the next round, which generates up to :data:`ROUND_TOKENS` tokens; a chunk re-reads only what another author wrote.

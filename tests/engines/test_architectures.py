@@ -46,6 +46,10 @@ RIGHT = {
     "qwen3_moe": EXPERTS,
     "gpt_oss": {**ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3_text": ALTERNATING,
+    "gemma4_text": {
+        **ALTERNATING, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "global_head_dim": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "mistral": {"sliding_window": WINDOW},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": WINDOW},
