@@ -14,7 +14,7 @@
     ├── PromptError        one row's prompt cannot be used                           → that row fails, with this text
     └── EngineError        an engine could not answer
         ├── RequestError   one request failed for good                               → that row fails, with this text
-        └── EngineDeadError the engine is gone or refuses the credential             → the run stops, finished rows stay
+        └── EngineDeadError the engine is gone or refuses the credential             → the run stops, rows are kept
 
 Each message says what was seen, what was expected and what to do.
 """
