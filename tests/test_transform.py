@@ -265,7 +265,7 @@ def test_alternating_without_any_predictor_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tessy_hf.boundary.predictor._SHIPPED_FOLDER", tmp_path)
     with pytest.raises(SettingsError, match="teacher and the student have no boundary predictor"):
         scripted(method="tessy")
-    with pytest.raises(BoundaryError, match="small one that comes with tessy-hf is not in"):
+    with pytest.raises(BoundaryError, match="small one of tessy-hf is missing"):
         BoundaryPredictor.from_pretrained()
 
 
