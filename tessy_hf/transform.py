@@ -15,21 +15,23 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from tessy_hf import manifest as provenance
 from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
 from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
+from tessy_hf.rows.batch import Batch, Columns
 from tessy_hf.run.journal import Counts
-from tessy_hf.run.runner import RUNS, Batch, Run
+from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
 from tessy_hf.settings import Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 
+    AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict
     from tessy_hf.run.metering import Load
 
 TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
@@ -54,9 +56,7 @@ class TessyTransform(functools.partial[Any]):
     Args:
         teacher: The strong model, writer of capability spans.
         student: The model to be trained, writer of style spans and of the answer.
-        **settings: See :class:`tessy_hf.settings.Settings`: ``method``, ``chunk_tokens``, ``stream``, ``temperature``,
-            ``top_p``, ``seed``, ``max_thinking_tokens``, ``max_answer_tokens``, ``prompt_column``, ``id_column``,
-            ``system_prompt``, ``rows_in_flight``, ``journal``, ``parts``, ``request_timeout``, ``max_attempts``.
+        **settings: See :class:`tessy_hf.settings.Settings`, for instance ``method``, ``prompt_column``, ``journal``.
 
     Raises:
         SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor and the small one
@@ -66,28 +66,19 @@ class TessyTransform(functools.partial[Any]):
     teacher: Speaker
     student: Speaker
     settings: Settings
-    source: provenance.SourceRecord | None
-    """The prompts last asked about with :meth:`features`."""
+    source: provenance.SourceRecord | None  # the prompts last asked about with features()
     _token: str
     _async: bool
     _begun: str | None
 
-    def __new__(cls, *, teacher: Speaker, student: Speaker, **settings: Any) -> TessyTransform:
+    def __new__(cls, *, teacher: Speaker, student: Speaker, **settings: Any) -> Self:
         """Check the settings. Loads nothing."""
-        checked = Settings.check(**settings)
-        if checked.alternates:
-            teacher, student = _with_predictors(teacher, student)
-        return cls._make(teacher, student, checked, uuid.uuid4().hex)
+        return cls._make(teacher, student, Settings.check(**settings), uuid.uuid4().hex)
 
     @classmethod
-    def _make(
-        cls,
-        teacher: Speaker,
-        student: Speaker,
-        settings: Settings,
-        token: str,
-        source: provenance.SourceRecord | None = None,
-    ) -> TessyTransform:
+    def _make(cls, teacher: Speaker, student: Speaker, settings: Settings, token: str, source: Any = None) -> Self:
+        if settings.alternates:
+            teacher, student = _with_predictors(teacher, student)
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
         self.source, self._token, self._async, self._begun = source, token, False, None
@@ -116,7 +107,7 @@ class TessyTransform(functools.partial[Any]):
         """The hash of all that decides the rows."""
         return self.settings.fingerprint({"teacher": self.teacher.identity, "student": self.student.identity})
 
-    def map(self, dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict, **options: Any) -> Any:
+    def map(self, dataset: AnyDataset, **options: Any) -> Any:
         """Write an answer to each prompt: ``dataset.map(self, batched=True, features=self.features(dataset))``.
 
         Args:
@@ -137,7 +128,7 @@ class TessyTransform(functools.partial[Any]):
             features.pop(name, None)
         return dataset.map(self, **{"batched": True, "features": features, **options})
 
-    def features(self, dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict) -> Features:
+    def features(self, dataset: AnyDataset) -> Features:
         """Return the schema of ``dataset.map(self, batched=True)``, for ``map(..., features=...)``.
 
         Of a ``DatasetDict`` or ``IterableDatasetDict`` it is that of the first split; their ``map`` has one for all.
@@ -156,7 +147,7 @@ class TessyTransform(functools.partial[Any]):
             self.teacher, self.student, self.settings, self.run_fingerprint, self.source, self._begun
         )
 
-    def plan(self, dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict) -> Counts:
+    def plan(self, dataset: AnyDataset) -> Counts:
         """Count how a dataset's rows stand before any work: done, to continue, to do, failed before.
 
         Reads the prompts and looks their rows up in the journal; starts nothing. Says on stderr how many ids were seen
@@ -169,20 +160,13 @@ class TessyTransform(functools.partial[Any]):
         counts = [plan(split, self.settings, self.run_fingerprint) for split in _splits(dataset)]
         return Counts(*map(sum, zip(*counts, strict=True)))
 
-    def without_journal(self) -> TessyTransform:
-        """Return the same transform without a journal and parts, for rows that are not to be kept."""
-        return self._with(journal=None, parts=None)
+    def with_settings(self, **settings: Any) -> Self:
+        """Return the same transform with some settings changed, for instance ``journal=None``.
 
-    def with_parts(self, folder: str | None) -> TessyTransform:
-        """Return the same transform with another folder for parts; where it is ``None``, with its own.
-
-        A path is made absolute, so that it means the same to other processes.
+        Raises:
+            SettingsError: A setting is unknown or out of range.
         """
-        folder = self.settings.parts if folder is None else folder
-        return self._with(parts=folder if folder is None or "://" in folder else str(Path(folder).absolute()))
-
-    def _with(self, **settings: Any) -> TessyTransform:
-        changed = self.settings.model_copy(update=settings)
+        changed = Settings.check(**{**dict(self.settings), **settings})
         return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source)
 
     def loads(self) -> dict[str, Load]:
@@ -197,24 +181,26 @@ class TessyTransform(functools.partial[Any]):
         self._async = not _loop_is_running()
         return _coroutine_function if self._async else _function
 
-    def __call__(self, batch: Batch, /) -> Any:
+    def __call__(self, batch: Any, /, *extra: Any) -> Any:
         """Write the rows of a batch.
 
         Returns:
             The new columns; inside an asynchronous ``map``, an awaitable of them.
 
         Raises:
-            DatasetError: The batch lacks a column, or is not a batch.
+            DatasetError: It is not a batch, or lacks a column.
             TemplateError: A chat template would lose the thinking.
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        if self._async and _loop_is_running():
-            return asyncio.wrap_future(self._run().submit(batch, asyncio.get_running_loop()))
-        return self.submit(batch).result()
+        given, layout = Batch.read(batch, extra), self.student.dialect.marks_in_content
+        if not (self._async and _loop_is_running()):
+            return given.returned(self.submit(given.columns).result(), layout)
+        written = asyncio.wrap_future(self._run().submit(given.columns, asyncio.get_running_loop()))
+        return _later(given, written, layout)
 
-    def submit(self, batch: Batch) -> Future[dict[str, list[Any]]]:
-        """Hand over a batch without waiting for it: the future of what a call returns or raises.
+    def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
+        """Hand over a batch of columns without waiting for it: the future of the new columns.
 
         Batches enter the window in the order in which they are handed over; what is not waited for is written, too.
         """
@@ -234,7 +220,7 @@ class TessyTransform(functools.partial[Any]):
         if run is not None:
             run.close()
 
-    def __enter__(self) -> TessyTransform:
+    def __enter__(self) -> Self:
         """Return the transform itself."""
         return self
 
@@ -274,7 +260,7 @@ def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speak
         f"{lacking}: the small one that comes with tessy-hf is used. It has a few million parameters and knows only "
         f"English reasoning text like that of gpt-oss and Qwen3. For better spans pass {where} with a Hub id or "
         "folder; boundary=BoundaryPredictor() chooses the small one without this warning.",
-        stacklevel=3,
+        stacklevel=4,
     )
     small = BoundaryPredictor()
     first, second = (copy.copy(s) if s.boundary is None else s for s in (teacher, student))
@@ -296,6 +282,10 @@ def _splits(dataset: Any) -> list[Any]:
 
 def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
+
+
+async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
+    return given.returned(await written, marks_in_content)
 
 
 async def _coroutine_function(batch: Batch) -> None:

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from datasets.fingerprint import Hasher
 
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform, demo
@@ -168,22 +168,12 @@ def test_a_transform_in_use_can_be_pickled():
         assert copy(prompts(2)[:]) == transform(prompts(2)[:])
 
 
-BAD = [
-    (None, "NoneType"),
-    ("", "non-empty string"),
-    ("   ", "non-empty string"),
-    (7, "int"),
-    ([], "list of chat messages"),
-    ([{"role": "assistant", "content": "hi"}], "user's turn"),
-]
-
-
-@pytest.mark.parametrize(("prompt", "told"), BAD)
-def test_a_bad_prompt_is_a_failed_row_and_nothing_else_is_lost(prompt, told):
+@pytest.mark.parametrize("prompt", [None, "", [], [{"content": "no role"}], "half \ud83d"])
+def test_a_bad_prompt_is_a_failed_row_and_nothing_else_is_lost(prompt):
     with scripted() as transform:
         columns = transform({"id": ["a", "b", "c"], "prompt": ["one", prompt, "three"]})
     assert columns["finish_reason"] == ["stop", "error", "stop"]
-    assert "Row 'b'" in columns["error"][1] and told in columns["error"][1]
+    assert "Row 'b'" in columns["error"][1] and "is expected" in columns["error"][1]
     assert columns["messages"][1] == [] and columns["teacher_token_ratio"][1] is None
 
 
@@ -218,6 +208,80 @@ def test_a_missing_column_is_told_before_anything_runs():
             transform.features(prompts(1))
         with pytest.raises(DatasetError, match="no column 'question'"):
             prompts(1).map(transform, batched=True)
+
+
+# --- datasets as people have them
+
+
+def splits(kind):
+    train, test = prompts(6), prompts(3).map(lambda row: {"prompt": row["prompt"] + " Again."})
+    if kind is DatasetDict:
+        return DatasetDict(train=train, test=test)
+    return IterableDatasetDict(train=train.to_iterable_dataset(), test=test.to_iterable_dataset())
+
+
+@pytest.mark.parametrize("kind", [DatasetDict, IterableDatasetDict])
+def test_each_split_of_a_dataset_dict_is_mapped(kind):
+    dataset = splits(kind)
+    with scripted() as transform:
+        assert transform.plan(dataset) == Counts(to_do=9)
+        mapped = {name: list(split) for name, split in transform.map(dataset, batch_size=2).items()}
+        assert {name: list(split) for name, split in dataset.map(transform, batched=True).items()} == mapped
+        assert transform.features(dataset) == transform.features(dataset["train"])
+    assert type(transform.map(dataset)) is kind
+    assert {name: [row["messages"][0]["content"] for row in rows] for name, rows in mapped.items()} == {
+        name: [row["prompt"] for row in split] for name, split in dataset.items()
+    }
+
+
+def test_a_dataset_dict_without_splits_is_told():
+    with scripted() as transform, pytest.raises(DatasetError, match="has no splits"):
+        transform.features(DatasetDict())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_mapping_by_the_transform_s_own_method_is_the_same(stream):
+    dataset = prompts(12).to_iterable_dataset() if stream else prompts(12)
+    expected = rows_of(dataset, scripted(), batch_size=5)
+    with scripted() as transform:
+        mapped = transform.map(dataset, batch_size=5)
+        assert mapped.features == transform.features(dataset) and list(mapped) == expected
+        fewer = transform.map(dataset, remove_columns=["prompt"])
+        assert "prompt" not in fewer.features and list(fewer)[3]["answer"] == expected[3]["answer"]
+
+    async def notebook():
+        with scripted() as transform:
+            return list(transform.map(dataset))
+
+    assert asyncio.run(notebook()) == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["arrow", "pandas", "polars", "numpy"])
+def test_a_dataset_in_any_format_gives_the_same_rows(kind, stream):
+    pytest.importorskip(kind if kind != "arrow" else "pyarrow")
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in prompts(7)]
+    dataset = prompts(7).add_column("chat", chats).add_column("number", list(range(7)))
+    expected = rows_of(dataset, scripted(prompt_column="chat", id_column="number"))
+    given = (dataset.to_iterable_dataset() if stream else dataset).with_format(kind)
+    with scripted(prompt_column="chat", id_column="number") as transform:
+        mapped = given.map(transform, batched=True, batch_size=3, features=transform.features(given))
+        assert list(mapped.with_format(None)) == expected
+
+
+OTHERS = [
+    {"input_columns": "prompt"},
+    {"input_columns": ["id", "prompt"]},
+    {"with_indices": True},
+    {"with_rank": True},
+]
+
+
+@pytest.mark.parametrize("options", OTHERS)
+def test_options_that_pass_something_else_than_a_batch_are_told(options):
+    with scripted() as transform:
+        with pytest.raises(DatasetError, match="without input_columns=, with_indices= and with_rank="):
+            prompts(2).map(transform, batched=True, **options)
 
 
 def test_a_single_row_in_place_of_a_batch_is_told():
@@ -265,7 +329,7 @@ def test_alternating_without_any_predictor_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tessy_hf.boundary.predictor._SHIPPED_FOLDER", tmp_path)
     with pytest.raises(SettingsError, match="teacher and the student have no boundary predictor"):
         scripted(method="tessy")
-    with pytest.raises(BoundaryError, match="small one that comes with tessy-hf is not in"):
+    with pytest.raises(BoundaryError, match="small one of tessy-hf is missing"):
         BoundaryPredictor.from_pretrained()
 
 
@@ -343,7 +407,7 @@ def test_dropping_a_stream_early_leaves_a_usable_transform():
 INTERRUPTED = """
     import signal
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore Ctrl-C
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
     from tests.test_transform import prompts, scripted
     transform = scripted(latency=lambda request: print("started", flush=True) or 3600.0)
     prompts(40).map(transform, batched=True, batch_size=10, num_proc={num_proc})

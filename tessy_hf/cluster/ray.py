@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, PromptError, SettingsError, TessyError
 from tessy_hf.recipe import Placement as Placement
-from tessy_hf.rows import columns
-from tessy_hf.rows.datasets_internals import table
+from tessy_hf.rows.batch import Batch
 from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run.shared_rows import SharedRows
 
@@ -70,22 +69,17 @@ class RowWriter:
             TessyError: What the transform raises.
         """
         import pyarrow as pa
-        from datasets import Features
 
         if not isinstance(batch, pa.Table):
             raise DatasetError(
                 f"RowWriter got a {type(batch).__name__}. An Arrow table is expected: pass batch_format='pyarrow' to "
                 "map_batches, or **map_options(transform, placement)."
             )
-        given = batch.to_pydict()
-        written = await asyncio.wrap_future(self._transform.submit(given))
+        given = Batch.read(batch)
+        written = await asyncio.wrap_future(self._transform.submit(given.columns))
         if not self._texts:
             return pa.table({"finish_reason": pa.array(written["finish_reason"], pa.string())})
-        schema = columns.schema(self._transform.student.dialect.marks_in_content)
-        features = Features({**Features.from_arrow_schema(batch.schema), **schema})
-        merged = {**given, **written}
-        rows = (dict(zip(merged, values, strict=True)) for values in zip(*merged.values(), strict=True))
-        return table(rows, features)
+        return given.returned(written, self._transform.student.dialect.marks_in_content)
 
 
 def map_options(transform: TessyTransform, placement: Placement) -> dict[str, Any]:
@@ -160,16 +154,18 @@ def synthesize(
     _check_ray()
     placement = placement or Placement()
     placement = placement if actors is None else placement.model_copy(update={"actors": actors})
-    transform = transform.with_parts(parts)
-    if transform.settings.parts is None:
+    parts = parts or transform.settings.parts
+    if parts is None:
         raise SettingsError(
             "A run on a cluster needs a folder that all nodes see. Pass parts= with one, or put `parts` into the "
             "recipe: a path on shared storage, or an address such as s3://bucket/run."
         )
+    # A path is made absolute, so that it means the same to other processes.
+    transform = transform.with_settings(parts=parts if "://" in parts else str(Path(parts).absolute()))
     transform.features(dataset)  # its columns are checked here, before anything starts
     there = _there(transform)
     reasons = _write(_to_do(dataset, transform, there), transform, placement)
-    merge = Merge([transform.settings.parts], dataset, settings=transform.settings, first=True)
+    merge = Merge([str(transform.settings.parts)], dataset, settings=transform.settings, first=True)
     merge.check()
     if out is not None:
         merge.write(out)

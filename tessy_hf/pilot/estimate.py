@@ -106,7 +106,7 @@ def estimate(
     total = len(prompts) if total is None and hasattr(prompts, "__len__") else total
     if total is None:
         raise DatasetError("The number of prompts in a stream is unknown. Pass total= with the number to plan for.")
-    written, seconds, loads = _run_pilot(transform.without_journal(), _first(prompts, rows))
+    written, seconds, loads = _run_pilot(transform.with_settings(journal=None, parts=None), _first(prompts, rows))
     good = [row for row in written if row["finish_reason"] != "error"]
     if not good:
         raise DatasetError(

@@ -13,6 +13,9 @@ from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.verifiers import verifiers
 
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""Names of roles in chats with ``from`` and ``value``."""
+
 TOOLS = "tools"
 """The column that chat templates read tools from."""
 
@@ -44,7 +47,8 @@ class PromptReader:
 
     def id(self, row: Mapping[str, Any]) -> Any:
         """Return the value of a row's id column; ``None`` where there is no such column."""
-        return row[self._settings.id_column] if self._settings.id_column is not None else None
+        given: Any = row[self._settings.id_column] if self._settings.id_column is not None else None
+        return given.tolist() if hasattr(given, "tolist") else given  # of NumPy and torch formats
 
     def read(self, row: Mapping[str, Any]) -> Prompt:
         """Read one row.
@@ -123,23 +127,63 @@ def length(messages: Sequence[Message]) -> int:
 
 
 def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
-    """Read a prompt as chat messages.
+    """Read a prompt as chat messages: text, or messages with ``role`` and ``content`` (or ``from`` and ``value``).
 
     Raises:
-        PromptError: It is neither text nor messages ending in the user's turn.
+        PromptError: It is neither, or a message cannot be used.
     """
     name = "A row" if row is None else f"Row {str(row)!r}"
-    if isinstance(prompt, str) and prompt.strip():
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) and m.get("content") for m in prompt):
-        if prompt[-1].get("role") == "user":
-            return [{"role": m["role"], "content": m["content"]} for m in prompt]
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        if not isinstance(given, (list, tuple)) or not given:
+            raise PromptError(f"{_shown(prompt)} is not a prompt")
+        messages = [read for number, one in enumerate(given) if (read := _message(one, number)) is not None]
+        if not messages or messages[-1]["role"] != "user":
+            last = repr(messages[-1]["role"]) if messages else "nobody"
+            raise PromptError(f"the last message is by {last}, and a prompt ends in the user's turn")
+    except PromptError as error:
         raise PromptError(
-            f"{name}: the last message in {column!r} is by {prompt[-1].get('role')!r}. A prompt ends in the user's "
-            "turn; drop the messages after it."
-        )
-    shown = repr(prompt) if len(repr(prompt)) <= 60 else repr(prompt)[:57] + "..."
-    raise PromptError(
-        f"{name}: column {column!r} is {shown} ({type(prompt).__name__}). A non-empty string or a list of chat "
-        "messages is expected; filter such rows or pass prompt_column= with another column."
-    )
+            f"{name}: column {column!r}: {error}. A non-empty string or a list of chat messages that ends in the "
+            "user's turn is expected; filter such rows or pass prompt_column= with another column."
+        ) from None
+    return messages
+
+
+def _message(message: Any, number: int) -> Message | None:
+    """Read a message; ``None`` for an empty system message, which chat templates drop."""
+    if not isinstance(message, Mapping):
+        raise PromptError(f"message {number} is {_shown(message)}")
+    role = message.get("role") or _ROLES.get(str(message.get("from")), message.get("from"))
+    if not isinstance(role, str):
+        raise PromptError(f"message {number} has no role, only {', '.join(map(repr, message))}")
+    if message.get("tool_calls"):
+        raise PromptError(f"message {number} has tool calls, which cannot be rendered")
+    content = _text(message["content"] if message.get("content") is not None else message.get("value"), number)
+    if content.strip():
+        return {"role": role, "content": content}
+    if role == "system":
+        return None
+    raise PromptError(f"message {number}, by {role!r}, is empty (its content is {_shown(message.get('content'))})")
+
+
+def _text(content: Any, number: int) -> str:
+    """Return a message's content as text: parts of text are joined."""
+    if isinstance(content, (list, tuple)):
+        kinds = [part.get("type", "text") if isinstance(part, Mapping) else "text" for part in content]
+        other = next((kind for kind in kinds if kind != "text"), None)
+        if other is not None:
+            raise PromptError(f"message {number} has a part of type {other!r}, and only text can be read")
+        content = "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise PromptError(f"the content of message {number} is {_shown(content)}")
+    text = str(content or "")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PromptError(f"message {number} has half of a surrogate pair, which is not valid Unicode")
+    return text
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value and its type, for a message."""
+    shown = repr(value)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"

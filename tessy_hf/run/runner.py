@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 from tessy_hf.engines.base import derive_seed
-from tessy_hf.errors import DatasetError, PromptError
+from tessy_hf.errors import PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns
+from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.run.commits import Commits
 from tessy_hf.run.metering import Load, Meter
@@ -30,9 +31,6 @@ from tessy_hf.run.synthesis import Synthesis
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Prompt
-
-Batch = Mapping[str, Sequence[Any]]
-Columns = dict[str, list[Any]]
 
 CHARACTERS_PER_TOKEN = 3
 """Roughly, and rather too few than too many: only to plan by."""
@@ -92,7 +90,7 @@ class Run:
 
     # --- called from other threads
 
-    def submit(self, batch: Batch, caller: asyncio.AbstractEventLoop | None) -> Future[Columns]:
+    def submit(self, batch: Columns, caller: asyncio.AbstractEventLoop | None) -> Future[dict[str, list[Any]]]:
         """Hand a batch to the loop. ``caller`` distinguishes one pass over a dataset from the next."""
         seen = self._passes.setdefault(caller, set()) if caller is not None else set()
         return self._call(self._batch(batch, seen))
@@ -175,12 +173,12 @@ class Run:
 
     # --- batches and rows
 
-    async def _batch(self, batch: Batch, seen: set[str]) -> Columns:
+    async def _batch(self, batch: Columns, seen: set[str]) -> dict[str, list[Any]]:
         task = asyncio.current_task()
         assert task is not None
         self._own(task)
         reader = PromptReader(self._settings, list(batch), seen)
-        inputs = _rows(batch, reader, self._settings.prompt_column)
+        inputs = rows_of(batch, reader.read_columns, self._settings.prompt_column)
         tasks: dict[int, asyncio.Task[dict[str, Any]]] = {}
         try:
             async with self._admission:  # one batch after another, in the order in which they came
@@ -234,14 +232,6 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
-
-
-def _rows(batch: Batch, reader: PromptReader, prompt_column: str) -> list[dict[str, Any]]:
-    """Return a batch row by row, with the columns that are read."""
-    if isinstance(batch[prompt_column], str) or batch[prompt_column] is None:
-        raise DatasetError("The transform got a single row. A batch is expected: call map(transform, batched=True).")
-    read = {name: batch[name] for name in reader.read_columns}
-    return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
 
 
 def _longest_first(prompts: Sequence[Prompt | PromptError]) -> list[int]:

@@ -91,7 +91,7 @@ def test_an_actor_and_a_node_that_die_cost_no_row(cluster, tmp_path):
 def test_what_is_done_is_not_asked_for_again(cluster, tmp_path):
     with FakeServer() as server:
         on_cluster = transform(engine(server), rows_in_flight=8)
-        with on_cluster.with_parts(str(tmp_path / "parts")) as part:
+        with on_cluster.with_settings(parts=str(tmp_path / "parts")) as part:
             part(prompts(30)[:20])
         before = len(server.texts)
         first = synthesize(prompts(30), on_cluster, parts=str(tmp_path / "parts"), actors=1)

@@ -1,0 +1,132 @@
+"""Prompts as public datasets have them: read, or refused by name; one row never ends the others."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Json
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tessy_hf import Settings
+from tessy_hf.errors import PromptError
+from tessy_hf.rows.prompt import PromptReader, finished_prompt_hash, prompt_hash
+from tests.test_transform import rows_of, scripted
+
+USER = {"role": "user", "content": "What is 1+1?"}
+TEXT = {"type": "text", "text": "What is "}
+CALL = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+
+
+def read(prompt, **columns):
+    settings = Settings.check(id_column="id")
+    return PromptReader(settings, ["id", "prompt", *columns]).read({"id": "a", "prompt": prompt, **columns})
+
+
+READ = {
+    "text": "What is 1+1?",
+    "messages": [USER],
+    "a tuple": (USER,),
+    "an array": np.array([USER], dtype=object),
+    "other keys": [{**USER, "name": None, "weight": 1, "tool_calls": None}],
+    "an empty system message": [{"role": "system", "content": ""}, USER],
+    "a system message of null": [{"role": "system", "content": None}, USER],
+    "a system message of white space": [{"role": "system", "content": " \n"}, USER],
+    "one part": [{"role": "user", "content": [{"type": "text", "text": "What is 1+1?"}]}],
+    "parts": [{"role": "user", "content": [TEXT, {"type": "text", "text": "1+1?", "image": None}]}],
+    "parts as plain text": [{"role": "user", "content": ["What is ", "1+1?"]}],
+    "parts without a type": [{"role": "user", "content": [{"text": "What is 1+1?"}]}],
+    "from and value": [{"from": "human", "value": "What is 1+1?"}],
+    "from and value with a system": [{"from": "system", "value": ""}, {"from": "human", "value": "What is 1+1?"}],
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_one_question_in_many_forms_is_one_prompt(kind):
+    assert read(READ[kind]).messages == [USER] and read(READ[kind]).row_key == read("What is 1+1?").row_key
+
+
+def test_roles_and_order_are_kept():
+    turns = [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello."), ("human", "What is 1+1?")]
+    chat = read([{"from": role, "value": text} for role, text in turns]).messages
+    assert chat == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        USER,
+    ]
+
+
+REFUSED = [
+    (None, "None (NoneType) is not a prompt"),
+    ("", "message 0, by 'user', is empty"),
+    ("  \n", "message 0, by 'user', is empty"),
+    (7, "7 (int) is not a prompt"),
+    ([], "[] (list) is not a prompt"),
+    (["What is 1+1?"], "message 0 is 'What is 1+1?' (str)"),
+    ([{"content": "You are kind."}, USER], "message 0 has no role, only 'content'"),
+    ([USER, {"role": None, "content": "Hi"}], "message 1 has no role"),
+    ([USER, {"role": "assistant", "content": "two"}], "the last message is by 'assistant'"),
+    ([{"role": "system", "content": ""}], "the last message is by nobody"),
+    ([{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}]}], "message 0 has a part of type 'image'"),
+    ([{"role": "user", "content": []}], "message 0, by 'user', is empty"),
+    ([{"role": "user", "content": {"text": "Hi"}}], "the content of message 0 is {'text': 'Hi'} (dict)"),
+    ([USER, {"role": "assistant", "content": None, "tool_calls": CALL}, USER], "message 1 has tool calls"),
+    ("half \ud83d of it", "message 0 has half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "seen"), REFUSED, ids=[seen for _, seen in REFUSED])
+def test_what_cannot_be_used_is_refused_by_name(prompt, seen):
+    with pytest.raises(PromptError) as caught:
+        read(prompt)
+    message = str(caught.value)
+    assert message.startswith("Row 'a': column 'prompt': ") and seen in message and "is expected" in message
+
+
+KEYS = st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls"])
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+
+
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
+def test_whatever_stands_in_the_column_gives_messages_or_a_reason(value):
+    for prompt in (value, [value], [{"role": "user", "content": value}]):
+        try:
+            prompt = read(prompt)
+        except PromptError:
+            continue
+        assert all(isinstance(message["content"], str) for message in prompt.messages)
+
+
+def test_a_finished_row_says_what_it_answers():
+    chat = [{"role": "system", "content": "Be kind."}, USER]
+    finished = [{**message, "thinking": None} for message in chat] + [{"role": "assistant", "content": "two"}]
+    assert finished_prompt_hash(finished) == finished_prompt_hash(chat) == prompt_hash(chat) == read(chat).prompt_hash
+    assert finished_prompt_hash(finished, {"gold": 2}) != finished_prompt_hash(finished)
+
+
+def test_what_is_hashed_does_not_depend_on_the_format_of_the_table():
+    plain = {"tests": [{"input": "1", "output": "2"}], "weights": [0.5, 1.0], "level": 3}
+    arrow = {
+        "level": np.int64(3),
+        "weights": np.array([0.5, 1.0]),
+        "tests": ({"input": "1", "output": "2", "x": None},),
+    }
+    assert prompt_hash([USER], plain) == prompt_hash([USER], arrow)
+    assert prompt_hash([USER], {**plain, "level": 4}) != prompt_hash([USER], plain)
+    assert prompt_hash([USER], {"image": b"1"}) != prompt_hash([USER], {"image": b"2"})
+    assert prompt_hash([USER], {"many": np.arange(5000)}) != prompt_hash([USER], {"many": np.arange(5000) // 2})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("features", [None, Features({"prompt": Json()})])
+def test_odd_rows_are_rows_beside_the_others(features, stream, tmp_path):
+    chats = [[USER], [{"role": "user", "content": None}], [{"role": "system", "content": None}, USER]]
+    if features is not None:
+        chats += [[{"role": "user", "content": [TEXT]}], [{"content": "Hi"}], "What is 1+1?"]
+    dataset = Dataset.from_list([{"prompt": chat} for chat in chats], features=features)
+    expected = ["stop", "error", "stop", "stop", "error", "stop"][: len(chats)]
+    given = dataset.to_iterable_dataset() if stream else dataset
+    rows = rows_of(given, scripted(id_column=None))
+    assert [row["finish_reason"] for row in rows] == expected
+    with scripted(id_column=None) as transform:
+        given.map(transform, batched=True, features=transform.features(given)).to_parquet(tmp_path / "rows.parquet")
+    assert Dataset.from_parquet(str(tmp_path / "rows.parquet"))["finish_reason"][:] == expected
