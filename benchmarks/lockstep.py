@@ -11,8 +11,8 @@ import httpx2
 import tenacity
 import torch
 
-from tessy_hf.dialects import render
 from tessy_hf.rows import columns
+from tessy_hf.text.thinking_format import render
 from tessy_hf.trajectory import Trajectory
 
 STEP = {"student": 5, "teacher": 10}
@@ -49,7 +49,9 @@ class LockStep:
                 active = [row for row in active if not row.done]
         student = self._speakers["student"]
         return [
-            columns.row(row.trajectory(), [], student.vocabulary, student.dialect, method="tessy", run_fingerprint="")
+            columns.row(
+                row.trajectory(), [], student.vocabulary, student.thinking_format, method="tessy", run_fingerprint=""
+            )
             for row in sorted(done, key=lambda row: row.number)
         ]
 
@@ -57,7 +59,7 @@ class LockStep:
         """Return the text that a row's author writes next, and whether it ended the thinking."""
         author = "student" if row.closed else row.turn
         speaker = self._speakers[author]
-        prompt = row.prompts[author] + row.text + (speaker.dialect.close if row.closed else "")
+        prompt = row.prompts[author] + row.text + (speaker.thinking_format.close if row.closed else "")
         end = speaker.vocabulary.special_ids if row.closed else speaker.end_ids
         body = {
             "model": author,
@@ -124,7 +126,7 @@ class _Row:
 
     def __init__(self, given, speakers):
         self.number, messages = given
-        self.prompts = {name: render(s.vocabulary, s.dialect, messages) for name, s in speakers.items()}
+        self.prompts = {name: render(s.vocabulary, s.thinking_format, messages) for name, s in speakers.items()}
         self.turn, self.fresh, self.closed, self.done, self.rounds = "student", True, False, False, 0
         self.text = self.answer = ""
         self._spans = Trajectory(str(self.number))

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tessy_hf
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform
-from tessy_hf.boundary.traces import thinking
 from tessy_hf.boundary_training.readings import read
-from tessy_hf.vocabulary import words
+from tessy_hf.text.traces import thinking
+from tessy_hf.text.vocabulary import words
 from tests.worlds import make_tokenizer
 
 SMALL = Path(tessy_hf.__file__).parent / "boundary" / "small"

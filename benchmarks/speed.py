@@ -91,8 +91,8 @@ class Meter:
 
     def _count(self, completion):
         self.generated += len(completion.token_ids)
-        if completion.prompt_tokens_read is not None:
-            self.read = (self.read or 0) + completion.prompt_tokens_read
+        if completion.uncached_prompt_tokens is not None:
+            self.read = (self.read or 0) + completion.uncached_prompt_tokens
         return completion
 
     def _note(self, request):

@@ -137,7 +137,7 @@ class TessyTransform(functools.partial[Any]):
             DatasetError: The prompt column is missing, or a column would be overwritten.
         """
         dataset = _splits(dataset)[0]
-        features = columns.features(dataset, self.settings.prompt_column, self.student.dialect)
+        features = columns.features(dataset, self.settings.prompt_column, self.student.thinking_format)
         self.source = prompt_source.source(dataset)
         return features
 
@@ -193,7 +193,7 @@ class TessyTransform(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        given, layout = Batch.read(batch, extra), self.student.dialect.marks_in_content
+        given, layout = Batch.read(batch, extra), self.student.thinking_format.marks_in_content
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), layout)
         written = asyncio.wrap_future(self._run().submit(given.columns, asyncio.get_running_loop()))

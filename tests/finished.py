@@ -4,8 +4,8 @@ import random
 
 from datasets import Dataset, Features, Value
 
-from tessy_hf.dialects import THINK_TAGS
 from tessy_hf.rows import columns
+from tessy_hf.text.thinking_format import THINK_TAGS
 from tessy_hf.trajectory import Span, Trajectory
 from tests.rules import vocabulary
 

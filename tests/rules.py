@@ -11,8 +11,8 @@ from tessy_hf.engines.scripted import ScriptedEngine
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
+from tessy_hf.text.vocabulary import Vocabulary, words
 from tessy_hf.trajectory import Prompt
-from tessy_hf.vocabulary import Vocabulary, words
 from tests.worlds import make_tokenizer
 
 PROMPT = Prompt("row-1", [{"role": "user", "content": "How many?"}], seed=7, order=3)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from tessy_hf.errors import BoundaryError
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -18,15 +18,15 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from tessy_hf.boundary_training.annotation_folder import AnswerLog, claim, collect, write
 from tessy_hf.boundary_training.sampling import Drawn, digest, draw
 from tessy_hf.boundary_training.settings import AnnotationSettings
-from tessy_hf.dialects import Dialect, detect
 from tessy_hf.engines.base import Request, derive_seed
 from tessy_hf.errors import RequestError, SettingsError
 from tessy_hf.errors import TemplateError as ChatTemplateError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
+from tessy_hf.text.thinking_format import ThinkingFormat, detect
+from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Message, Prompt
-from tessy_hf.vocabulary import Vocabulary
 
 PROMPT = Path(__file__).with_name("annotation_prompt.jinja")
 
@@ -58,7 +58,7 @@ def annotate(
     """Draw segments from traces and let a model mark the style spans in them.
 
     Args:
-        traces: Rows with thinking as :func:`tessy_hf.boundary.traces.thinking` finds it, for instance a streaming
+        traces: Rows with thinking as :func:`tessy_hf.text.traces.thinking` finds it, for instance a streaming
             dataset. Columns ``id``, ``problem_id``, ``source_model`` and ``family`` are kept.
         annotator: The model to ask; its engine is started here and closed at the end. It thinks first if its chat
             template leaves thinking open.
@@ -152,8 +152,8 @@ async def ask(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) 
         EngineDeadError: The engine is gone.
     """
     engine = annotator.engine
-    vocabulary, dialect = _tokenizer(annotator, prompt.messages)
-    if dialect is not None:
+    vocabulary, thinking_format = _tokenizer(annotator, prompt.messages)
+    if thinking_format is not None:
         plan = Plan(
             thinking="teacher",
             answer="teacher",
@@ -183,20 +183,20 @@ async def ask(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) 
     return vocabulary.decode(completion.token_ids).strip(), completion.stop_id is not None
 
 
-def _tokenizer(annotator: Speaker, messages: Sequence[Message]) -> tuple[Vocabulary, Dialect | None]:
+def _tokenizer(annotator: Speaker, messages: Sequence[Message]) -> tuple[Vocabulary, ThinkingFormat | None]:
     """Return the annotator's tokenizer, and how it marks thinking if its chat template leaves thinking open."""
     tokenizer = annotator.engine.tokenizer
     if annotator.chat_template is not None:
         tokenizer.chat_template = annotator.chat_template
     vocabulary = Vocabulary(tokenizer, annotator.engine.model)
     try:
-        dialect = detect(vocabulary)
+        thinking_format = detect(vocabulary)
     except ChatTemplateError:
         return vocabulary, None
     options = annotator.template_options
     closed = vocabulary.chat_text(messages, add_generation_prompt=False, **options)
     opened = vocabulary.chat_text(messages, add_generation_prompt=True, **options).removeprefix(closed)
-    return vocabulary, None if dialect.end_marker in opened else dialect
+    return vocabulary, None if thinking_format.end_marker in opened else thinking_format
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

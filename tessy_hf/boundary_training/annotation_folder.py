@@ -25,7 +25,7 @@ from tessy_hf.boundary_training.sampling import Drawn
 from tessy_hf.boundary_training.segments import Segment, span_starts
 from tessy_hf.boundary_training.settings import AnnotationSettings
 from tessy_hf.errors import BoundaryError
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 
 log = logging.getLogger(__name__)
 

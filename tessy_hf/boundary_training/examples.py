@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tessy_hf.boundary_training.segments import UNKNOWN, Segment, span_starts, token_kinds
-from tessy_hf.vocabulary import Vocabulary, words
+from tessy_hf.text.vocabulary import Vocabulary, words
 
 IGNORED = -100
 """The label of a token that is left out of the loss."""

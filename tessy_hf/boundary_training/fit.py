@@ -20,7 +20,7 @@ from tessy_hf.boundary_training.readings import UNJUDGED, Reading
 from tessy_hf.boundary_training.segments import Segment
 from tessy_hf.boundary_training.settings import TrainingSettings
 from tessy_hf.errors import BoundaryError
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 
 Probabilities = NDArray[np.float64]
 

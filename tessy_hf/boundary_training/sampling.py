@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tessy_hf.boundary.traces import thinking
 from tessy_hf.boundary_training.settings import FEWEST_WORDS, Drawing
-from tessy_hf.vocabulary import words
+from tessy_hf.text.traces import thinking
+from tessy_hf.text.vocabulary import words
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessy_hf.errors import DatasetError
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 
 UNKNOWN = -1
 """The kind of a token of whitespace alone. It belongs to no author and is left out of training and evaluation."""

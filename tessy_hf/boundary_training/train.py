@@ -24,7 +24,7 @@ from tessy_hf.boundary_training.segments import Segment, read_segments, split_by
 from tessy_hf.boundary_training.settings import TrainingSettings
 from tessy_hf.boundary_training.warm_up import warm_up
 from tessy_hf.errors import SettingsError
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.vocabulary import Vocabulary
 
 Rows = str | Path | Iterable[Mapping[str, Any] | Segment]
 

@@ -52,8 +52,8 @@ def train_boundary(
     split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
 ) -> None:
     """Train a boundary predictor on annotated segments."""
-    from tessy_hf.boundary.traces import thinking
     from tessy_hf.boundary_training import train
+    from tessy_hf.text.traces import thinking
 
     settings = train.read_recipe(recipe)
     given = {"data": data, "extra": extra, "texts": texts}

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.dialects import HARMONY, THINK_TAGS
 from tessy_hf.errors import MergeError, PartsError, PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns
@@ -28,6 +27,7 @@ from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.run.shared_rows import list_shared, record_of
 from tessy_hf.run.storage import ParquetRows, file_system
 from tessy_hf.settings import Settings
+from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS
 from tessy_hf.trajectory import RowKey, Trajectory
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class Merge:
         for source in map(str, sources):
             self._add(source)
         self._check_runs()
-        dialect = HARMONY if self._marks_in_content is False else THINK_TAGS
-        self.features: Features = columns.features(dataset, self.settings.prompt_column, dialect)
+        thinking_format = HARMONY if self._marks_in_content is False else THINK_TAGS
+        self.features: Features = columns.features(dataset, self.settings.prompt_column, thinking_format)
         self.report = self._matched()
 
     # --- what is there

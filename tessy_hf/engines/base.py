@@ -53,12 +53,12 @@ class Completion:
     Attributes:
         token_ids: The new ids, without the one that stopped it.
         stop_id: The id from ``stop_ids`` that ended the text, or ``None`` where ``max_tokens`` did.
-        prompt_tokens_read: How many ids of the prompt were not in the engine's cache, where it says so.
+        uncached_prompt_tokens: How many ids of the prompt were not in the engine's cache, where it says so.
     """
 
     token_ids: Sequence[int]
     stop_id: int | None
-    prompt_tokens_read: int | None = None
+    uncached_prompt_tokens: int | None = None
 
 
 class Engine(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 
 from tessy_hf.engines.base import Completion, Request, derive_seed
 from tessy_hf.retries import first_words
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tessy_hf.engines.forward import forward
 from tessy_hf.errors import SettingsError
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

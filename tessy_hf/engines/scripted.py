@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request
 from tessy_hf.errors import RequestError
-from tessy_hf.vocabulary import Vocabulary, words
+from tessy_hf.text.vocabulary import Vocabulary, words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

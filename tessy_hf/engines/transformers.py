@@ -207,7 +207,7 @@ class _Job:
     def take(self, completion: Completion) -> None:
         """Add what a round wrote."""
         if not self.new:
-            self.uncached = completion.prompt_tokens_read
+            self.uncached = completion.uncached_prompt_tokens
         self.new.extend(completion.token_ids)
         self.stop_id = completion.stop_id
         self.ended = self.stop_id is not None or not self.left

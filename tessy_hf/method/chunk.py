@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 
 
 class Chunk(NamedTuple):

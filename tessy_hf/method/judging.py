@@ -14,7 +14,7 @@ from itertools import groupby
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
 from tessy_hf.method.chunk import Chunk
-from tessy_hf.transcript import Preview, TokenList
+from tessy_hf.text.transcript import Preview, TokenList
 
 
 class Judge:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import deque
 
 from tessy_hf.method.chunk import Chunk
+from tessy_hf.text.transcript import TokenList
+from tessy_hf.text.vocabulary import words
 from tessy_hf.trajectory import FinishReason
-from tessy_hf.transcript import TokenList
-from tessy_hf.vocabulary import words
 
 WINDOW = 256
 """Words that must repeat for a loop, and how often the text is looked at."""

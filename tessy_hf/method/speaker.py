@@ -1,20 +1,29 @@
-"""A speaker: an engine, its boundary predictor and its dialect. Teacher and student are two of them, in mirror image.
+"""A speaker: an engine, its boundary predictor and its thinking format. Teacher and student are two of them.
 
-Describes itself by light data until :meth:`Speaker.start`, so that it can be pickled and fingerprinted.
+A speaker is a light description until :meth:`Speaker.start`, so that it can be pickled and fingerprinted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
-from tessy_hf.dialects import Dialect, check_templates, detect, end_ids, render
 from tessy_hf.engines.base import Engine
 from tessy_hf.errors import SettingsError
+from tessy_hf.text.thinking_format import ThinkingFormat, check_templates, detect, end_ids, render
+from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Message
-from tessy_hf.vocabulary import Vocabulary
+
+
+class _Tokenizer(NamedTuple):
+    """The engine's tokenizer, read."""
+
+    vocabulary: Vocabulary
+    thinking_format: ThinkingFormat
+    end_ids: frozenset[int]
+    close_ids: list[int]
 
 
 class Speaker:
@@ -22,8 +31,8 @@ class Speaker:
 
     Args:
         engine: What writes.
-        boundary: What says where this author's kind of text ends: a predictor, or a Hub id or folder of one. Where
-            a method that alternates finds none, it takes the small one that comes with this package, with a warning.
+        boundary: The predictor of where this author's kind of text ends, or its Hub id or folder. Methods that
+            alternate use the small predictor shipped with this package if none is given, with a warning.
         chat_template: A Jinja template to use in place of the tokenizer's own.
         template_options: Passed to the chat template, for instance ``{"reasoning_effort": "high"}`` for gpt-oss.
 
@@ -48,7 +57,7 @@ class Speaker:
         self.boundary = BoundaryPredictor(str(boundary)) if isinstance(boundary, str | Path) else boundary
         self.chat_template = chat_template
         self.template_options = dict(template_options or {})
-        self._live: tuple[Vocabulary, Dialect, frozenset[int], list[int]] | None = None
+        self._loaded: _Tokenizer | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -62,65 +71,66 @@ class Speaker:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The engine's vocabulary; loads the tokenizer on first use, never the model."""
-        return self._tongue()[0]
+        """The engine's vocabulary. Loads the tokenizer on first use, never the model."""
+        return self._tokenizer.vocabulary
 
     @property
-    def dialect(self) -> Dialect:
+    def thinking_format(self) -> ThinkingFormat:
         """How this model marks its thinking."""
-        return self._tongue()[1]
+        return self._tokenizer.thinking_format
 
     @property
     def end_ids(self) -> frozenset[int]:
         """The ids that end this model's thinking."""
-        return self._tongue()[2]
+        return self._tokenizer.end_ids
 
-    def _tongue(self) -> tuple[Vocabulary, Dialect, frozenset[int], list[int]]:
-        if self._live is None:
+    @property
+    def _tokenizer(self) -> _Tokenizer:
+        if self._loaded is None:
             tokenizer = self.engine.tokenizer
             if self.chat_template is not None:
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)
-            dialect = detect(vocabulary)
-            _, marker, after = dialect.close.partition(dialect.end_marker)
+            found = detect(vocabulary)
+            _, marker, after = found.close.partition(found.end_marker)
             closing = vocabulary.encode_template(marker + after)
-            self._live = vocabulary, dialect, end_ids(dialect, vocabulary), closing
-        return self._live
+            self._loaded = _Tokenizer(vocabulary, found, end_ids(found, vocabulary), closing)
+        return self._loaded
 
     @property
     def close_ids(self) -> list[int]:
-        """The ids from the mark that ends this model's thinking to where its answer begins."""
-        return self._tongue()[3]
+        """The ids from the marker that ends this model's thinking up to its answer."""
+        return self._tokenizer.close_ids
 
     def check_templates(self, *, student: bool) -> None:
         """Refuse templates that would lose thinking, before anything is generated.
 
         Raises:
-            TemplateError: See :func:`tessy_hf.dialects.check_templates`.
+            TemplateError: See :func:`tessy_hf.text.thinking_format.check_templates`.
         """
-        check_templates(self.vocabulary, self.dialect, student=student, **self.template_options)
+        check_templates(self.vocabulary, self.thinking_format, student=student, **self.template_options)
 
     def open_turn(self, messages: Sequence[Message]) -> tuple[list[int], str]:
-        """Render an open assistant turn; return its ids and the whitespace it ends in.
+        """Render an open assistant turn; return its ids and its trailing whitespace.
 
         Raises:
             PromptError: The chat template refuses the messages.
         """
-        text = render(self.vocabulary, self.dialect, messages, **self.template_options)
+        text = render(self.vocabulary, self.thinking_format, messages, **self.template_options)
         return self.vocabulary.encode_template(text), text[len(text.rstrip()) :]
 
     async def start(self) -> None:
-        """Make engine and predictor ready."""
+        """Start engine and predictor."""
         if self.boundary is not None:
             self.boundary.start()
         await self.engine.start()
 
     async def close(self) -> None:
-        """Let go of engine and predictor."""
+        """Close engine and predictor."""
         if self.boundary is not None:
             self.boundary.close()
         await self.engine.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
-        return {**self.__dict__, "_live": None}
+        return {**self.__dict__, "_loaded": None}

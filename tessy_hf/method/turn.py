@@ -18,8 +18,8 @@ from tessy_hf.method.judging import Judge
 from tessy_hf.method.limits import Limits, LoopDetector
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
+from tessy_hf.text.transcript import TokenList, Transcript
 from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Trajectory
-from tessy_hf.transcript import TokenList, Transcript
 
 Speakers = Mapping[Author, Speaker]
 Turns = dict[Author, "Turn"]
@@ -64,11 +64,11 @@ async def open_turns(
     limits = Limits(plan.max_thinking_tokens, transcript.reader(counter))
     sizes = ChunkSizes(plan.chunk_tokens)
     for span in y.spans:
-        transcript.recall(span.text)
+        transcript.restore(span.text)
         limits.restore(span.text)
         if span.author in views and plan.chunk_tokens is None:
             sizes.observe(span.author, len(views[span.author].vocabulary.encode(span.text).ids))
-    markers = tuple(speaker.dialect.end_marker for speaker in speakers.values())
+    markers = tuple(speaker.thinking_format.end_marker for speaker in speakers.values())
     row = Row(prompt, plan, y, transcript, limits, sizes, markers)
     async with AsyncExitStack() as stack:
         turns = {author: Turn(author, speakers[author], row) for author in views}
@@ -219,7 +219,7 @@ class Turn:
         if self._judge is not None:
             self._judge.settle(aligned)
         if aligned:
-            self._row.transcript.settle(self._author, chunk.text, chunk.ends, chunk.end(aligned), text)
+            self._row.transcript.commit(self._author, chunk.text, chunk.ends, chunk.end(aligned), text)
         return text
 
     async def close_stream(self) -> None:
@@ -238,7 +238,7 @@ class Turn:
             EngineDeadError: The engine is gone.
         """
         speaker, view, row = self._speaker, self._view, self._row
-        view.append(speaker.dialect.close.partition(speaker.dialect.end_marker)[0])
+        view.append(speaker.thinking_format.close.partition(speaker.thinking_format.end_marker)[0])
         view.ids.extend(speaker.close_ids)
         request = self._request("answer", row.plan.max_answer_tokens)
         if request is None:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tessy_hf.boundary.traces import thinking as thinking_of
-from tessy_hf.dialects import detect, render
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report.statistics import evenly
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
+from tessy_hf.text.thinking_format import detect, render
+from tessy_hf.text.traces import thinking as thinking_of
 
 if TYPE_CHECKING:
-    from tessy_hf.vocabulary import Vocabulary
+    from tessy_hf.text.vocabulary import Vocabulary
 
 PROMPTS = ("prompt", "source_prompt", "problem", "question", "instruction")
 """Columns that may hold the prompt of a plain trace, first match wins."""
@@ -75,7 +75,7 @@ def read(row: Mapping[str, Any]) -> Text | None:
     """Return a row's text, or ``None`` if it has no prompt or no text.
 
     Reads tessy rows, chats in ``messages``, and plain traces with a prompt in one of :data:`PROMPTS`, thinking where
-    :func:`tessy_hf.boundary.traces.thinking` finds it, and an ``answer``.
+    :func:`tessy_hf.text.traces.thinking` finds it, and an ``answer``.
     """
     prompt = _prompt(row)
     spans = pieces(row) if row.get("spans") else []
@@ -306,10 +306,10 @@ def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, lis
 
     A marker's tokens have the author ``""``.
     """
-    dialect = detect(vocabulary)
-    ids = vocabulary.encode_template(render(vocabulary, dialect, [{"role": "user", "content": text.prompt}]))
+    thinking_format = detect(vocabulary)
+    ids = vocabulary.encode_template(render(vocabulary, thinking_format, [{"role": "user", "content": text.prompt}]))
     begins, owners = len(ids), []
-    for part, after in (("thinking", dialect.close), ("answer", "")):
+    for part, after in (("thinking", thinking_format.close), ("answer", "")):
         encoded = vocabulary.encode(text.part(part))
         own = [(author, len(piece)) for author, of, piece in text.pieces if of == part]
         ends = np.cumsum([length for _, length in own])

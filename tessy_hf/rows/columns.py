@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tessy_hf.dialects import HARMONY, THINK_TAGS, Dialect
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
+from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-    from tessy_hf.vocabulary import Vocabulary
+    from tessy_hf.text.vocabulary import Vocabulary
 
 COLUMNS = (
     "messages",
@@ -44,13 +44,13 @@ COLUMNS = (
 )
 
 
-def features(dataset: Dataset | IterableDataset, prompt_column: str, dialect: Dialect) -> Features:
+def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_format: ThinkingFormat) -> Features:
     """Return the schema of a dataset once the transform has been mapped over it.
 
     Args:
         dataset: The prompts. Where a stream has no schema, its first row is read.
         prompt_column: The column that may be replaced (a ``messages`` column of prompts becomes the finished chat).
-        dialect: The student's dialect, which decides the keys of a message.
+        thinking_format: The student's thinking_format, which decides the keys of a message.
 
     Raises:
         DatasetError: The prompt column is missing, or a column of the dataset would be overwritten.
@@ -59,7 +59,7 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, dialect: Di
 
     given = features_of(dataset)
     check_columns(list(given), prompt_column)
-    return Features({**given, **schema(dialect.marks_in_content)})
+    return Features({**given, **schema(thinking_format.marks_in_content)})
 
 
 def schema(marks_in_content: bool) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def row(
     trajectory: Trajectory,
     messages: Sequence[Message],
     vocabulary: Vocabulary | None,
-    dialect: Dialect,
+    thinking_format: ThinkingFormat,
     *,
     method: str,
     run_fingerprint: str,
@@ -150,18 +150,18 @@ def row(
         trajectory: What was written.
         messages: The prompt's messages.
         vocabulary: The student's vocabulary, by which tokens are counted; not needed where nothing was written.
-        dialect: The student's dialect, in which the row is written.
+        thinking_format: The student's thinking_format, in which the row is written.
         method: The data recipe.
         run_fingerprint: The run's fingerprint.
         draft: All that was written for the row, where that is more than the trajectory.
 
     Returns:
         One value per name in :data:`COLUMNS`. Span offsets are into the assistant text: the ``content`` of the last
-        message, or for dialects that keep thinking apart, thinking and answer with the markers between them. The
-        markers belong to the neighbouring thinking spans and are not counted as tokens.
+        message, or for formats that keep thinking apart, thinking and answer with the markers between them. The
+        markers belong to the neighboring thinking spans and are not counted as tokens.
     """
     thinking, answer = trajectory.text("thinking"), trajectory.text("answer")
-    spans = _spans(trajectory, vocabulary, dialect) if vocabulary is not None else []
+    spans = _spans(trajectory, vocabulary, thinking_format) if vocabulary is not None else []
     tokens: dict[Author, int] = {"teacher": 0, "student": 0}
     thought: dict[Author, int] = {"teacher": 0, "student": 0}
     for span in spans:
@@ -170,7 +170,7 @@ def row(
     draft = draft or Draft(trajectory.key, candidates=[Candidate(trajectory)])
     chosen = next((one for one in draft.candidates if one.trajectory is trajectory), Candidate(trajectory))
     chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
-    wrote = [dialect.assistant_message(thinking, answer, trajectory.closed)] if spans else []
+    wrote = [thinking_format.assistant_message(thinking, answer, trajectory.closed)] if spans else []
     return {
         "messages": [*chat, *wrote],
         "thinking": thinking,
@@ -202,8 +202,8 @@ def content_text(content: Any) -> str:
     return content if isinstance(content, str) else "" if content is None else json.dumps(content, default=str)
 
 
-def assistant_text(row: Mapping[str, Any]) -> tuple[str, Dialect]:
-    """Return the text that a finished row's span offsets point into (see :func:`row`), and its dialect.
+def assistant_text(row: Mapping[str, Any]) -> tuple[str, ThinkingFormat]:
+    """Return the text that a finished row's span offsets point into (see :func:`row`), and its thinking_format.
 
     The text is empty where the row ends in no assistant message.
     """
@@ -246,17 +246,17 @@ def pieces(row: Mapping[str, Any]) -> list[Piece]:
         The spans in order, or nothing where they do not cover the text (edited rows, rows of other origin). Markers
         and texts, laid end to end, are the assistant text.
     """
-    whole, dialect = assistant_text(row)
+    whole, thinking_format = assistant_text(row)
     spans = row.get("spans") or []
     if not whole or not spans or spans[0]["start"] != 0 or spans[-1]["end"] != len(whole):
         return []
     closing = max((at for at, span in enumerate(spans) if span["part"] == "thinking"), default=None)
-    opening = dialect.open if closing is not None else dialect.open + dialect.close
+    opening = thinking_format.open if closing is not None else thinking_format.open + thinking_format.close
     cut = []
     for at, span in enumerate(spans):
         text = whole[span["start"] : span["end"]]
         before = opening if at == 0 and text.startswith(opening) else ""
-        after = dialect.close if at == closing and text.endswith(dialect.close) else ""
+        after = thinking_format.close if at == closing and text.endswith(thinking_format.close) else ""
         text = text[len(before) : len(text) - len(after)]
         cut.append(Piece(str(span["author"]), str(span["part"]), span["tokens"], text, before, after))
     return cut
@@ -279,7 +279,7 @@ def _share(tokens: Mapping[Author, int], author: Author) -> float | None:
     return tokens[author] / total if total else None
 
 
-def _spans(trajectory: Trajectory, vocabulary: Vocabulary, dialect: Dialect) -> list[dict[str, Any]]:
+def _spans(trajectory: Trajectory, vocabulary: Vocabulary, thinking_format: ThinkingFormat) -> list[dict[str, Any]]:
     """Lay the spans end to end over the assistant text, markers included, and count their tokens."""
     spans, closed = trajectory.spans, trajectory.closed
     counts = [*_count(trajectory, vocabulary, "thinking"), *_count(trajectory, vocabulary, "answer")]
@@ -287,8 +287,8 @@ def _spans(trajectory: Trajectory, vocabulary: Vocabulary, dialect: Dialect) -> 
     laid, at = [], 0
     for index, (span, tokens) in enumerate(zip(spans, counts, strict=True)):
         length = len(span.text)
-        length += len(dialect.open) if index == 0 and (thinking or closed) else 0
-        length += len(dialect.close) if closed and index == (thinking[-1] if thinking else 0) else 0
+        length += len(thinking_format.open) if index == 0 and (thinking or closed) else 0
+        length += len(thinking_format.close) if closed and index == (thinking[-1] if thinking else 0) else 0
         laid.append({"author": span.author, "part": span.part, "start": at, "end": at + length, "tokens": tokens})
         at += length
     return laid

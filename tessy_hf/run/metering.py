@@ -197,7 +197,7 @@ class MeteredEngine:
         return max(0, new)
 
     def _count(self, completion: Completion, new: int) -> Completion:
-        recomputed = (completion.prompt_tokens_read or 0) - new - CACHE_GRAIN
+        recomputed = (completion.uncached_prompt_tokens or 0) - new - CACHE_GRAIN
         self._meter.recomputed_tokens += max(0, recomputed)
         return completion
 

@@ -140,7 +140,7 @@ class Run:
         if self._commits is not None:
             self._commits.journal.describe(record)
         if self._outbox is not None:
-            self._outbox.shared.describe(columns.schema(self._student.dialect.marks_in_content), record)
+            self._outbox.shared.describe(columns.schema(self._student.thinking_format.marks_in_content), record)
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines

@@ -122,7 +122,7 @@ class Synthesis:
             trajectory,
             list(messages),
             self._student.vocabulary,
-            self._student.dialect,
+            self._student.thinking_format,
             method=self._settings.method,
             run_fingerprint=self._fingerprint,
             draft=draft,

@@ -14,7 +14,7 @@ from tessy_hf.boundary_training.answers import Fault, Rejected, locate, parse
 from tessy_hf.boundary_training.sampling import Drawn
 from tessy_hf.boundary_training.segments import Segment
 from tessy_hf.boundary_training.settings import AnnotationSettings
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 from tests.test_fuzz import JSON
 
 TEXT = "Okay, so 3 + 4 is 7.\n\nWait, also Sophie said so: so what? Größe 🙂 stays, okay."

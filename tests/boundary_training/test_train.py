@@ -22,7 +22,7 @@ from tessy_hf.boundary_training.settings import AnnotationSettings, TrainingSett
 from tessy_hf.boundary_training.train import read_recipe, train_boundary
 from tessy_hf.boundary_training.warm_up import WarmUp, warm_up
 from tessy_hf.errors import BoundaryError, DatasetError, SettingsError
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 from tests.boundary_training.test_annotate import STYLE, mark, trace
 from tests.rules import ids_of, vocabulary
 from tests.worlds import TEXT, TOKENIZERS, make_tokenizer

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tessy_hf import demo
 from tessy_hf.engines.base import Completion, Request
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.vocabulary import Vocabulary
 
 TOKENIZER = AutoTokenizer.from_pretrained(demo.STUDENT)
 VOCABULARY = Vocabulary(TOKENIZER, "student")

@@ -36,14 +36,14 @@ def test_a_continued_row_reads_only_what_is_new(generator, shapes):
     (rest,) = generator.generate([request(ids=[*first.prompt_ids, *written.token_ids], tokens=4)])
     # The fourth token's keys were not computed yet: one id to read.
     assert shapes == [(1, len(first.prompt_ids)), *[(1, 1)] * 7]
-    assert (written.prompt_tokens_read, rest.prompt_tokens_read) == (len(first.prompt_ids), 1)
+    assert (written.uncached_prompt_tokens, rest.uncached_prompt_tokens) == (len(first.prompt_ids), 1)
 
 
 def test_a_released_row_is_read_anew(generator):
     asked = request(tokens=4)
     generator.generate([asked])
     (again,) = generator.generate([asked], released=[asked.row])
-    assert again.prompt_tokens_read == len(asked.prompt_ids)
+    assert again.uncached_prompt_tokens == len(asked.prompt_ids)
 
 
 def test_rows_that_end_early_do_not_disturb_the_others(generator):
@@ -68,7 +68,7 @@ def test_long_prompts_are_read_before_rows_that_go_on_join_them(generator, shape
     together = generator.generate([*going, *long])
     assert shapes[:2] == [(2, len(long[1].prompt_ids) - 1), (8, 1)]
     assert [list(completion.token_ids) for completion in together] == alone
-    assert [c.prompt_tokens_read for c in together] == [*[1] * 6, *(len(asked.prompt_ids) for asked in long)]
+    assert [c.uncached_prompt_tokens for c in together] == [*[1] * 6, *(len(asked.prompt_ids) for asked in long)]
 
 
 def test_rows_are_read_first_where_that_spares_more_than_a_pass():

@@ -215,7 +215,7 @@ def test_what_was_not_in_the_cache_is_known_where_the_server_tells():
     for usage, read in ((told, 8), (None, None)):
         with FakeServer(usage=usage) as server:
             (completion,) = run(engine(server), request())
-        assert completion.prompt_tokens_read == read
+        assert completion.uncached_prompt_tokens == read
 
 
 @pytest.mark.parametrize("code", [401, 402, 403])
@@ -798,7 +798,7 @@ class VLLMContract(ModelContract):
     def test_tells_how_much_of_a_prompt_was_not_in_the_cache(self, ask):
         ids = VOCABULARY.encode(" ".join([self.engine.__name__, *map(str, range(40))])).ids  # one for each class
         (first,), (again,) = ask(request(self.engine.__name__, ids=ids)), ask(request(self.engine.__name__, ids=ids))
-        assert first.prompt_tokens_read > 32 >= again.prompt_tokens_read > 0
+        assert first.uncached_prompt_tokens > 32 >= again.uncached_prompt_tokens > 0
 
 
 @needs_vllm

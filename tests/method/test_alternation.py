@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tessy_hf.engines.scripted import Script
 from tessy_hf.errors import EngineDeadError, RequestError
+from tessy_hf.text.vocabulary import words
 from tessy_hf.trajectory import Prompt
-from tessy_hf.vocabulary import words
 from tests.rules import (
     CannedEngine,
     Completion,

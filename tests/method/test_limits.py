@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessy_hf.method.limits import LONGEST_PERIOD, WINDOW, LoopDetector
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 
 
 def loop(period, count=WINDOW):

@@ -13,12 +13,12 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessy_hf import demo
-from tessy_hf.dialects import HARMONY
 from tessy_hf.engines.scoring import Scorer
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report import compare as analysis
 from tessy_hf.report import compare_page as page
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.thinking_format import HARMONY
+from tessy_hf.text.vocabulary import Vocabulary
 from tests.cli.test_cli import tessy  # noqa: F401 - a fixture
 from tests.rows.test_columns import as_row, trajectory
 from tests.rules import vocabulary

@@ -5,9 +5,9 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tessy_hf.dialects import HARMONY, THINK_TAGS
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows import columns
+from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS
 from tessy_hf.trajectory import Span, Trajectory
 from tests.rules import ids_of, vocabulary
 
@@ -23,9 +23,9 @@ def trajectory(thinking=THOUGHT, answer=(("student", "It is **5**."),), **given)
     return row
 
 
-def as_row(row, kind="qwen", dialect=THINK_TAGS, messages=USER):
+def as_row(row, kind="qwen", thinking_format=THINK_TAGS, messages=USER):
     """The columns of a row."""
-    return columns.row(row, messages, vocabulary(kind), dialect, method="tessy", run_fingerprint="abc")
+    return columns.row(row, messages, vocabulary(kind), thinking_format, method="tessy", run_fingerprint="abc")
 
 
 def span_texts(row):
@@ -73,27 +73,27 @@ def test_a_harmony_students_message_keeps_the_thinking_apart():
     assert "".join(texts) == whole
 
 
-@pytest.mark.parametrize("dialect", [THINK_TAGS, HARMONY])
+@pytest.mark.parametrize("thinking_format", [THINK_TAGS, HARMONY])
 @settings(max_examples=60)
 @given(
     thinking=st.lists(st.tuples(st.sampled_from(["teacher", "student"]), st.text(min_size=1, max_size=9)), max_size=5),
     answer=st.lists(st.tuples(st.just("student"), st.text(min_size=1, max_size=9)), max_size=1),
     closed=st.booleans(),
 )
-def test_spans_lie_end_to_end_over_the_whole_text(dialect, thinking, answer, closed):
-    row = as_row(trajectory(thinking, answer if closed else [], closed=closed), dialect=dialect)
+def test_spans_lie_end_to_end_over_the_whole_text(thinking_format, thinking, answer, closed):
+    row = as_row(trajectory(thinking, answer if closed else [], closed=closed), thinking_format=thinking_format)
     laid = [(span["start"], span["end"]) for span in row["spans"]]
     assert len(laid) == len(thinking) + (len(answer) if closed else 0)
     if not laid:
         assert row["messages"] == USER  # no assistant who says nothing
         return
     thought, said = "".join(text for _, text in thinking), row["answer"]
-    whole = dialect.open + thought + (dialect.close if closed else "") + said
+    whole = thinking_format.open + thought + (thinking_format.close if closed else "") + said
     assert [start for start, _ in laid] == [0, *(end for _, end in laid[:-1])]
     assert laid[-1][1] == len(whole)
     texts = [whole[start:end] for start, end in laid]
     assert all(text in shown for (_, text), shown in zip([*thinking, *answer], texts, strict=False))
-    if dialect.marks_in_content:
+    if thinking_format.marks_in_content:
         assert row["messages"][-1]["content"] == whole
         assert "".join(span_texts(row)) == whole
     cut = columns.pieces(row)
@@ -217,17 +217,19 @@ def stream(rows=PROMPTS):
     return IterableDataset.from_generator(generate)
 
 
-@pytest.mark.parametrize("dialect", [THINK_TAGS, HARMONY])
+@pytest.mark.parametrize("thinking_format", [THINK_TAGS, HARMONY])
 @pytest.mark.parametrize(
     "dataset", [Dataset.from_dict(PROMPTS), Dataset.from_dict(PROMPTS).to_iterable_dataset(), stream()]
 )
-def test_the_schema_is_the_datasets_own_and_the_new_columns(dataset, dialect):
+def test_the_schema_is_the_datasets_own_and_the_new_columns(dataset, thinking_format):
     before = dataset.features
-    schema = columns.features(dataset, "question", dialect)
+    schema = columns.features(dataset, "question", thinking_format)
     assert isinstance(schema, Features)
     assert list(schema) == ["question", "id", *columns.COLUMNS]
     assert (schema["question"], schema["id"]) == (Value("string"), Value("int64"))
-    assert list(schema["messages"].feature) == ["role", "content"] + ([] if dialect is THINK_TAGS else ["thinking"])
+    assert list(schema["messages"].feature) == ["role", "content"] + (
+        [] if thinking_format is THINK_TAGS else ["thinking"]
+    )
     assert schema["spans"] == List(
         {
             "author": Value("string"),
@@ -243,19 +245,21 @@ def test_the_schema_is_the_datasets_own_and_the_new_columns(dataset, dialect):
 
 @pytest.mark.parametrize("kind", ["qwen", "harmony"])
 def test_rows_of_every_kind_fit_the_schema(kind):
-    dialect = {"qwen": THINK_TAGS, "harmony": HARMONY}[kind]
+    thinking_format = {"qwen": THINK_TAGS, "harmony": HARMONY}[kind]
     rows = [
-        as_row(trajectory(), kind, dialect),
-        as_row(trajectory((), (), closed=False, finish_reason="error", error="No."), kind, dialect),
-        as_row(trajectory((), (), closed=False, finish_reason="error", error="No."), kind, dialect, messages=[]),
-        as_row(trajectory(answer=(), closed=False, finish_reason="length"), kind, dialect),
+        as_row(trajectory(), kind, thinking_format),
+        as_row(trajectory((), (), closed=False, finish_reason="error", error="No."), kind, thinking_format),
+        as_row(
+            trajectory((), (), closed=False, finish_reason="error", error="No."), kind, thinking_format, messages=[]
+        ),
+        as_row(trajectory(answer=(), closed=False, finish_reason="length"), kind, thinking_format),
     ]
     prompts = Dataset.from_dict({"question": list("abcd")})
 
     def write(batch):
         return {name: [rows["abcd".index(q)][name] for q in batch["question"]] for name in columns.COLUMNS}
 
-    schema = columns.features(prompts, "question", dialect)
+    schema = columns.features(prompts, "question", thinking_format)
     for written in (
         list(prompts.map(write, batched=True, batch_size=1, features=schema)),
         list(prompts.to_iterable_dataset().map(write, batched=True, batch_size=1, features=schema)),

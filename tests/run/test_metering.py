@@ -33,7 +33,7 @@ class Slow:
 
     async def complete(self, request):
         await asyncio.sleep(float(request.row))
-        return Completion([1], None, prompt_tokens_read=next(self.computed, None))
+        return Completion([1], None, uncached_prompt_tokens=next(self.computed, None))
 
     async def stream(self, request):
         try:

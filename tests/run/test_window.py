@@ -113,7 +113,7 @@ class SmallCache(ScriptedEngine):
         self.kept[request.row] = len(request.prompt_ids)
         while sum(self.kept.values()) > self.holds:
             self.kept.pop(next(iter(self.kept)))
-        return dataclasses.replace(await super().complete(request), prompt_tokens_read=read)
+        return dataclasses.replace(await super().complete(request), uncached_prompt_tokens=read)
 
     def release(self, row):
         self.kept.pop(row, None)

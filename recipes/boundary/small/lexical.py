@@ -16,7 +16,7 @@ from sklearn.feature_extraction import FeatureHasher
 from sklearn.linear_model import LogisticRegression
 
 from tessy_hf.boundary_training.segments import Segment, word_kinds
-from tessy_hf.vocabulary import words
+from tessy_hf.text.vocabulary import words
 
 Probabilities = NDArray[np.float64]
 

@@ -45,11 +45,11 @@ from transformers import (
 )
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
-from tessy_hf.boundary.traces import thinking
 from tessy_hf.boundary_training.fit import LABELS
 from tessy_hf.boundary_training.metrics import Evaluation, evaluate
 from tessy_hf.boundary_training.segments import UNKNOWN, Segment, read_segments, span_starts, token_kinds
-from tessy_hf.vocabulary import Vocabulary, words
+from tessy_hf.text.traces import thinking
+from tessy_hf.text.vocabulary import Vocabulary, words
 
 log = logging.getLogger("small")
 

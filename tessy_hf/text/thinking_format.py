@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tessy_hf.errors import PromptError, TemplateError
+from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Message
-from tessy_hf.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ThinkingFormat:
     """How one model family marks its thinking.
 
     Attributes:
@@ -40,8 +40,8 @@ class Dialect:
         return {"role": "assistant", "content": self.open + thinking + (self.close if closed else "") + answer}
 
 
-THINK_TAGS = Dialect("think-tags", "<think>\n", "\n</think>\n\n", "</think>", marks_in_content=True)
-HARMONY = Dialect(
+THINK_TAGS = ThinkingFormat("think-tags", "<think>\n", "\n</think>\n\n", "</think>", marks_in_content=True)
+HARMONY = ThinkingFormat(
     "harmony",
     "<|channel|>analysis<|message|>",
     "<|end|><|start|>assistant<|channel|>final<|message|>",
@@ -50,8 +50,8 @@ HARMONY = Dialect(
 )
 
 
-def detect(vocabulary: Vocabulary) -> Dialect:
-    """Tell the dialect of a model from its tokenizer.
+def detect(vocabulary: Vocabulary) -> ThinkingFormat:
+    """Detect the thinking format of a model from its tokenizer.
 
     Raises:
         TemplateError: Neither thinking tags nor harmony channels are known to the tokenizer or its chat template.
@@ -68,21 +68,23 @@ def detect(vocabulary: Vocabulary) -> Dialect:
     )
 
 
-def end_ids(dialect: Dialect, vocabulary: Vocabulary) -> frozenset[int]:
+def end_ids(thinking_format: ThinkingFormat, vocabulary: Vocabulary) -> frozenset[int]:
     """Return the ids that end thinking: the end marker where it is one token, and every special token.
 
     No special token may enter the thinking as text, so each of them ends it as an end of sequence does.
     """
-    marker = vocabulary.token_id(dialect.end_marker)
+    marker = vocabulary.token_id(thinking_format.end_marker)
     return vocabulary.special_ids | (frozenset() if marker is None else frozenset({marker}))
 
 
-def render(vocabulary: Vocabulary, dialect: Dialect, messages: Sequence[Message], **options: Any) -> str:
+def render(
+    vocabulary: Vocabulary, thinking_format: ThinkingFormat, messages: Sequence[Message], **options: Any
+) -> str:
     """Render ``messages`` through the model's own chat template, with the assistant's thinking left open.
 
     Args:
         vocabulary: The model's vocabulary.
-        dialect: The model's dialect.
+        thinking_format: The model's thinking_format.
         messages: The chat, ending in the user's turn.
         **options: Passed to the chat template, for instance ``reasoning_effort="high"``.
 
@@ -99,15 +101,15 @@ def render(vocabulary: Vocabulary, dialect: Dialect, messages: Sequence[Message]
             f"The chat template of {vocabulary.name!r} refused the messages (roles {roles}): {error}. "
             "Messages that the template accepts are expected; check the roles and their order."
         ) from error
-    return text if text.rstrip().endswith(dialect.open.rstrip()) else text + dialect.open
+    return text if text.rstrip().endswith(thinking_format.open.rstrip()) else text + thinking_format.open
 
 
-def check_templates(vocabulary: Vocabulary, dialect: Dialect, *, student: bool, **options: Any) -> None:
+def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, student: bool, **options: Any) -> None:
     """Render a sample row and refuse a template that would lose the thinking or not leave it open.
 
     Args:
         vocabulary: The model's vocabulary.
-        dialect: The model's dialect.
+        thinking_format: The model's thinking_format.
         student: Whether rows are written in this model's format, so that its template must keep finished thinking.
         **options: Passed to the chat template.
 
@@ -121,20 +123,20 @@ def check_templates(vocabulary: Vocabulary, dialect: Dialect, *, student: bool, 
         )
     user = [{"role": "user", "content": "How many?"}]
     try:
-        opened = render(vocabulary, dialect, user, **options)
+        opened = render(vocabulary, thinking_format, user, **options)
     except PromptError as error:
         raise TemplateError(str(error)) from error
     generation_prompt = opened.removeprefix(vocabulary.chat_text(user, add_generation_prompt=False, **options))
-    if dialect.end_marker in generation_prompt:
+    if thinking_format.end_marker in generation_prompt:
         raise TemplateError(
             f"The chat template of {vocabulary.name!r} does not leave the thinking open; it ends in {opened[-60:]!r}. "
-            f"It must end in {dialect.open!r}. Pass the option that switches thinking on, for instance "
+            f"It must end in {thinking_format.open!r}. Pass the option that switches thinking on, for instance "
             'Speaker(..., template_options={"enable_thinking": True}).'
         )
     if not student:
         return
     thinking, answer = "Okay, so I count three.", "Three."
-    row = [*user, dialect.assistant_message(thinking, answer)]
+    row = [*user, thinking_format.assistant_message(thinking, answer)]
     rendered = vocabulary.chat_text(row, **options)
     if thinking not in rendered or answer not in rendered:
         lost = "thinking" if thinking not in rendered else "answer"

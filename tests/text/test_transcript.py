@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tessy_hf.transcript import TokenList, Transcript
-from tessy_hf.vocabulary import Vocabulary, words
+from tessy_hf.text.transcript import TokenList, Transcript
+from tessy_hf.text.vocabulary import Vocabulary, words
 from tests.worlds import RARER_TOKENIZERS, TEXT, TOKENIZERS, make_tokenizer
 
 VOCABULARIES = {kind: Vocabulary(make_tokenizer(kind), kind) for kind in sorted(TOKENIZERS | RARER_TOKENIZERS)}

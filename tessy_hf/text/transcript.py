@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tessy_hf.text.vocabulary import CLAUSE_END, Encoding, Vocabulary
 from tessy_hf.trajectory import Author
-from tessy_hf.vocabulary import CLAUSE_END, Encoding, Vocabulary
 
 _SEAM = re.compile(rf"(?<=\S)(?=\s+\S)|(?<=\n)(?=[^\S\n]*\S)|(?<=[{CLAUSE_END}])(?=[^\s{CLAUSE_END}])")
 """Where a tail may begin: before or after the line ends before a word, or at a word that no whitespace precedes."""
@@ -141,7 +141,7 @@ class TokenList:
         ends = [end - shift for _, end in encoded.offsets]
         return Preview(self.ids, begin, encoded.ids, ends)
 
-    def adopt(self, other: TokenList, turn: Turn) -> None:
+    def copy_from(self, other: TokenList, turn: Turn) -> None:
         """Take over the ids that another list of the same vocabulary has of a turn, to hand over the very ids."""
         before = slice(turn.begin - turn.tail_tokens, turn.begin)
         if other.ids[before] == self.ids[len(self.ids) - turn.tail_tokens :]:
@@ -163,7 +163,7 @@ class TokenList:
         """Return the text of the tentative ids and where each id's text ends in it."""
         return self.vocabulary.read(self.ids[self.settled :])
 
-    def settle(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
+    def commit(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
         """Settle the first ``kept`` characters of the tentative ``text`` and leave what follows tentative.
 
         While the model's turn lasts, its ids stay as it made them, so that what it writes next does not depend on when
@@ -197,7 +197,7 @@ class TokenList:
             self._tentative, self._tail, self._tail_tokens = 0, turn.tail, turn.tail_tokens
             self.append(turn.text)
         else:
-            self.settle(text, ends, aligned, spelled[:aligned])
+            self.commit(text, ends, aligned, spelled[:aligned])
             self.drop()
             self._freeze(turn)
             turn.text += spelled[aligned:]
@@ -255,14 +255,14 @@ class Transcript:
         """Return the thinking as one who reads it with ``vocabulary`` does."""
         return self._readers[vocabulary.fingerprint]
 
-    def recall(self, text: str) -> None:
+    def restore(self, text: str) -> None:
         """Settle text that was written before, for everyone."""
         for token_list in (*self.views.values(), *self._readers.values()):
             token_list.append(text)
 
-    def settle(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
-        """Settle an author's tentative text up to ``kept`` for everyone. See :meth:`TokenList.settle`."""
-        self.views[author].settle(text, ends, kept, spelled)
+    def commit(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
+        """Settle an author's tentative text up to ``kept`` for everyone. See :meth:`TokenList.commit`."""
+        self.views[author].commit(text, ends, kept, spelled)
         self._share(author, spelled)
 
     def cut(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
@@ -273,7 +273,7 @@ class Transcript:
         self._share(author, spelled)
         for view in self.views.values():
             if view is not own and view.vocabulary.fingerprint == own.vocabulary.fingerprint:
-                view.adopt(own, turn)  # the very ids that the author made
+                view.copy_from(own, turn)  # the very ids that the author made
         return dropped
 
     def _share(self, author: Author, text: str) -> None:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from tessy_hf.dialects import HARMONY, THINK_TAGS, check_templates, detect, end_ids, render
 from tessy_hf.errors import PromptError, TemplateError
-from tessy_hf.vocabulary import Vocabulary
+from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, check_templates, detect, end_ids, render
+from tessy_hf.text.vocabulary import Vocabulary
 from tests.rules import vocabulary
 from tests.worlds import CHATML, HARMONY_SYSTEM, R1, R1_KEEPS, make_tokenizer
 
@@ -25,11 +25,11 @@ def with_template(kind, template):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dialect"), [("qwen", THINK_TAGS), ("r1", THINK_TAGS), ("gpt2", THINK_TAGS), ("harmony", HARMONY)]
+    ("kind", "thinking_format"), [("qwen", THINK_TAGS), ("r1", THINK_TAGS), ("gpt2", THINK_TAGS), ("harmony", HARMONY)]
 )
-def test_a_dialect_is_told_from_the_tokenizer_whatever_the_model_is_called(kind, dialect):
+def test_a_thinking_format_is_told_from_the_tokenizer_whatever_the_model_is_called(kind, thinking_format):
     for name in ("gpt-oss-20b", "Qwen/Qwen3-8B", "my/finetune"):
-        assert detect(Vocabulary(make_tokenizer(kind), name)) is dialect
+        assert detect(Vocabulary(make_tokenizer(kind), name)) is thinking_format
 
 
 def test_thinking_tags_in_the_vocabulary_are_enough():

@@ -1,7 +1,7 @@
 """One tokenizer, read exactly: text to ids and ids to text, with no special meaning given to model text.
 
 Knows nothing of rows or chat templates. Only tokenizers backed by the ``tokenizers`` library are accepted, because
-the seams of :mod:`tessy_hf.transcript` need character offsets.
+the seams of :mod:`tessy_hf.text.transcript` need character offsets.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tessy_hf.boundary.traces import thinking
+from tessy_hf.text.traces import thinking
 
 HARMONY = (
     "<|channel|>analysis<|message|>We need 3 + 4.<|end|><|start|>assistant<|channel|>commentary<|message|>call"

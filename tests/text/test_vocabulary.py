@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessy_hf.errors import TemplateError
-from tessy_hf.vocabulary import Vocabulary, words
+from tessy_hf.text.vocabulary import Vocabulary, words
 from tests.rules import vocabulary
 from tests.worlds import RARER_TOKENIZERS, TEXT, TOKENIZERS, make_tokenizer
 

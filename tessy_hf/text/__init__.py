@@ -1,0 +1,1 @@
+"""Text: one tokenizer, one thinking format, one transcript, read exactly. Knows no engines, authors or predictors."""
