@@ -1,4 +1,5 @@
 import os
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,3 +28,13 @@ def no_shared_cache(tmp_path_factory, monkeypatch):
 def tokenizer(request):
     """One tokenizer of each kind the field uses."""
     return make_tokenizer(request.param)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say at the end how many tests were skipped, and why."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"{number:5} {reason}")

@@ -54,6 +54,7 @@ def test_the_authors_keep_to_their_kind_of_text(greedy):
         assert any(span["author"] == "teacher" for span in thinking)
 
 
+@pytest.mark.slow
 def test_tessy_is_right_where_the_student_alone_is_not():
     prompts = demo.prompts(120, seed=11)
     tessy, alone = synthesize(prompts), synthesize(prompts, method="student-only")

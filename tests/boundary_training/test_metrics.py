@@ -188,6 +188,7 @@ def test_a_word_is_judged_by_the_token_that_holds_its_first_letter():
     assert reading.words(text, own_kind=True) == [True, False]
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_told_in_full_and_drawn(tmp_path):
     predictor = BoundaryPredictor.from_pretrained(save(tmp_path / "m", label_shift=0, **NAMED))
     found = evaluate(predictor, [segment(family="f", source_model="m"), Segment(TEXT, ((0, 8),), family="g")])

@@ -280,6 +280,7 @@ train_boundary(segments(), sys.argv[2], base=sys.argv[1], label_shift=0, author=
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_killed_training_goes_on_from_its_last_epoch(trained, base, tmp_path):
     made, label_shift = trained

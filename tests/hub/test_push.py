@@ -324,6 +324,7 @@ def test_a_file_that_is_not_what_was_sent_is_never_released(hub):
 # --- journals and plain pushes
 
 
+@pytest.mark.slow
 def test_a_journal_is_released_with_what_it_knows_of_its_run(hub, tmp_path):
     journal = tmp_path / "rows.journal"
     rows, transform = stream(30, journal=str(journal))
@@ -348,6 +349,7 @@ def test_a_journal_is_released_with_what_it_knows_of_its_run(hub, tmp_path):
         push(tmp_path / "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_plain_push_to_hub_works_on_our_columns(hub, streamed):
     """None beside text, and empty beside filled spans, which trips the inference of types from single rows."""

@@ -161,6 +161,7 @@ def test_a_candidate_without_end_is_not_scored_nor_kept():
     ]
 
 
+@pytest.mark.slow
 def test_all_candidates_of_a_seed_repeat_themselves():
     def write(seed):
         with demo.transform(method="teacher-score", best_of=2, seed=seed, journal=None) as transform:

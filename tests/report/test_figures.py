@@ -100,6 +100,7 @@ def test_a_dataset_of_failed_rows_alone_is_drawn_without_a_warning(tmp_path, dis
     assert all(path.stat().st_size > 3000 for path in figures.write(summary, tmp_path))
 
 
+@pytest.mark.slow
 def test_all_figures_are_written(tmp_path, summary):
     paths = figures.write(summary, tmp_path / "figures")
     assert [path.name for path in paths] == [f"{name}.png" for name in figures.NAMES]

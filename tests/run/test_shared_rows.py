@@ -236,6 +236,7 @@ def test_another_host_goes_on_where_one_was_killed(tmp_path, seed):
     assert [row["id"] for row in merged.rows()] == [f"r{i}" for i in range(120)]
 
 
+@pytest.mark.slow
 def test_hosts_with_the_same_rows_leave_one_of_each(tmp_path):
     settings = {"chunk_tokens": 8, "rows_in_flight": 16, "parts": str(tmp_path / "parts")}
     one = Work("scripts", tmp_path / "one", tuple(range(60)), settings)
