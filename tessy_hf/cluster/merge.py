@@ -9,29 +9,24 @@ time, so that memory does not grow with the texts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.errors import MergeError, PartsError, PromptError
+from tessy_hf.cluster.sources import Found, Sources
+from tessy_hf.errors import MergeError, PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns
 from tessy_hf.rows.datasets_internals import table
 from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter
-from tessy_hf.rows.prompt import PromptReader, hashed_columns
-from tessy_hf.run.finished import journal_features, open_journal
-from tessy_hf.run.journal_reader import JournalReader
-from tessy_hf.run.shared_rows import list_shared, record_of
-from tessy_hf.run.storage import ParquetRows, file_system
+from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.settings import Settings
-from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS
+from tessy_hf.text.thinking_format import THINK_TAGS
 from tessy_hf.trajectory import RowKey, Trajectory
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset, Features, IterableDataset
 
 SHARD_BYTES = 500 << 20
@@ -68,14 +63,6 @@ class Report:
     failed: int = 0
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A row somewhere: whether it failed, and how to read it."""
-
-    failed: bool
-    read: Callable[[], dict[str, Any]]
-
-
 class Merge:
     """Rows of one run from many places, held against the prompts. Reads ids when made, texts when asked for rows.
 
@@ -104,120 +91,22 @@ class Merge:
         first: bool = False,
         incomplete: bool = False,
     ) -> None:
-        self._dataset, self._given, self._first, self._incomplete = dataset, settings, first, incomplete
-        self._rows: dict[RowKey, list[_Found]] = {}
-        self._runs: dict[str, int] = {}
-        self._record: dict[str, Any] = {}
-        self._marks_in_content: bool | None = None
-        self._wanted = run
-        for source in map(str, sources):
-            self._add(source)
-        self._check_runs()
-        thinking_format = HARMONY if self._marks_in_content is False else THINK_TAGS
-        self.features: Features = columns.features(dataset, self.settings.prompt_column, thinking_format)
+        self._dataset, self._first, self._incomplete = dataset, first, incomplete
+        self._sources = Sources(sources, settings, run)
+        self._rows = self._sources.rows
+        self.settings = self._sources.settings
+        self.features: Features = columns.features(dataset, self.settings.prompt_column, self._sources.thinking_format)
         self.report = self._matched()
-
-    # --- what is there
-
-    def _add(self, source: str) -> None:
-        if source.endswith(".parquet"):
-            self._add_files(source, glob=True)
-        elif Path(source).is_file():
-            self._add_journal(open_journal(Path(source)))
-        else:
-            self._add_files(source, glob=False)
-
-    def _add_files(self, source: str, *, glob: bool) -> None:
-        system, path = file_system(source)
-        found = sorted(map(str, system.glob(path))) if glob else list_shared(system, path)
-        if not found:
-            raise PartsError(
-                f"There are no rows at {source!r}. A folder with parts, .parquet files with rows, or journals are "
-                "expected; check the path."
-            )
-        files = ParquetRows(system)
-        for file in found:
-            schema = files.schema(file)
-            self._describe(record_of(schema), _keeps_marks(schema))
-            known = self._settings_known
-            hashed = hashed_columns(known, schema.names) if known is not None else []
-            hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
-            for key, run, place in files.keys(file, self._id_column(schema.names, file), hashed):
-                self._keep(key, run, _Found(place.failed, lambda place=place: files.row(place)))  # type: ignore[misc]
-
-    def _id_column(self, names: Sequence[str], file: str) -> str:
-        """Return the column with the ids: the prompts' own where it is there, else that of shared rows."""
-        known = self._settings_known
-        if known is not None and known.id_column in names:
-            return str(known.id_column)
-        if "key" in names:
-            return "key"
-        raise MergeError(
-            f"{file} does not tell which column has the rows' ids. Parts, journals, or the settings of the run with "
-            "id_column= are expected; pass settings= (--recipe) with those the rows were written with."
-        )
-
-    def _add_journal(self, journal: JournalReader) -> None:
-        for run in journal.fingerprints():
-            if self._wanted not in (None, run):
-                continue
-            one = JournalReader(journal.path, run, max_attempts=1)
-            described = one.description()
-            record = RunRecord.model_validate_json(described).model_dump(mode="json") if described else {}
-            self._describe(record, "thinking" not in journal_features(one)["messages"].feature)
-            for key, failed in one.keys():
-                self._keep(key, run, _Found(failed, lambda one=one, key=key: one.row(key) or {}))  # type: ignore[misc]
-
-    def _describe(self, record: Mapping[str, Any], marks_in_content: bool) -> None:
-        if self._marks_in_content is None:
-            self._marks_in_content = marks_in_content
-        if not self._record and (self._wanted in (None, record.get("fingerprint"))):
-            self._record = dict(record)
-
-    def _keep(self, key: RowKey, run: str | None, found: _Found) -> None:
-        if self._wanted in (None, run):
-            self._runs[str(run)] = self._runs.get(str(run), 0) + 1
-            self._rows.setdefault(key, []).append(found)
-
-    def _check_runs(self) -> None:
-        if len(self._runs) > 1:
-            counts = ", ".join(f"{run} ({count} rows)" for run, count in self._runs.items())
-            raise MergeError(
-                f"There are rows of several runs: {counts}. Rows of different settings or models are not mixed; leave "
-                "the sources of the others out, or pass run= (--run) with one."
-            )
-        if self._wanted is not None and not self._runs:
-            raise MergeError(f"There are no rows of run {self._wanted!r}. Check the name, or leave it out.")
-
-    @property
-    def _settings_known(self) -> Settings | None:
-        """The settings that tell the prompts' columns: those given, else those that a source has told."""
-        if self._given is not None or not self._record.get("settings"):
-            return self._given
-        told = self._record["settings"]
-        names = {name: told[name] for name in ("prompt_column", "id_column", "system_prompt")}
-        verifier = told.get("verifier")
-        return Settings.check(**names, verifier=_unknown if "function" in (verifier or {}) else verifier)
-
-    @cached_property
-    def settings(self) -> Settings:
-        """The settings that tell the prompts' columns."""
-        if self._settings_known is None:
-            raise MergeError(
-                "The sources do not tell which columns the run has read. Its settings are expected; pass settings= "
-                "(--recipe) with those the rows were written with."
-            )
-        return self._settings_known
 
     @property
     def run(self) -> str | None:
-        """The fingerprint of the rows' run; ``None`` where there are no rows."""
-        return next(iter(self._runs), None)
+        """The fingerprint of the rows' run; ``None`` if there are no rows."""
+        return self._sources.run
 
     @property
     def record(self) -> RunRecord | None:
-        """The run's description, where a source has one, for ``push_to_hub(..., manifest=)``."""
-        return RunRecord.model_validate(self._record) if self._record else None
+        """The run's record, if a source has one, for ``push_to_hub(..., manifest=)``."""
+        return self._sources.record
 
     # --- matched with the prompts
 
@@ -243,7 +132,7 @@ class Merge:
                 (report.duplicates if self._are_one(found) else report.differing).append(key.id)
         return report
 
-    def _are_one(self, found: Sequence[_Found]) -> bool:
+    def _are_one(self, found: Sequence[Found]) -> bool:
         """Whether rows of the same id say the same; what failed yields to what did not."""
         texts = (_said(one.read()) for one in found if not one.failed)
         first = next(texts, None)
@@ -309,7 +198,7 @@ class Merge:
             [],
             None,
             THINK_TAGS,
-            method=self._record.get("method") or self.settings.method,
+            method=(self.record and self.record.method) or self.settings.method,
             run_fingerprint=str(self.run),
         )
 
@@ -356,11 +245,6 @@ def some(ids: Sequence[str], most: int = 10) -> str:
     return ", ".join(map(repr, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
 
-def _unknown(row: Mapping[str, Any]) -> bool:
-    """Stand for a verifier that was a function: it is not called here, but may have read any column."""
-    raise NotImplementedError
-
-
 def _said(row: Mapping[str, Any]) -> Any:
     """Return what a row says, however it was stored: without what it had cost, and without fields that are null."""
     return _plain({name: value for name, value in row.items() if name not in _COSTS})
@@ -370,9 +254,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items() if one is not None}
     return [_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def _keeps_marks(schema: pa.Schema) -> bool:
-    """Whether thinking stands in a message's content, and not under a key of its own."""
-    message = schema.field("messages").type.value_type
-    return bool(message.get_field_index("thinking") < 0)
