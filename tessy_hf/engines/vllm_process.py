@@ -195,6 +195,7 @@ class VLLMProcess:
         self._opening = asyncio.Lock()
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._unsent: list[Submit | Abort] = []
         self._ended: str | None = None
 
     def start(self) -> None:
@@ -287,8 +288,15 @@ class VLLMProcess:
             raise self._dead()
 
     def _send(self, message: Submit | Abort) -> None:
+        """Send a message with all others of this turn of the event loop, so that one step of vLLM takes them in."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(message)
+
+    def _flush(self) -> None:
+        messages, self._unsent = self._unsent, []
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(Connection.packed(message))
+            self._writer.write(Connection.packed(messages))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hand out outputs until the connection ends; then wake everyone who waits for one."""

@@ -85,11 +85,11 @@ def _serve(engine: LLMEngine, hashes: BlockHashes, connection: Connection) -> No
     """
     while True:
         while connection.pending() or not engine.has_unfinished_requests():
-            message = connection.receive()
-            if isinstance(message, Abort):
-                engine.abort_request([message.name])
-            elif (refusal := _add(engine, hashes, message)) is not None:
-                connection.send([Output(message.name, [], "refused", refusal=refusal)])
+            for message in connection.receive():
+                if isinstance(message, Abort):
+                    engine.abort_request([message.name])
+                elif (refusal := _add(engine, hashes, message)) is not None:
+                    connection.send([Output(message.name, [], "refused", refusal=refusal)])
         outputs = [_output(each) for each in engine.step()]
         if outputs:
             connection.send(outputs)
