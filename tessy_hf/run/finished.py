@@ -185,7 +185,7 @@ def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> 
 
 
 def journal_features(journal: JournalReader) -> Features:
-    """Return the types of a journal's rows; read off them whether their thinking stands under a key of its own."""
+    """Return the types of a journal's rows; whether thinking has a key of its own is read from them."""
     from datasets import Features, Value
 
     keys: set[str] = set()

@@ -1,4 +1,4 @@
-"""The file of a journal: made whole or not at all, refused unless it is one, shared by processes, explained in errors.
+"""The SQLite file of a journal: created atomically, recognized, shared by processes, with its errors explained.
 
 A path goes in, a connection comes out of :meth:`JournalFile.use`. Holds the tables of :mod:`tessy_hf.run.journal` and
 knows nothing of what is done with them.
@@ -26,7 +26,7 @@ APPLICATION_ID = 0x54455353
 """``TESS``, in the file's ``application_id``: tells a journal from other SQLite files."""
 
 BUSY_SECONDS = 30.0
-"""How long to wait for another process to end its transaction. They take milliseconds."""
+"""Seconds to wait for another process to end its transaction. They take milliseconds."""
 
 WAL_PAGES = 10_000
 """Pages of 4 KiB in the -wal file before they are copied into the file. Rows under way change the same pages again and
@@ -63,7 +63,7 @@ COMMIT;
 
 
 class JournalFile:
-    """One journal's connection: opened when first used, closed before a fork, its complaints explained.
+    """One journal's connection: opened when first used, closed before a fork.
 
     SQLite's locks belong to the process and do not cross a fork, but what it remembers of them does: a child that used
     the file after its parent had it open would believe that it holds locks it has not. So no connection is open while
@@ -151,7 +151,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _create(path: Path) -> None:
-    """Make a journal elsewhere and link it into place, so that nobody ever sees half of one."""
+    """Create a journal elsewhere and link it into place, so that nobody ever sees half of one."""
     wal = Path(f"{path}-wal")
     if wal.exists() and not path.exists():
         raise JournalError(
@@ -199,19 +199,19 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return db
 
 
-# --- complaints
+# --- errors
 
 _WRITABLE = "A file in a local folder, both writable for this user, is expected; change the permissions,"
 _ELSEWHERE = "or pass journal= with another path."
-_COMPLAINTS = {
+_EXPLANATIONS = {
     "attempt to write a readonly database": f"is read-only. {_WRITABLE} {_ELSEWHERE}",
     "unable to open database file": f"cannot be opened. {_WRITABLE} {_ELSEWHERE}",
     "database or disk is full": "cannot grow: the disk is full. Room for the text of the rows is expected; free some "
     "and run again, what was committed is kept.",
     "disk I/O error": "cannot be read or written: the disk reports an error. A local disk with free space is "
     f"expected; check the disk and its quota, {_ELSEWHERE}",
-    "file is not a database": "is no SQLite file, or its beginning is damaged. A journal is expected; put a copy of "
-    f"it there, {_ELSEWHERE}",
+    "file is not a database": "is not a SQLite file, or its beginning is damaged. A journal is expected; put a copy "
+    f"of it there, {_ELSEWHERE}",
     "database disk image is malformed": "is damaged or cut short. A whole journal is expected, with its -wal file "
     f"where there was one; put a copy there, {_ELSEWHERE}",
     "database is locked": f"has been locked by another process for {BUSY_SECONDS:.0f} seconds. Locks of milliseconds "
@@ -222,4 +222,4 @@ _COMPLAINTS = {
 def _explained(error: sqlite3.Error, path: Path) -> JournalError:
     """Say what was seen, what was expected and what to do. SQLite's own words are fixed, so they serve as codes."""
     unknown = f"cannot be used: {error}. A working SQLite file on a local disk is expected; look at it, {_ELSEWHERE}"
-    return JournalError(f"The journal {path} {_COMPLAINTS.get(str(error), unknown)}")
+    return JournalError(f"The journal {path} {_EXPLANATIONS.get(str(error), unknown)}")

@@ -7,11 +7,12 @@ datasets, batches or how many rows are in flight.
 from __future__ import annotations
 
 import asyncio
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tessy_hf.errors import PromptError
+from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.method import methods
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.retries import RetryPolicy
@@ -20,7 +21,6 @@ from tessy_hf.run.commits import Commits
 from tessy_hf.run.journal import Claim
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
-from tessy_hf.run.verdict import verify_with
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Draft, Message, Prompt, RowKey, Span, Trajectory
 from tessy_hf.verifiers import verifiers
@@ -174,3 +174,34 @@ class Synthesis:
             (commits.journal.fail if written.finish_reason == "error" else commits.journal.finish)(key, row)
             commits.soon()
         return row, written.retryable
+
+
+def verify_with(verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any], meter: Meter) -> methods.Verify:
+    """Return a function that judges finished texts of one row.
+
+    Args:
+        verifier: Run in a thread.
+        key: The row's id, for errors.
+        inputs: The row's input columns.
+        meter: Where the verifier's time counts.
+    """
+
+    async def verify(written: Mapping[str, Any]) -> float:
+        answer = asyncio.to_thread(verifier, {**inputs, **written})
+        try:
+            verdict = await meter.wait(answer, "the verifier", of="verifier", row=key)
+        except RequestError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a verifier may be anybody's code
+            raise RequestError(
+                f"Row {key!r}: the verifier raised {type(error).__name__}: {error}. Fix the verifier or the column it "
+                "reads."
+            ) from error
+        if isinstance(verdict, (bool, int, float)) and math.isfinite(verdict):
+            return float(verdict)
+        raise RequestError(
+            f"Row {key!r}: the verifier returned {verdict!r} ({type(verdict).__name__}). True, False or a finite "
+            "number is expected, where 1 means right."
+        )
+
+    return verify

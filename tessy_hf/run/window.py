@@ -33,7 +33,7 @@ class Window:
 
     Args:
         rows: How many, or ``"auto"``.
-        guess: Tokens that a row is thought to have in the end, before any has ended.
+        guess: Tokens that a row is expected to have, before any has ended.
 
     Attributes:
         rows: Rows in flight.
