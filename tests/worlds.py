@@ -16,6 +16,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from tests import real_models
+
 TEXT = """Okay, so I need to find the sum of the first ten primes. Wait, is 1 a prime? No, it isn't.
 Let me think: 2 + 3 = 5, then 5 + 5 = 10, so far so good.\n\n```python\ndef total(n):\n    return sum(range(n))\n```
 Hmm, maybe check `total(10)` == 45... Therefore, the answer is 129. 你好，世界。 Größe, naïve café 🙂 — "quoted" text!
@@ -165,6 +167,8 @@ RARER_TOKENIZERS = {"gemma": _gemma, "llama": _llama, "llama-2": _llama2, "super
 
 @cache
 def make_tokenizer(kind):
+    if kind in real_models.SOURCES:
+        return real_models.tokenizer(kind)
     return (TOKENIZERS | RARER_TOKENIZERS)[kind]()
 
 
