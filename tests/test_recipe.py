@@ -90,7 +90,7 @@ def test_a_recipe_without_predictors_is_read_for_methods_that_do_not_alternate(r
         (("teacher", "options", [1]), ["teacher.options", "valid dictionary"]),
         (("student", "Qwen/Qwen3-0.6B"), ["student", "dictionary"]),
         (("teacher", "engine", "magic"), ["'magic'", *ENGINES]),
-        (("teacher", "options", {"model": "x"}), ["options the engine does not take", "model"]),
+        (("teacher", "options", {"model": "x"}), ["options that the engine does not accept", "model"]),
         (("teacher", "options", {"max_batch": 0}), ["max_batch is 0", "max_batch=64"]),
         (("chunk_token", 3), ["chunk_token", "Did you mean 'chunk_tokens'?"]),
         (("chunk_tokens", 0), ["chunk_tokens=0", "greater than or equal to 1", "Pass for instance"]),
@@ -143,5 +143,5 @@ def test_a_recipe_can_be_changed_by_dotted_names(tmp_path):
     changes = ["temperature=0.25", "teacher.options.device=cpu", "id_column=null"]
     changed = read(recipe, changes)[2]
     assert (changed["temperature"], changed["id_column"]) == (0.25, None)
-    with pytest.raises(SettingsError, match="'method.x=1' changes nothing"):
+    with pytest.raises(SettingsError, match="'method.x=1' is not an override"):
         read(recipe, ["method.x=1"])

@@ -90,7 +90,7 @@ def test_the_recipes_for_clusters_say_what_they_take_and_where_rows_go():
 def test_a_placement_is_changed_as_settings_are():
     assert read_placement(CLUSTER[0], ["cluster.actors=9"]).actors == 9
     for change in ("cluster.actors=0", "cluster.actor=1"):
-        with pytest.raises(SettingsError, match="fault at cluster.actor"):
+        with pytest.raises(SettingsError, match="invalid at cluster.actor"):
             read_placement(CLUSTER[0], [change])
 
 

@@ -106,7 +106,7 @@ def test_the_user_may_state_the_convention_and_wins_over_the_config(checkpoint, 
 def test_an_unstated_convention_is_refused_with_how_to_state_it(upstream):
     with pytest.raises(BoundaryError) as caught:
         BoundaryPredictor.from_pretrained(upstream, device="cpu")
-    for shown in (upstream, "does not say", "LABEL_1", "label_shift=0", "label_shift=1", "config.json"):
+    for shown in (upstream, "does not state", "LABEL_1", "label_shift=0", "label_shift=1", "config.json"):
         assert shown in str(caught.value)
 
 

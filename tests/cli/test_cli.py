@@ -189,7 +189,7 @@ def test_mistakes_about_predictors_end_in_a_sentence(tessy, tmp_path):
         (("train-boundary", tmp_path / "recipe.yaml", tmp_path / "out"), "names no `data`"),
         (("train-boundary", tmp_path / "none.yaml", tmp_path / "out"), "cannot be read"),
         (("train-boundary", tmp_path / "list.yaml", tmp_path / "out"), "settings by name"),
-        (("annotate", tmp_path / "recipe.yaml", SPANS, tmp_path / "out"), "fault at annotator"),
+        (("annotate", tmp_path / "recipe.yaml", SPANS, tmp_path / "out"), "invalid at annotator"),
         (("evaluate-boundary", "--data", tmp_path / "none.jsonl"), "none.jsonl"),
         (("evaluate-boundary", demo.STUDENT, "--data", SPANS), "not a token classifier"),
         (("push-boundary", tmp_path, "me/model"), "could be loaded"),

@@ -56,7 +56,7 @@ def test_mistakes_end_in_a_sentence(hub, tessy, tmp_path):  # noqa: F811
         (("show", "ada/none@v1.0.0"), "There is no dataset ada/none"),
         (("diff", "ada/none", "v1.0.0", "v1.1.0"), "There is no dataset ada/none"),
         (("synthesize", "ada/none@v1.0.0", "x.jsonl", tmp_path / "rows.parquet"), "There is no dataset ada/none"),
-        (("synthesize", RECIPE, "x.jsonl", tmp_path / "rows.parquet", "--set", "nothing"), "changes nothing"),
+        (("synthesize", RECIPE, "x.jsonl", tmp_path / "rows.parquet", "--set", "nothing"), "is not an override"),
     ]:
         code, printed = tessy(*words)
         assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed

@@ -206,7 +206,7 @@ def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
     assert code == 0 and told["prompts"] == 8 and told["nll"] is None and told["authors"]["plain.jsonl"] is None
     assert told["authors"]["tessy.parquet"]["teacher"] == sum(rows["teacher_tokens"])
     for words, seen in [
-        (given, "No tokenizer is named"),
+        (given, "No tokenizer given"),
         ([*given, "--tokenizer", tmp_path / "none"], "cannot be loaded"),
         ([*given[:2], tmp_path / "none.parquet", "--tokenizer", demo.STUDENT], "there is no such file"),
     ]:
