@@ -63,7 +63,7 @@ def die_and_rerun(work, expected, kills, seed):
     [
         ("scripts", 200, {"chunk_tokens": 8}, 20),
         ("scripts", 200, {"stream": True}, 20),
-        ("models", 60, {"chunk_tokens": 8, "rows_in_flight": 8}, 20),
+        ("models", 60, {"chunk_tokens": 8}, 10),
         ("models", 60, {"stream": True}, 6),
     ],
     ids=["scripts-chunks", "scripts-streams", "models-chunks", "models-streams"],
