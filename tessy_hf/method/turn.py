@@ -205,7 +205,7 @@ class Turn:
         if boundary is not None:
             self._row.chunk_sizes.observe(self._author, self._view.turn_tokens - chunk.tokens_after(count))
         text = chunk.upto(count)
-        dropped = self._row.transcript.cut(self._author, chunk.text, chunk.ends, chunk.end(count), text)
+        dropped = self._row.transcript.cut(self._author, chunk.ends, chunk.end(count), text)
         self._row.trajectory.discarded[self._author] += dropped
         self._row.limits.settle(None)
         if self._judge is not None:
@@ -219,7 +219,7 @@ class Turn:
         if self._judge is not None:
             self._judge.settle(aligned)
         if aligned:
-            self._row.transcript.commit(self._author, chunk.text, chunk.ends, chunk.end(aligned), text)
+            self._row.transcript.commit(self._author, chunk.ends, chunk.end(aligned), text)
         return text
 
     async def close_stream(self) -> None:

@@ -1,7 +1,7 @@
-"""A model family's way to open and close thinking; and prompts rendered with thinking left open.
+"""Detect how a model marks its thinking, and render prompts with the thinking left open.
 
-Messages go in, the text of an open assistant turn comes out. Families are recognised by their tokenizer's tokens and
-chat template, never by a model's name. Knows nothing of engines or of how text is generated.
+Messages go in, the text of an open assistant turn comes out. Model families are told apart by their tokenizer's tokens
+and chat template, never by a model's name. Knows nothing of engines or of how text is generated.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class ThinkingFormat:
     Attributes:
         name: ``think-tags`` (Qwen3, DeepSeek-R1 and others) or ``harmony`` (gpt-oss).
         open: What stands before the thinking in an open assistant turn.
-        close: What ends the thinking and opens the final answer.
-        end_marker: The text that ends thinking where the model emits it.
-        marks_in_content: Whether the markers are part of the message's ``content`` (else thinking has its own key).
+        close: What ends the thinking and opens the final answer; contains ``end_marker``.
+        end_marker: The text by which the model ends its thinking.
+        marks_in_content: Whether thinking and markers are in the message's ``content``, not under a key of their own.
     """
 
     name: str
@@ -34,7 +34,13 @@ class ThinkingFormat:
     marks_in_content: bool
 
     def assistant_message(self, thinking: str, answer: str, closed: bool = True) -> dict[str, str]:
-        """Return the training message of a finished row, in the family's own format."""
+        """Return the assistant message of a finished row, to train on.
+
+        Args:
+            thinking: The thinking, without markers.
+            answer: The final answer.
+            closed: Whether the thinking ended; else the end marker is left out.
+        """
         if not self.marks_in_content:
             return {"role": "assistant", "thinking": thinking, "content": answer}
         return {"role": "assistant", "content": self.open + thinking + (self.close if closed else "") + answer}
@@ -62,16 +68,16 @@ def detect(vocabulary: Vocabulary) -> ThinkingFormat:
     if vocabulary.token_id("</think>") is not None or "<think>" in template:
         return THINK_TAGS
     raise TemplateError(
-        f"The tokenizer of {vocabulary.name!r} shows no way to think: no </think> token, no <think> in its chat "
-        "template and no harmony channels. A reasoning model is expected on both sides; pass its tokenizer, or a chat "
-        "template that contains <think>, with Speaker(..., chat_template=...)."
+        f"No thinking format was found for {vocabulary.name!r}: its tokenizer has no </think> token, its chat "
+        "template no <think>, and there are no harmony channels. A reasoning model is expected on both sides. Use "
+        "one, or pass a chat template that contains <think> with Speaker(..., chat_template=...)."
     )
 
 
 def end_ids(thinking_format: ThinkingFormat, vocabulary: Vocabulary) -> frozenset[int]:
     """Return the ids that end thinking: the end marker where it is one token, and every special token.
 
-    No special token may enter the thinking as text, so each of them ends it as an end of sequence does.
+    Special tokens must not become text of the thinking, so each of them ends it as an end of sequence does.
     """
     marker = vocabulary.token_id(thinking_format.end_marker)
     return vocabulary.special_ids | (frozenset() if marker is None else frozenset({marker}))
@@ -84,7 +90,7 @@ def render(
 
     Args:
         vocabulary: The model's vocabulary.
-        thinking_format: The model's thinking_format.
+        thinking_format: The model's thinking format.
         messages: The chat, ending in the user's turn.
         **options: Passed to the chat template, for instance ``reasoning_effort="high"``.
 
@@ -109,7 +115,7 @@ def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, 
 
     Args:
         vocabulary: The model's vocabulary.
-        thinking_format: The model's thinking_format.
+        thinking_format: The model's thinking format.
         student: Whether rows are written in this model's format, so that its template must keep finished thinking.
         **options: Passed to the chat template.
 

@@ -1,6 +1,6 @@
-"""Find the thinking in a reasoning trace, however a dataset or a server calls it.
+"""Extract the thinking from a row of a dataset or an answer of a server, in any of the common shapes.
 
-A row goes in, plain thinking comes out. Knows nothing of models.
+A row goes in, its thinking comes out as plain text. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def thinking(row: Mapping[str, Any]) -> str | None:
 
 
 def find_thinking(text: str) -> str | None:
-    """Return the thinking marked in a whole assistant text, or ``None``."""
+    """Return what is marked as thinking in an assistant message, or ``None``."""
     if "<|channel|>" in text:
         parts = [part.strip() for part in _ANALYSIS.findall(text)]
         return "\n\n".join(part for part in parts if part) or None
@@ -54,5 +54,5 @@ def find_thinking(text: str) -> str | None:
 
 
 def strip_marks(text: str) -> str:
-    """Return thinking without the marks that some datasets leave around it."""
+    """Return thinking without the markers that some datasets leave around it."""
     return find_thinking(text) or text.strip()

@@ -28,7 +28,7 @@ class Preview(NamedTuple):
         ids: The list's own ids, of which the first ``begin`` hold.
         begin: The index of the first new id.
         new: The new ids.
-        ends: Where each of them ends in the new text (below 0 for the settled word before it).
+        ends: Where each of them ends in the new text, in characters (below 0 for the tail before it).
     """
 
     ids: array[int]
@@ -53,29 +53,29 @@ class Preview(NamedTuple):
 
 @dataclass(slots=True)
 class Turn:
-    """What a list's model has written since others last did.
+    """What a list's model has written since another author last did.
 
     Attributes:
         begin: The index of its first id.
-        tail: The text before it that a tokenizer may join with it.
+        tail: The text before it that a token may join with it.
         tail_tokens: How many ids the tail has.
-        text: What is kept of it.
-        respell: Whether that differs from what its ids say.
+        text: The committed text of the turn.
+        trimmed: Whether whitespace that its ids begin with is not part of the text.
     """
 
     begin: int
     tail: str
     tail_tokens: int
     text: str = ""
-    respell: bool = False
+    trimmed: bool = False
 
 
 class TokenList:
     """The token ids of one growing text in one vocabulary.
 
-    The list is ``settled ids`` followed by ``tentative ids``: what an author generated and nobody has judged yet.
-    Foreign text is tokenised together with the last settled word, so that the ids equal a tokenisation of the whole
-    text wherever that is defined (an author's own ids stay as generated).
+    The list is committed ids followed by tentative ids: those that the model generated and that may be rolled back.
+    Text of others is encoded together with the list's tail, its last word or two, so that the ids equal an encoding of
+    the whole text. The ids that the model itself generated stay as they are.
 
     Args:
         vocabulary: The vocabulary of the model that reads the list.
@@ -83,7 +83,7 @@ class TokenList:
         tail: The whitespace that ends the rendered prompt, which a tokenizer may join with the first word.
     """
 
-    __slots__ = ("_tail", "_tail_tokens", "_tentative", "turn", "ids", "start", "vocabulary")
+    __slots__ = ("_tail", "_tail_tokens", "_tentative", "ids", "start", "turn", "vocabulary")
 
     def __init__(self, vocabulary: Vocabulary, ids: Sequence[int] = (), tail: str = "") -> None:
         self.vocabulary = vocabulary
@@ -95,26 +95,26 @@ class TokenList:
         self._tail, self._tail_tokens = (tail, len(encoded)) if exact else ("", 0)
         self._begin_turn()
 
-    def _encode(self, text: str, tail_begins: int) -> Encoding:
-        """Encode a tail, which begins at this index, together with what follows."""
-        return self.vocabulary.encode(text, self.ids[tail_begins - 1] if tail_begins else None)
+    def _encode(self, text: str, begin: int) -> Encoding:
+        """Encode the text from an index of the list on."""
+        return self.vocabulary.encode(text, self.ids[begin - 1] if begin else None)
 
     def _begin_turn(self) -> None:
-        self.turn = Turn(self.settled, self._tail, self._tail_tokens)
+        self.turn = Turn(self.committed, self._tail, self._tail_tokens)
 
     @property
-    def settled(self) -> int:
-        """How many ids are settled, the prompt's included."""
+    def committed(self) -> int:
+        """How many ids are committed, the prompt's included."""
         return len(self.ids) - self._tentative
 
     @property
     def length(self) -> int:
-        """How many ids the settled text has, without the prompt's."""
-        return self.settled - self.start
+        """How many ids the committed text has, without the prompt's."""
+        return self.committed - self.start
 
     @property
     def turn_tokens(self) -> int:
-        """How many ids the model has written since others last did, tentative ones included."""
+        """How many ids the model has generated since another author last wrote, tentative ones included."""
         return len(self.ids) - self.turn.begin
 
     @property
@@ -125,7 +125,7 @@ class TokenList:
     # --- what others wrote
 
     def append(self, text: str) -> None:
-        """Settle ``text`` written by another author."""
+        """Commit ``text`` that another author wrote."""
         if text:
             begin, text = len(self.ids) - self._tail_tokens, self._tail + text
             encoded = self._encode(text, begin)
@@ -136,20 +136,25 @@ class TokenList:
 
     def preview(self, text: str) -> Preview:
         """Return what the list would hold after :meth:`append`, without changing it."""
-        shift, begin = len(self._tail), self.settled - self._tail_tokens
+        shift, begin = len(self._tail), self.committed - self._tail_tokens
         encoded = self._encode(self._tail + text, begin)
         ends = [end - shift for _, end in encoded.offsets]
         return Preview(self.ids, begin, encoded.ids, ends)
 
     def copy_from(self, other: TokenList, turn: Turn) -> None:
-        """Take over the ids that another list of the same vocabulary has of a turn, to hand over the very ids."""
+        """Commit the ids of another list's turn: authors of one vocabulary hand over ids, not text.
+
+        Args:
+            other: A list of the same vocabulary.
+            turn: The turn that ended on it.
+        """
         before = slice(turn.begin - turn.tail_tokens, turn.begin)
         if other.ids[before] == self.ids[len(self.ids) - turn.tail_tokens :]:
             self.turn.text = turn.text
-            self.ids.extend(other.ids[turn.begin : other.settled])
+            self.ids.extend(other.ids[turn.begin : other.committed])
             self._freeze(self.turn)
             self._begin_turn()
-        else:  # ids from before the turn were made anew, maybe the prompt's, which may differ
+        else:  # ids before the turn changed, too: they may be the prompt's, which is another one here
             self.append(turn.text)
 
     # --- what the model itself wrote
@@ -161,52 +166,53 @@ class TokenList:
 
     def tentative(self) -> tuple[str, list[int]]:
         """Return the text of the tentative ids and where each id's text ends in it."""
-        return self.vocabulary.read(self.ids[self.settled :])
+        return self.vocabulary.read(self.ids[self.committed :])
 
-    def commit(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
-        """Settle the first ``kept`` characters of the tentative ``text`` and leave what follows tentative.
+    def commit(self, ends: Sequence[int], end: int, text: str) -> None:
+        """Commit the tentative ids up to a character and leave those after it tentative.
 
-        While the model's turn lasts, its ids stay as it made them, so that what it writes next does not depend on when
-        its text is settled.
+        While the model's turn lasts its ids stay as generated, so that what it writes next does not depend on how
+        often its text is committed.
 
         Args:
-            text: The tentative text, from :meth:`tentative`.
             ends: Where each tentative id's text ends, from :meth:`tentative`.
-            kept: How many characters to settle; one of ``ends``.
-            spelled: The kept text, without the whitespace that the row's first word may begin with.
+            end: The character; one of ``ends``.
+            text: The tentative text up to there, without whitespace that the row begins with.
         """
-        self._tentative -= sum(end <= kept for end in ends)
-        self.turn.text += spelled
-        self.turn.respell |= spelled != text[:kept]
+        self._tentative -= sum(each <= end for each in ends)
+        self.turn.text += text
+        self.turn.trimmed |= len(text) < end
 
-    def cut(self, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
-        """Settle ``kept`` characters of the tentative text, drop the rest, end the model's turn.
+    def cut(self, ends: Sequence[int], end: int, text: str) -> int:
+        """Commit the tentative text up to a character, drop the rest, end the model's turn.
 
-        Where whitespace at the row's beginning is not kept, the ids of the turn are made anew.
+        Args:
+            ends: Where each tentative id's text ends, from :meth:`tentative`.
+            end: The character, which may be inside a token.
+            text: The tentative text up to there, without whitespace that the row begins with.
 
         Returns:
             How many ids were dropped.
         """
-        count = sum(end <= kept for end in ends)
+        count = sum(each <= end for each in ends)
         aligned = ends[count - 1] if count else 0
-        dropped = self._tentative - count
-        turn = self.turn
-        if turn.respell or spelled != text[:kept]:
-            turn.text += spelled
+        dropped, turn = self._tentative - count, self.turn
+        if turn.trimmed or len(text) < end:
+            turn.text += text
             del self.ids[turn.begin :]
             self._tentative, self._tail, self._tail_tokens = 0, turn.tail, turn.tail_tokens
             self.append(turn.text)
         else:
-            self.commit(text, ends, aligned, spelled[:aligned])
+            self.commit(ends, aligned, text[:aligned])
             self.drop()
             self._freeze(turn)
-            turn.text += spelled[aligned:]
-            self.append(spelled[aligned:])  # where the cut falls inside a token, the rest of the word is encoded anew
+            turn.text += text[aligned:]
+            self.append(text[aligned:])  # the part of a token that is kept has ids of its own
         self._begin_turn()
         return dropped
 
     def drop(self) -> int:
-        """Take all tentative ids back and return how many there were."""
+        """Drop all tentative ids and return how many there were."""
         count = self._tentative
         if count:
             del self.ids[-count:]
@@ -216,16 +222,16 @@ class TokenList:
     # --- the seam
 
     def _freeze(self, turn: Turn) -> None:
-        """Move the seam over the ids that the model itself made in its turn, seen as a whole."""
+        """Move the seam into the ids that the model generated in its turn, where they are an encoding of its text."""
         begin, text = turn.begin - turn.tail_tokens, turn.tail + turn.text
         encoded = self._encode(text, begin)
         if list(self.ids[begin:]) == encoded.ids:
             self._move_seam(text, encoded)
-        elif turn.text:  # sampled ids need not be the tokenizer's choice: they stay, and the seam is after them
+        elif turn.text:  # sampled ids need not be the tokenizer's choice: they stay, and the tail is empty
             self._tail, self._tail_tokens = "", 0
 
     def _move_seam(self, text: str, encoded: Encoding) -> None:
-        """Let the tail begin at the last place that no token reaches over, whatever may follow."""
+        """Let the tail begin at the last place that no token can span, whatever text follows."""
         ids, ends = encoded.ids, [end for _, end in encoded.offsets]
         for place in reversed([found.start() for found in _SEAM.finditer(text)]):
             index = bisect_right(ends, place)
@@ -252,32 +258,32 @@ class Transcript:
         self._readers = {vocabulary.fingerprint: TokenList(vocabulary) for vocabulary in readers}
 
     def reader(self, vocabulary: Vocabulary) -> TokenList:
-        """Return the thinking as one who reads it with ``vocabulary`` does."""
+        """Return the list of those who read the thinking in ``vocabulary``."""
         return self._readers[vocabulary.fingerprint]
 
     def restore(self, text: str) -> None:
-        """Settle text that was written before, for everyone."""
+        """Commit text of an earlier attempt, in all lists."""
         for token_list in (*self.views.values(), *self._readers.values()):
             token_list.append(text)
 
-    def commit(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> None:
-        """Settle an author's tentative text up to ``kept`` for everyone. See :meth:`TokenList.commit`."""
-        self.views[author].commit(text, ends, kept, spelled)
-        self._share(author, spelled)
+    def commit(self, author: Author, ends: Sequence[int], end: int, text: str) -> None:
+        """Commit an author's tentative text up to a character, in all lists. See :meth:`TokenList.commit`."""
+        self.views[author].commit(ends, end, text)
+        self._share(author, text)
 
-    def cut(self, author: Author, text: str, ends: Sequence[int], kept: int, spelled: str) -> int:
-        """Settle an author's text up to ``kept`` for everyone, drop the rest. See :meth:`TokenList.cut`."""
+    def cut(self, author: Author, ends: Sequence[int], end: int, text: str) -> int:
+        """Commit an author's text up to a character in all lists, drop the rest. See :meth:`TokenList.cut`."""
         own = self.views[author]
         turn = own.turn
-        dropped = own.cut(text, ends, kept, spelled)
-        self._share(author, spelled)
+        dropped = own.cut(ends, end, text)
+        self._share(author, text)
         for view in self.views.values():
             if view is not own and view.vocabulary.fingerprint == own.vocabulary.fingerprint:
-                view.copy_from(own, turn)  # the very ids that the author made
+                view.copy_from(own, turn)
         return dropped
 
     def _share(self, author: Author, text: str) -> None:
-        """Give the text that ``author`` settled to everyone else."""
+        """Append the text that ``author`` wrote to the lists of other vocabularies and of readers."""
         own = self.views[author]
         for view in self.views.values():
             if view.vocabulary.fingerprint != own.vocabulary.fingerprint:

@@ -61,7 +61,7 @@ class Vocabulary:
         name: What to call it in errors.
 
     Attributes:
-        fingerprint: Equal for vocabularies in which the same ids are the same text.
+        fingerprint: Equal where the same text has the same ids.
         special_ids: The ids of special tokens, such as the end of sequence.
 
     Raises:
@@ -85,7 +85,7 @@ class Vocabulary:
         self._backend: Tokenizer = copy.deepcopy(backend)
         self._backend.encode_special_tokens = True
         self._backend.post_processor = None  # may trim whitespace off offsets; here each character belongs to a token
-        self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+        self.fingerprint = _fingerprint(self._backend)
         added = backend.get_added_tokens_decoder()
         special = (*(i for i, token in added.items() if token.special), *tokenizer.all_special_ids)
         self.special_ids = frozenset(map(int, special))
@@ -121,7 +121,10 @@ class Vocabulary:
         return Encoding(ids, offsets)
 
     def _encode_whole(self, text: str, begins: bool) -> Encoding:
-        """Encode text behind other text that no token joins with it, so that nothing is added where it begins."""
+        """Encode text in one call, behind an anchor where the tokenizer would add a space to it.
+
+        The anchor's ids are dropped; one that a token joins with the text is not used.
+        """
         anchors = self._before_space if text[:1].isspace() else ("",) if begins else self._before_word
         for anchor in (*anchors, ""):
             encoded = self._backend.encode(anchor + text, add_special_tokens=False)
@@ -134,7 +137,7 @@ class Vocabulary:
         return Encoding(ids, offsets)
 
     def _choose_anchors(self, added: frozenset[int]) -> None:
-        """Find out whether the tokenizer adds a space where a text begins, and where it takes a text to begin."""
+        """Find out whether the tokenizer adds a space where a text begins, and after which ids a text begins."""
 
         def adds(*texts: str) -> bool:
             return any(self.read(self._backend.encode(t, add_special_tokens=False).ids)[0] != t for t in texts)
@@ -148,10 +151,10 @@ class Vocabulary:
             self._begins_after = added if behind[-len(begin) :] == begin else frozenset()
 
     def _choose_fragments(self, added: Mapping[int, AddedToken]) -> None:
-        """Choose where text may be taken apart to be encoded piece by piece, as most words were met before.
+        """Choose where to split text that is encoded piece by piece, each piece cached: most words come again.
 
-        That is before a single space between words, unless some token spans it: merges on two sides of a place that
-        no token spans do not touch each other.
+        That is before a single space between words, unless some token spans it. Splitting there changes no ids: merges
+        on two sides of a place that no token spans do not touch each other.
         """
         spanning = "".join({pair[0] for pair in self._pairs if pair[1] == " " and not pair[0].isspace()})
         self._fragments = re.compile(rf"(?<=[^\s{re.escape(spanning)}])(?= \S)")
@@ -202,7 +205,7 @@ class Vocabulary:
         return "".join(texts) + decoder.decode(b"", final=True), ends
 
     def _read_token(self, token_id: int) -> str | bytes:
-        """Return what a token adds to a text: whole characters, or bytes."""
+        """Return the text that a token adds after another one; as bytes where it is not whole characters."""
         before = self._backend.encode("a", add_special_tokens=False).ids
         alone = self._backend.decode(before, skip_special_tokens=False)
         text = str(self._backend.decode([*before, token_id], skip_special_tokens=False))[len(alone) :]
@@ -229,6 +232,14 @@ class Vocabulary:
 def words(text: str) -> list[tuple[int, int]]:
     """Return the ``(start, end)`` of each word of ``text``, leading whitespace included, trailing excluded."""
     return [match.span() for match in WORD.finditer(text)]
+
+
+def _fingerprint(backend: Tokenizer) -> str:
+    decoder, backend.decoder = backend.decoder, None  # its settings make no ids
+    try:
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    finally:
+        backend.decoder = decoder
 
 
 def _pairs_in_tokens(backend: Tokenizer) -> frozenset[str]:

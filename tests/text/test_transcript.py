@@ -106,7 +106,7 @@ def test_all_authors_see_the_same_characters(teacher, student, data, text):
         kind = {"teacher": teacher, "student": student}[author]
         assert written == as_read(kind, piece + ", and more besides")
         kept = len(as_read(kind, piece))
-        transcript.cut(author, written, ends, kept, written[:kept])
+        transcript.cut(author, ends, kept, written[:kept])
         said += written[:kept]
     for author, kind in (("teacher", teacher), ("student", student)):
         read = views[author].vocabulary.read(views[author].ids)[0]
@@ -137,7 +137,7 @@ def test_same_vocabulary_hands_over_the_authors_own_ids():
     views["student"].push(unusual)
     text, ends = views["student"].tentative()
     assert text == "Okay," and ends == [1, 2, 3, 4, 5]
-    transcript.cut("student", text, ends, 5, text)
+    transcript.cut("student", ends, 5, text)
     assert list(views["teacher"].ids) == [5, 6, *unusual]
 
 
@@ -150,7 +150,7 @@ def test_text_that_a_normalizer_would_change_is_kept_as_written_with_the_ids_it_
     for author, ids in (("student", vocabulary.encode("Okay,").ids), ("teacher", _same_bytes(ohm))):
         views[author].push(ids)
         text, ends = views[author].tentative()
-        transcript.cut(author, text, ends, len(text), text)
+        transcript.cut(author, ends, len(text), text)
     assert [vocabulary.decode(view.ids[1:]) for view in views.values()] == ["Okay,\u2126"] * 2
 
 
