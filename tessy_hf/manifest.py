@@ -10,7 +10,6 @@ working directory only their last name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -22,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from tessy_hf.engines.model_files import digest
+from tessy_hf.settings import SPEED, Settings
+
 if TYPE_CHECKING:
     from tessy_hf.method.speaker import Speaker
-    from tessy_hf.settings import Settings
 
 SCHEMA_VERSION: Literal[1] = 1
 """Raised when the previous code could not read a manifest of this version."""
@@ -33,9 +34,6 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 """The manifest's JSON Schema, as published with the package."""
 
 LIBRARIES = ("datasets", "huggingface-hub", "tessy-hf", "tokenizers", "torch", "transformers", "vllm")
-DIGEST_BYTES = 16 << 20
-SPEED = frozenset({"rows_in_flight", "journal", "parts", "max_attempts"})
-"""Settings that never change the rows."""
 
 
 class _Record(BaseModel):
@@ -52,7 +50,7 @@ class ModelRecord(_Record):
     requested_revision: str | None = None
     """The requested branch, tag or commit."""
     digest: str | None = None
-    """For a folder: a SHA-256 of its weights and JSON files (of large ones, of their size, beginning and end)."""
+    """For a folder: a SHA-256 of its weights, configuration, tokenizer and chat template."""
 
 
 class BoundaryRecord(_Record):
@@ -294,7 +292,7 @@ def _boundary(identity: dict[str, Any]) -> BoundaryRecord:
 
 def _model(name: str, revision: str | None) -> ModelRecord:
     if Path(name).is_dir():
-        return ModelRecord(name=shown(name), requested_revision=revision, digest=_digest(Path(name)))
+        return ModelRecord(name=shown(name), requested_revision=revision, digest=digest(Path(name)))
     return ModelRecord(name=name, revision=_cached_commit(name, revision), requested_revision=revision)
 
 
@@ -324,18 +322,6 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
 
 def _snapshots(file: Path) -> Path:
     return next(folder for folder in file.parents if folder.name == "snapshots")
-
-
-def _digest(folder: Path) -> str:
-    """Hash the weights and JSON files of a folder: names, sizes, and both ends (:data:`DIGEST_BYTES`) of each."""
-    total = hashlib.sha256()
-    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            begin = file.read(DIGEST_BYTES)
-            file.seek(max(size - DIGEST_BYTES, len(begin)))
-            total.update(f"{path.name} {size} ".encode() + begin + file.read())
-    return f"sha256:{total.hexdigest()}"
 
 
 # --- the machine and what is installed on it

@@ -17,6 +17,9 @@ from tessy_hf.errors import SettingsError
 from tessy_hf.plan import Plan
 from tessy_hf.verifiers import verifiers
 
+SPEED = frozenset({"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"})
+"""Settings that never change the rows: how fast and how safely a run goes."""
+
 FORMAT = 3
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
 
@@ -190,6 +193,5 @@ class Settings(BaseModel):
 
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:
         """Return a hash of all that decides the rows: these settings and the speakers' identities."""
-        speed = {"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"}
-        described = {"format": FORMAT, "settings": self.model_dump(exclude=speed), "speakers": dict(speakers)}
+        described = {"format": FORMAT, "settings": self.model_dump(exclude=set(SPEED)), "speakers": dict(speakers)}
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from tessy_hf.engines.model_files import identify
 from tessy_hf.errors import BoundaryError
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -124,7 +125,7 @@ class BoundaryPredictor:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the predictions, for the run's fingerprint."""
-        identity = {"model": self.model, "revision": self.revision, **self._stated}
+        identity = {**identify(self.model, self.revision), **self._stated}
         return {**identity, "weights": _shipped_digest()} if self.model == SHIPPED else identity
 
     def start(self) -> None:

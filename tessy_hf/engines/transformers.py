@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request, load_tokenizer
 from tessy_hf.engines.devices import pick_device, share_cores
+from tessy_hf.engines.model_files import identify
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ class TransformersEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, revision, precision, and each option that may change the text, such as the quantization."""
+        """Model (a folder by its content), revision, precision, and each option that may change the text."""
         options = {name: _plain(value) for name, value in self._options.items() if name not in NOT_IDENTITY}
-        identity = {"engine": "transformers", "model": self.model, "revision": self._revision}
+        identity = {"engine": "transformers", **identify(self.model, self._revision)}
         return {**identity, "dtype": str(self._dtype), **({"options": options} if options else {})}
 
     @property

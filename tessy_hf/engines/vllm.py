@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
+from tessy_hf.engines.model_files import identify
 from tessy_hf.engines.vllm_process import Output, Started, VLLMProcess
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 
@@ -57,12 +58,11 @@ class VLLMEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, revision and precision."""
+        """Model (a folder by its content), revision and precision."""
         quantization = self._options.get("quantization")
         return {
             "engine": "vllm",
-            "model": self.model,
-            "revision": self._revision,
+            **identify(self.model, self._revision),
             "dtype": self._dtype,
             "quantization": quantization,
         }
