@@ -49,17 +49,20 @@ class Submission:
         return next((run.settings["id_column"] for run in runs if run.settings.get("id_column")), None)
 
     def record(self, fingerprint: str) -> RunRecord:
-        """Return the best record of a run: the caller's, a transform's of this process, or the journal's."""
+        """Return the best record of a run: the caller's, the stream's, the journal's, or one of this process."""
         from tessy_hf.run.journal import Journal
         from tessy_hf.transform import TRANSFORMS
 
         if given := [run for run in self._records if run.fingerprint == fingerprint]:
             return given[0]
-        alive = [one for one in (*self._mapped, *TRANSFORMS) if one.run_fingerprint == fingerprint]
-        if alive:
-            return next((one for one in alive if one.source is not None), alive[0]).record()
-        stored = self.rows.given.description() if isinstance(self.rows.given, Journal) else None
-        return RunRecord.model_validate_json(stored) if stored else RunRecord(fingerprint=fingerprint)
+        if own := [one for one in self._mapped if one.run_fingerprint == fingerprint]:
+            return own[0].record()
+        if isinstance(self.rows.given, Journal) and (stored := self.rows.given.description()):
+            return RunRecord.model_validate_json(stored)
+        alive = [one for one in TRANSFORMS if one.run_fingerprint == fingerprint]
+        if not alive:
+            return RunRecord(fingerprint=fingerprint)
+        return next((one for one in alive if one.source is not None), alive[0]).record()
 
     @property
     def _mapped(self) -> list[TessyTransform]:

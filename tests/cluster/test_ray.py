@@ -148,7 +148,7 @@ def test_the_command_reads_what_to_take_from_the_recipe(cluster, tessy, tmp_path
             "--ray",
         )
         code, printed = tessy(*words)
-        assert code == 0 and "14 rows in" in printed and "0 of them there before, 0 failed" in printed
+        assert code == 0 and "14 rows in" in printed and "0 of them found, 0 failed" in printed
         rows = Dataset.from_parquet(str(tmp_path / "rows.parquet")).to_list()
         assert rows == [{**row, "run_fingerprint": rows[0]["run_fingerprint"]} for row in single(server, 12)]
     code, printed = tessy(*words[:3], tmp_path / "rows.jsonl", "--ray")

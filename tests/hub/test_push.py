@@ -327,6 +327,7 @@ def test_a_file_that_is_not_what_was_sent_is_never_released(hub):
 @pytest.mark.slow
 def test_a_journal_is_released_with_what_it_knows_of_its_run(hub, tmp_path):
     journal = tmp_path / "rows.journal"
+    other, _ = stream(7)  # the same run of other prompts, alive in this process
     rows, transform = stream(30, journal=str(journal))
     with transform:
         list(rows)
@@ -341,6 +342,7 @@ def test_a_journal_is_released_with_what_it_knows_of_its_run(hub, tmp_path):
         and manifest.run.settings == record.settings
         and manifest.run.source == record.source
     )
+    assert other is not None
     assert load_dataset(REPO, split="failures")["key"] == ["r3", "r13", "r23"]
     assert not push(str(journal))[0].created
     with pytest.raises(JournalError, match="holds no run 'x'"):
