@@ -1,8 +1,7 @@
 """THE METHOD: teacher and student write one answer together (TESSY, arXiv 2604.14164, section 2.2, Algorithm 1).
 
-A prompt, two speakers and a plan go in, a :class:`~tessy_hf.trajectory.Trajectory` comes out. Comments in the margin
-give the lines of Algorithm 1. With greedy decoding and a causal predictor the text does not depend on k. Knows nothing
-of datasets, HTTP, retries, files or waiting.
+A prompt, two speakers and a plan go in, a trajectory comes out. Margin comments give the lines of Algorithm 1. With
+greedy decoding and a causal predictor the text does not depend on k. Knows no datasets, HTTP, retries or files.
 """
 
 from __future__ import annotations
@@ -34,12 +33,11 @@ async def synthesize(
         teacher: The strong model; must be started.
         student: The model to be trained; must be started.
         plan: Who writes what, and how.
-        begun: What an earlier attempt kept; the row goes on after it.
+        begun: What an earlier attempt kept; the row resumes after it.
         record: Called with each piece of thinking as it is kept, before anything else is asked.
 
     Returns:
-        The row's trajectory. A prompt that cannot be used or a request that failed for good gives
-        ``finish_reason="error"`` with what was kept so far.
+        The trajectory; an unusable prompt or a failed request gives ``finish_reason="error"`` and what was kept.
 
     Raises:
         EngineDeadError: An engine is gone; no row can go on.
