@@ -254,7 +254,10 @@ def write_by_all_methods(kind):
         best_of = {"best_of": 1} if method == "teacher-score" else {}
         given = Settings.check(method=method, temperature=0, max_thinking_tokens=160, max_answer_tokens=32, **best_of)
         drafts = [Draft(prompt.key, judged=given.judged) for prompt in asked]
-        work = (write(prompt, teacher, student, given, draft) for prompt, draft in zip(asked, drafts, strict=True))
+        work = (
+            write(prompt, teacher, student, given.plan(prompt.key), draft)
+            for prompt, draft in zip(asked, drafts, strict=True)
+        )
         return drafts, await asyncio.gather(*work)
 
     async def run():
