@@ -54,8 +54,9 @@ class Chunk(NamedTuple):
 
     @property
     def complete(self) -> int:
-        """How many words have ended."""
-        return len(self.words) if self.closed else max(0, len(self.words) - 1)
+        """How many words have ended: those that whitespace or another word follows, and all at the end of thinking."""
+        ended = self.closed or (bool(self.words) and self.words[-1][1] < len(self.text))
+        return len(self.words) if ended else max(0, len(self.words) - 1)
 
     @property
     def begun(self) -> int:
