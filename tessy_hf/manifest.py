@@ -272,6 +272,7 @@ def _speaker(speaker: Speaker) -> SpeakerRecord:
     identity = dict(speaker.engine.identity)
     name, revision = str(identity.pop("model", speaker.engine.model)), identity.pop("revision", None)
     engine, tokenizer = str(identity.pop("engine", "unknown")), identity.pop("tokenizer", None)
+    identity.pop("digest", None)  # in the model's own record
     served = engine == "server"  # the revision is the tokenizer's; what the server runs is the server's knowledge
     model = ModelRecord(name=shown(name)) if served else _model(name, revision)
     return SpeakerRecord(
