@@ -32,6 +32,7 @@ def test_greedy_rows_depend_neither_on_k_nor_on_the_window(greedy, settings):
     assert texts(synthesize(demo.prompts(ROWS, seed=3), temperature=0, **settings)) == texts(greedy)
 
 
+@pytest.mark.slow
 def test_greedy_rows_are_the_same_streamed(greedy):
     assert texts(synthesize(demo.prompts(ROWS, seed=3).to_iterable_dataset(), temperature=0)) == texts(greedy)
 
@@ -68,6 +69,7 @@ def test_tessy_is_right_where_the_student_alone_is_not():
     assert length == pytest.approx(sum(row["student_tokens"] for row in alone), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "thinking", "answer"),
     [

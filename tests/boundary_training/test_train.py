@@ -67,6 +67,7 @@ def trained(request, base, tmp_path_factory):
     return made, request.param
 
 
+@pytest.mark.slow
 def test_it_learns_what_it_is_shown(trained):
     made, _ = trained
     assert made.evaluation.char_f1 > 0.97 and made.evaluation.span_f1 > 0.9
@@ -107,6 +108,7 @@ def test_the_report_tells_what_was_done_and_no_path(trained, base):
     assert report["test"]["char_f1"] == made.evaluation.char_f1 and len(report["epochs"]) <= 10
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(trained, base, tmp_path):
     made, label_shift = trained
     again = train_boundary(segments(), tmp_path, base=base, label_shift=label_shift, author="student", **QUICK)
@@ -210,6 +212,7 @@ def test_extra_segments_on_held_out_problems_are_left_out(base, tmp_path):
     assert report["segments"] == {"train": 20, "extra": 14, "validation": 3, "test": 3}
 
 
+@pytest.mark.slow
 def test_any_token_classifier_can_be_the_base(tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertModel(BertConfig(vocab_size=512, **shape)).save_pretrained(tmp_path / "bert")
@@ -222,6 +225,7 @@ def test_any_token_classifier_can_be_the_base(tmp_path):
     assert (config["model_type"], config["window"], config["dtype"]) == ("bert", 64, "float16")
 
 
+@pytest.mark.slow
 def test_a_base_model_is_made_where_one_is_described(tmp_path):
     texts = [s.text for s in segments()]
     settings = {**QUICK, "epochs": 1, "base": {**BASE, "steps": 3}}

@@ -162,6 +162,7 @@ def test_prompts_without_the_columns_are_told(hosts):
         Merge(hosts, prompts(40).remove_columns("id"))
 
 
+@pytest.mark.slow
 def test_texts_are_not_held_in_memory(tmp_path, monkeypatch):
     """Rows of 40 kB from many parts: a few row groups are in memory at a time, whatever their number."""
     rows = {row["id"]: row for row in rows_of(prompts(40), scripted(long, max_answer_tokens=10**6))}

@@ -137,6 +137,7 @@ TRANSIENT = {**LOST, **DOWN, **BUSY, **WRONG}
 QUICKLY = {"timeout": 1.0}  # for servers that hang
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", TRANSIENT.values(), ids=TRANSIENT)
 def test_a_server_that_fails_for_a_while_is_asked_again(mishap):
     with FakeServer(faults=[mishap, mishap]) as server:
@@ -148,6 +149,7 @@ def test_a_server_that_fails_for_a_while_is_asked_again(mishap):
 STREAMS = {**TRANSIENT, "breaks off": servers.break_off}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [("generate",), ("ids",)])
 @pytest.mark.parametrize("mishap", STREAMS.values(), ids=STREAMS)
 def test_a_stream_that_fails_is_resumed_after_what_arrived(mishap, ways):
@@ -189,6 +191,7 @@ def test_a_server_that_fails_a_row_for_good_fails_that_row_only(mishap):
 GONE = {**LOST, **DOWN, **BUSY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", GONE.values(), ids=GONE)
 def test_a_server_that_answers_nobody_ends_the_run(mishap):
     with FakeServer(faults=[mishap] * 100) as server, pytest.raises(EngineDeadError, match="row 'r' within .* log"):
@@ -728,6 +731,7 @@ def texts(written):
     return [(row["id"], row["thinking"], row["answer"], row["finish_reason"]) for row in written]
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_in_mid_run_costs_no_row():
     with FakeServer() as one, FakeServer() as two:
         healthy = texts(rows(engine(one, two), 60))

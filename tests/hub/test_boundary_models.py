@@ -80,6 +80,7 @@ def test_a_pushed_predictor_is_one_commit_and_loads_with_the_same_logits(folder,
     assert torch.equal(torch.tensor(logits), expected)
 
 
+@pytest.mark.slow
 def test_a_second_push_is_a_second_commit_on_top(folder, hub):
     first, second = (push_boundary(folder, "ada/tiny", license=name) for name in ("mit", "apache-2.0"))
     assert hub.repos["models", "ada/tiny"].at(second).parent == first

@@ -378,6 +378,7 @@ def with_text(text):
     return cards.dataset_card(statistics.summary(), release, "me/data", figures={"figures/a.png": text})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", NASTY)
 def test_text_of_models_servers_and_users_is_inert(text):
     harmless, nasty = shown(with_text("harmless")), shown(with_text(text))

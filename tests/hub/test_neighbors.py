@@ -69,6 +69,7 @@ def refused(hub, match, **options):
     assert {request.method for request in hub.requests[begun:]} <= {"GET", "HEAD"}, "something was written"
 
 
+@pytest.mark.slow
 def test_a_split_of_other_columns_is_refused_and_still_loads(hub):
     Dataset.from_dict(OTHER).push_to_hub(REPO, split="test")
     refused(

@@ -181,6 +181,7 @@ def test_rows_with_other_columns_are_not_added(hub):
         push(finished(8, first=20).remove_columns("question"), "1.1.0")
 
 
+@pytest.mark.slow
 def test_configurations_and_splits_live_side_by_side(hub):
     push(finished(16), "1.0.0")
     push(finished(8, "run-b"), "1.1.0", split="test")

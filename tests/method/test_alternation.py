@@ -436,6 +436,7 @@ def rough_scripts(names):
     return st.lists(st.tuples(begins, rough_texts).map(lambda pair: f"{pair[0]} {pair[1]}"), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_shift", [0, 1])
 @pytest.mark.parametrize("pair", PAIRS)
 @settings(max_examples=25)
@@ -475,6 +476,7 @@ def whole_characters(kind):
     return [i for i in sorted(set(ids_of(TEXT, kind))) if "\ufffd" not in vocabulary(kind).decode([i])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 @settings(max_examples=40)
 @given(

@@ -100,6 +100,7 @@ def test_a_reference_that_is_none_is_told_and_not_shown(answer, limit, ended):
     assert row["generated_teacher_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_answer_of_teacher_only():
     prompts = demo.prompts(4, seed=4)
 
@@ -173,6 +174,7 @@ def test_all_candidates_of_a_seed_repeat_themselves():
     assert all(row["candidates"][0]["seed"] == row["seed"] for row in first)
 
 
+@pytest.mark.slow
 def test_what_the_student_writes_first_is_what_it_writes_alone():
     prompts = demo.prompts(6, seed=4)
     with demo.transform(method="student-only", journal=None) as transform:
@@ -385,6 +387,7 @@ def texts(draft):
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     done=st.lists(st.tuples(SPANS, st.sampled_from(["stop", "length"]), st.none() | st.just(7.0)), max_size=3),

@@ -118,6 +118,7 @@ def same(one, other):
     return one == (pytest.approx(other) if isinstance(other, float) else other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_batches_do_not_matter(rows, size):
     whole = count(table(rows)).summary()

@@ -42,6 +42,7 @@ def test_a_release_without_it_is_told(fresh_check, monkeypatch, name, value, tol
         fresh_check()
 
 
+@pytest.mark.slow
 def test_streams_are_converted_by_their_features_only_while_a_transform_is_open(tmp_path):
     code = """
         import copy, gc, pickle

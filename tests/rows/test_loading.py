@@ -144,6 +144,7 @@ def test_endings_and_names():
     assert short_names(["x/a.parquet", "a.parquet"]) == ["x/a.parquet", "a.parquet"]
 
 
+@pytest.mark.slow
 def test_the_command_reads_them_or_says_one_sentence():
     """One process for a file that is read and one for a file that is not; the others differ in nothing that counts."""
     models = "".join(

@@ -86,6 +86,7 @@ KEYS = st.sampled_from(["role", "content", "from", "value", "type", "text", "too
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
 
 
+@pytest.mark.slow
 @given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner)))
 def test_whatever_stands_in_the_column_gives_messages_or_a_reason(value):
     for prompt in (value, [value], [{"role": "user", "content": value}]):

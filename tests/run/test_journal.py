@@ -210,6 +210,7 @@ odd = st.sampled_from(["\ud83d", "\ude00", "\ud83d\ude00", "\0", "😀", "\u2028
 text = st.lists(st.characters() | st.characters(categories=["Cs"]) | odd, max_size=30).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @example(
     key="\ud83d\0\ude00", pieces=[("teacher", "answer", "\ud83d"), ("teacher", "answer", "\ude00")], value="\udfff"
@@ -479,6 +480,7 @@ def poll_until(condition, seconds=60):
     raise AssertionError("it did not come about")
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_again_and_again_write_every_piece_once(opened, path):
     """Killed while it takes the step after the line that was read: runs wait after each line, and never run ahead."""
     body = """

@@ -78,6 +78,7 @@ def test_rows_share_parts_while_there_is_more_to_do_and_none_waits_at_the_end(sh
     assert len(names_in(shared)) <= 200 / 8 + 16  # one for eight rows, and less full ones by the last of them
 
 
+@pytest.mark.slow
 def test_a_row_is_put_before_its_batch_is_done(tmp_path, monkeypatch):
     """The first row takes until another is in a part, though rows wait for its place."""
     monkeypatch.setattr(outbox, "LONGEST_WAIT", 0.05)

@@ -53,6 +53,7 @@ def test_a_row_has_the_words_as_they_were_written(teacher, student, k):
     assert row.text("answer") == "It  is\n 3."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 @settings(max_examples=6)
 @given(
@@ -71,6 +72,7 @@ def test_scripted_rows_do_not_depend_on_k(teacher, student, wrote, reader, rule,
         assert "\ufffd" not in row.text("thinking")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 @settings(max_examples=6)
 @given(data=st.data(), weights=st.integers(0, 2**32 - 1), reader=st.sampled_from(["qwen", *RARER_TOKENIZERS]))

@@ -38,6 +38,7 @@ def cut_at_words(text, draw):
     return [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(VOCABULARIES))
 @settings(max_examples=150)
 @given(data=st.data(), text=texts)
@@ -74,6 +75,7 @@ def opened(kind):
 OPENED = {"harmony": "<|message|>", **{kind: "<think>" for kind in sorted(VOCABULARIES) if kind != "harmony"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(OPENED))
 @pytest.mark.parametrize("tail", ["", "\n"])
 @settings(max_examples=100)
@@ -87,6 +89,7 @@ def test_ids_after_a_prompt_equal_a_tokenisation_of_the_whole(kind, tail, data, 
     assert list(tokens.ids) == vocabulary.encode_template(prompt + text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", sorted(VOCABULARIES))
 @pytest.mark.parametrize("student", sorted(VOCABULARIES))
 @settings(max_examples=25)

@@ -32,6 +32,7 @@ texts = st.lists(st.one_of(st.sampled_from(TEXT.split(" ")), st.text(max_size=8)
 # --- text to ids and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60)
 @given(text=texts)
@@ -103,6 +104,7 @@ def test_an_id_that_lacks_bytes_of_a_character_ends_with_the_id_that_brings_them
     assert known.read([*known.encode("x", BEFORE).ids, *ids]) == ("x🙂 ", [1, *[3] * len(ids)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100)
 @given(text=texts, places=st.sets(st.integers(0, 400), max_size=4))
@@ -117,6 +119,7 @@ def test_the_ids_of_a_whole_text_are_those_of_its_parts_where_no_token_spans_two
     assert ids == known.encode(text).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=200)
 @given(text=texts)
