@@ -69,7 +69,7 @@ def render_card(
         language=language,
         license=license,
         datasets=datasets,
-        base_model=base if isinstance(base, str) and base.count("/") == 1 else None,
+        base_model=base if base.count("/") == 1 else None,
         library_name="transformers",
         pipeline_tag="token-classification",
         tags=["tessy", "boundary-predictor", "reasoning"],

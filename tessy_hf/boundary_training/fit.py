@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LABELS = {0: "capability", 1: "style"}
 
 
-def load_base(base: str, settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model with a new head for two labels, and its tokenizer.
 
     Raises:
@@ -40,15 +40,16 @@ def load_base(base: str, settings: TrainingSettings) -> tuple[PreTrainedModel, P
     from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, set_seed
 
     set_seed(settings.seed)
+    base, revision = settings.base, settings.base_revision
     stated = {"label_shift": settings.label_shift, "window": settings.window, "author": settings.author}
     labels = {"num_labels": 2, "id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}}
     try:
-        config = AutoConfig.from_pretrained(base, revision=settings.base_revision, **labels)
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=settings.base_revision)
+        config = AutoConfig.from_pretrained(base, revision=revision, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
         for name, value in {**settings.model_options, **stated}.items():
             setattr(config, name, value)
         network = AutoModelForTokenClassification.from_pretrained(
-            base, revision=settings.base_revision, config=config, dtype=torch.float32, use_safetensors=True
+            base, revision=revision, config=config, dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise BoundaryError(

@@ -7,7 +7,6 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tessy_hf.boundary.predictor import LabelShift
-from tessy_hf.boundary_training.warm_up import WarmUp
 from tessy_hf.errors import SettingsError
 
 FEWEST_WORDS = 10
@@ -72,8 +71,8 @@ class AnnotationSettings(Drawing):
 class TrainingSettings(Checked):
     """How a predictor is trained. The defaults suit a base model of the paper's size on a GPU."""
 
-    base: str | WarmUp = "Qwen/Qwen3-0.6B-Base"
-    """The model to start from: a Hub id or folder, or the shape of a small one to train first from ``texts``."""
+    base: str = "Qwen/Qwen3-0.6B-Base"
+    """The model to start from: a Hub id or folder. ``recipes/boundary/small/base.py`` trains a small one."""
     base_revision: str | None = None
     """Branch, tag or commit of the base model."""
     model_options: dict[str, Any] = Field(default_factory=dict)

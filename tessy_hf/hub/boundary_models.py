@@ -30,7 +30,7 @@ PUBLISHED = (
     "*.model",
     "*.jinja",
 )
-"""Which files of the folder are the model. Others, such as a base model trained for it, are not published."""
+"""Which files of the folder are the model. Others are not published."""
 
 
 def push_boundary(
