@@ -69,6 +69,8 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train until the validation segments stop improving; the network ends with the weights of the best epoch.
 
+    With ``tune_bias`` the classifier's bias is then set to the value with the highest character F1 on these segments.
+
     Returns:
         The validation figures after each epoch.
     """
@@ -137,6 +139,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # prints to stdout
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     shutil.rmtree(folder / "checkpoints")
+    if settings.tune_bias:
+        logits = trainer.predict(judged).predictions
+        _tune_bias(network, _readings(logits, judged, validation, vocabulary, settings.label_shift), validation)
     kept = ("epoch", "eval_loss", "eval_char_f1", "eval_span_f1", "eval_boundary_within_1_word")
     return [{name: step[name] for name in kept} for step in trainer.state.log_history if "eval_char_f1" in step]
 
@@ -175,25 +180,13 @@ def _measure(
     return figures
 
 
-def tune_bias(
-    network: PreTrainedModel, vocabulary: Vocabulary, validation: Sequence[Segment], settings: TrainingSettings
-) -> None:
-    """Set the classifier's bias to the value with the highest character F1 on the validation segments."""
+def _tune_bias(network: PreTrainedModel, readings: Sequence[Reading], validation: Sequence[Segment]) -> None:
     import torch
 
     heads = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
     if not heads or heads[-1].bias is None:
         log.warning("The classifier of %s has no bias to tune.", type(network).__name__)
         return
-    examples = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
-    network.eval()
-    logits = []
-    for begin in range(0, len(examples), settings.batch_size):
-        batch = collate(examples[begin : begin + settings.batch_size], 1.0)
-        with torch.inference_mode():
-            inputs = {name: batch[name].to(network.device) for name in ("input_ids", "attention_mask")}
-            logits += list(network(**inputs).logits.float().cpu().numpy())
-    readings = _readings(logits, examples, validation, vocabulary, settings.label_shift)
     bias = best_bias(readings, validation)
     with torch.no_grad():
         heads[-1].bias.add_(torch.tensor([-bias / 2, bias / 2], device=network.device))

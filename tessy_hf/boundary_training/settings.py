@@ -36,8 +36,8 @@ class Checked(BaseModel):
             ) from error
 
 
-class Drawing(Checked):
-    """How segments are drawn from traces."""
+class AnnotationSettings(Checked):
+    """How segments are drawn from traces, and how the annotator is asked."""
 
     words: int = Field(default=60, ge=FEWEST_WORDS)
     """Words in a segment."""
@@ -50,11 +50,6 @@ class Drawing(Checked):
     """Seed of the draw and of sampling."""
     limit: int | None = Field(default=None, ge=1)
     """The most segments altogether. A rerun may change it."""
-
-
-class AnnotationSettings(Drawing):
-    """How segments are drawn, and how the annotator is asked."""
-
     temperature: float = Field(default=0.0, ge=0)
     """The annotator's sampling temperature."""
     max_thinking_tokens: int = Field(default=4096, ge=1)
@@ -63,7 +58,6 @@ class AnnotationSettings(Drawing):
     """Budget of its answer."""
     prompt: str | None = None
     """A Jinja file with another instruction, in which ``text`` is the segment."""
-
     rows_in_flight: int = Field(default=64, ge=1)
     """Segments asked about at the same time. A rerun may change it."""
 

@@ -18,7 +18,7 @@ import yaml
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.boundary_training.card import render_card
 from tessy_hf.boundary_training.examples import cut
-from tessy_hf.boundary_training.fit import fit, load_base, save, tune_bias
+from tessy_hf.boundary_training.fit import fit, load_base, save
 from tessy_hf.boundary_training.metrics import Evaluation, evaluate
 from tessy_hf.boundary_training.segments import Segment, read_segments, split_by_problem
 from tessy_hf.boundary_training.settings import TrainingSettings
@@ -74,8 +74,6 @@ def train_boundary(
     vocabulary = Vocabulary(tokenizer, chosen.base)
     pieces = {name: [p for s in part for p in cut(s, vocabulary, chosen.window)] for name, part in parts.items()}
     history = fit(network, vocabulary, [*pieces["train"], *pieces["extra"]], pieces["validation"], chosen, folder)
-    if chosen.tune_bias:
-        tune_bias(network, vocabulary, pieces["validation"], chosen)
     save(network, tokenizer, chosen, folder)
     predictor = BoundaryPredictor.from_pretrained(str(folder))
     figures = {name: evaluate(predictor, parts[name]) for name in ("validation", "test") if parts[name]}

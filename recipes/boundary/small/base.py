@@ -1,7 +1,7 @@
 """Train a small base model from plain thinking, for predictors on machines without a pretrained one.
 
-In: JSONL files of traces or segments. Out: a folder with a byte-level BPE and a small causal language model, for `base`
-in a recipe of `tessy train-boundary`.
+In: JSONL files of traces or segments. Out: a folder with a byte-level BPE and a small causal language model,
+the `base` of a recipe for `tessy train-boundary`.
 
     python recipes/boundary/small/base.py dataset_cards/style-spans/train.jsonl --out output/boundary-base
 
