@@ -106,18 +106,6 @@ class Segment:
         """Return the style spans as rows of a dataset: offsets, and the text for people to read."""
         return [{"start": start, "end": end, "text": self.text[start:end]} for start, end in self.spans]
 
-    def to_row(self) -> dict[str, Any]:
-        """Return the segment as a row of a dataset."""
-        return {
-            "id": self.key,
-            "text": self.text,
-            "style_spans": self.marked(),
-            "problem_id": self.problem,
-            "family": self.family,
-            "source_model": self.source_model,
-            "weight": self.weight,
-        }
-
 
 def read_segments(source: str | Path | Iterable[Mapping[str, Any] | Segment]) -> list[Segment]:
     """Read segments from a JSONL file, or from rows such as those of a ``datasets.Dataset``.

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from tessy_hf.boundary.predictor import LabelShift
-from tessy_hf.errors import SettingsError
+from tessy_hf.settings import Checked
 
 FEWEST_WORDS = 10
 """The shortest segment, in words; shorter traces are skipped."""
-
-
-class Checked(BaseModel):
-    """Settings that are refused with a :class:`SettingsError` instead of pydantic's own error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @classmethod
-    def check(cls, **given: Any) -> Self:
-        """Check settings given by name.
-
-        Raises:
-            SettingsError: A name is unknown or a value is out of range.
-        """
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            fault = max(error.errors(), key=lambda one: len(one["loc"]))  # of alternatives, the one that was meant
-            where = ".".join(map(str, fault["loc"]))
-            raise SettingsError(
-                f"The setting {where}={fault['input']!r} cannot be used: {fault['msg'].lower()}. "
-                f"Known settings: {', '.join(cls.model_fields)}."
-            ) from error
 
 
 class AnnotationSettings(Checked):

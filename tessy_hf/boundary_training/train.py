@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.boundary_training.card import render_card
 from tessy_hf.boundary_training.examples import cut
@@ -22,7 +20,6 @@ from tessy_hf.boundary_training.fit import fit, load_base, save
 from tessy_hf.boundary_training.metrics import Evaluation, evaluate
 from tessy_hf.boundary_training.segments import Segment, read_segments, split_by_problem
 from tessy_hf.boundary_training.settings import TrainingSettings
-from tessy_hf.errors import SettingsError
 from tessy_hf.text.vocabulary import Vocabulary
 
 Rows = str | Path | Iterable[Mapping[str, Any] | Segment]
@@ -95,21 +92,6 @@ def train_boundary(
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     render_card(folder).save(folder / "README.md")
     return Trained(folder, figures.get("test") or figures["validation"])
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read training settings, ``data`` and ``extra`` from a YAML file.
-
-    Raises:
-        SettingsError: The file cannot be read, or is not a mapping.
-    """
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. Expected is a YAML file.") from error
-    if not isinstance(given, dict):
-        raise SettingsError(f"The recipe {str(path)!r} holds {given!r}. Expected are training settings by name.")
-    return given
 
 
 def _split(

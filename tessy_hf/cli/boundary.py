@@ -49,8 +49,9 @@ def train_boundary(
 ) -> None:
     """Train a boundary predictor on annotated segments."""
     from tessy_hf.boundary_training import train
+    from tessy_hf.recipe import read_training
 
-    settings = train.read_recipe(recipe)
+    settings = read_training(recipe)
     given = {"data": data, "extra": extra}
     places = {name: settings.pop(name, None) for name in given} | {name: given[name] for name in given if given[name]}
     rows = {name: _chain(place, split) for name, place in places.items() if place}

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tessy_hf.report.statistics import evenly
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
 from tessy_hf.text.thinking_format import detect, render
 from tessy_hf.text.traces import thinking as thinking_of
+from tessy_hf.text.vocabulary import owners
 
 if TYPE_CHECKING:
     from tessy_hf.text.vocabulary import Vocabulary
@@ -294,8 +295,8 @@ def likelihood(
     """
     losses: dict[str, list[float]] = {}
     for at in evenly(len(side.texts), rows):
-        ids, begins, owners = _as_trained(side.texts[at], vocabulary)
-        for owner, loss in zip(owners, scorer(ids[:most], begins), strict=False):
+        ids, begins, wrote = _as_trained(side.texts[at], vocabulary)
+        for owner, loss in zip(wrote, scorer(ids[:most], begins), strict=False):
             for kind in {"all", owner} - {""}:
                 losses.setdefault(kind, []).append(loss)
     return {kind: {"nll": sum(nlls) / len(nlls), "tokens": len(nlls)} for kind, nlls in sorted(losses.items())}
@@ -308,14 +309,13 @@ def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, lis
     """
     thinking_format = detect(vocabulary)
     ids = vocabulary.encode_template(render(vocabulary, thinking_format, [{"role": "user", "content": text.prompt}]))
-    begins, owners = len(ids), []
+    begins, wrote = len(ids), list[str]()
     for part, after in (("thinking", thinking_format.close), ("answer", "")):
         encoded = vocabulary.encode(text.part(part))
         own = [(author, len(piece)) for author, of, piece in text.pieces if of == part]
-        ends = np.cumsum([length for _, length in own])
-        places = np.searchsorted(ends, [end for _, end in encoded.offsets])
         kinds = [f"{author}'s {part}" if author else part for author, _ in own]
         marks = vocabulary.encode_template(after)
         ids += encoded.ids + marks
-        owners += [kinds[min(place, len(kinds) - 1)] for place in places] + [""] * len(marks)
-    return ids, begins, owners
+        wrote += [kinds[at] for at in owners(encoded.offsets, list(accumulate(length for _, length in own)))]
+        wrote += [""] * len(marks)
+    return ids, begins, wrote

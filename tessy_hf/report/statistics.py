@@ -10,7 +10,6 @@ import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from itertools import accumulate, product
-from math import fsum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,7 +123,7 @@ class Statistics:
         for part, column in (("row", "teacher_token_ratio"), ("thinking", "thinking_teacher_token_ratio")):
             shares = _values(table, column)
             self.counts[f"share of {part}"].update(round(share * SHARE_STEPS) for share in shares)
-            self.counts["sum of shares"][part] += fsum(shares)
+            self.counts["sum of shares"][part] += sum(shares)
         self._add_spans(_spans(table), table.num_rows)
 
     def _add_spans(self, spans: dict[str, Numbers], rows: int) -> None:
@@ -196,7 +195,7 @@ class Statistics:
         }
 
     def _span_lengths(self, author: str) -> dict[str, Any]:
-        longest = max((max(self.counts[f"spans of {one}"], default=1) for one in AUTHORS), default=1)
+        longest = max(max(self.counts[f"spans of {one}"], default=1) for one in AUTHORS)
         edges = [0, 1, 2, 3] if longest > 16 else list(range(longest + 2))
         while edges[-1] <= longest:
             edges.append(2 * edges[-1] - 1)  # bins double in width: 3-4, 5-8, ...

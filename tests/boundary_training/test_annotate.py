@@ -306,7 +306,7 @@ def test_a_folder_of_other_settings_is_refused_but_limit_and_speed_may_change(tm
 
 
 def test_settings_that_cannot_be_used_are_refused(tmp_path):
-    for settings, told in [({"word": 3}, "Known settings: .*words"), ({"words": 3}, "greater than or equal to 10")]:
+    for settings, told in [({"word": 3}, "Known: .*words"), ({"words": 3}, "greater than or equal to 10")]:
         with pytest.raises(SettingsError, match=told):
             AnnotationSettings.check(**settings)
     (tmp_path / "p.jinja").write_text("Mark style.")

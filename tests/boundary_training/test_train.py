@@ -19,8 +19,9 @@ from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings
 from tessy_hf.boundary_training.readings import Reading
 from tessy_hf.boundary_training.segments import Segment, read_segments, word_kinds
 from tessy_hf.boundary_training.settings import AnnotationSettings, TrainingSettings
-from tessy_hf.boundary_training.train import read_recipe, train_boundary
+from tessy_hf.boundary_training.train import train_boundary
 from tessy_hf.errors import BoundaryError, DatasetError, SettingsError
+from tessy_hf.recipe import read_annotation, read_training
 from tessy_hf.text.vocabulary import words
 from tests.boundary_training.bases import PATH, make_base
 from tests.boundary_training.test_annotate import STYLE, mark, trace
@@ -199,7 +200,7 @@ def test_the_bias_goes_where_the_character_f1_is_best():
 
 def test_extra_segments_on_held_out_problems_are_left_out(base, tmp_path):
     held = segments(6)
-    extra = [{**s.to_row(), "weight": 0.2} for s in segments(20)]
+    extra = [{"text": s.text, "style_spans": s.marked(), "problem_id": s.problem, "weight": 0.2} for s in segments(20)]
     options = {**QUICK, "epochs": 1}
     made = train_boundary(
         segments()[20:], tmp_path, extra=extra, test=held[:3], validation=held[3:], base=base, **options
@@ -252,7 +253,8 @@ def test_the_tokenizer_of_a_made_base_is_exact(base):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"epoch": 3}, "Known settings: base"),
+        ({"epoch": 3}, "Known: base"),
+        ({"epoch": 3}, "Did you mean 'epochs'?"),
         ({"label_shift": 2}, "label_shift"),
         ({"base": {"steps": 3}}, "valid string"),
         ({"learning_rate": -1}, "greater than 0"),
@@ -312,10 +314,8 @@ def test_the_shipped_segments_are_whole():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "boundary").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_can_be_read(recipe):
-    given = read_recipe(recipe)
+    given = read_training(recipe)
     if "annotator" in given:
-        from tessy_hf.recipe import read_annotation
-
         annotator, settings = read_annotation(recipe)
         assert annotator.engine.model and AnnotationSettings.check(**settings)
     else:
