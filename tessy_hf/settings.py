@@ -70,7 +70,7 @@ class Checked(BaseModel):
         try:
             return cls(**given)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of several alternatives, the closest
             name = str(first["loc"][0])
             default = cls.model_fields[name].get_default(call_default_factory=True)
             raise SettingsError(

@@ -6,19 +6,22 @@ Knows nothing of rows or models.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.report.figures import (
-    THEMES,
+    SIZE,
+    Bar,
+    Drawing,
     Kind,
     Theme,
     ThemeName,
+    author_parts,
+    draw_bars,
     name_axes,
+    paint,
     put_legend,
     save,
-    style,
     thousands,
 )
 from tessy_hf.report.html import inline, render
@@ -50,10 +53,7 @@ def draw(name: str, found: dict[str, Any], theme: ThemeName = "light") -> Figure
     Raises:
         TessyError: matplotlib is not installed.
     """
-    with style(THEMES[theme]) as new_figure:
-        figure: Figure = new_figure(figsize=_WIDE) if name == "words" else new_figure()
-        _DRAW[name](figure, found, THEMES[theme])
-        return figure
+    return paint(_DRAW[name], found, theme, _WIDE if name == "words" else SIZE)
 
 
 def image(name: str, found: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
@@ -65,19 +65,19 @@ def image(name: str, found: dict[str, Any], theme: ThemeName = "light", kind: Ki
 
 def describe(name: str, found: dict[str, Any]) -> str:
     """Describe a figure in one sentence, as alternative text."""
-    similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in found["similarity"])
-    words = found["words"]["words"]
-    return {
-        "map": f"The texts on their first two principal components. {similar}.",
-        "tokens": "Mean tokens per text: "
-        + ", ".join(f"{name} {count(round(found['tokens'][name]['row']['mean'], 1))}" for name in found["names"])
-        + ".",
-        "authors": "Who wrote the tokens: "
-        + ", ".join(f"{name} {_teacher(found['authors'][name])} by the teacher" for name in found["names"])
-        + ".",
-        "nll": "The student's mean negative log-likelihood per token, by author.",
-        "words": f"Frequency in each dataset of the words most typical of one of them: {', '.join(words)}.",
-    }[name]
+    if name == "map":
+        similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in found["similarity"])
+        return f"The texts on their first two principal components. {similar}."
+    if name == "tokens":
+        means = (f"{name} {count(round(one['row']['mean'], 1))}" for name, one in found["tokens"].items())
+        return f"Mean tokens per text: {', '.join(means)}."
+    if name == "authors":
+        shares = (f"{name} {_teacher(tokens)} by the teacher" for name, tokens in found["authors"].items())
+        return f"Who wrote the tokens: {', '.join(shares)}."
+    if name == "nll":
+        return "The student's mean negative log-likelihood per token, by author."
+    words = ", ".join(found["words"]["words"])
+    return f"Frequency in each dataset of the words most typical of one of them: {words}."
 
 
 # --- the figures
@@ -109,32 +109,25 @@ def _map(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
 def _tokens(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
-    longest = max(found["tokens"][name]["row"]["mean"] for name in found["names"])
-    for at, (name, color) in enumerate(_colors(theme, found).items()):
-        parts = found["tokens"][name]
-        thinking, answer = parts["thinking"]["mean"], parts["answer"]["mean"]
-        axes.barh(at, thinking, 0.5, color=color)
-        axes.barh(at, answer, 0.5, left=thinking, color=color, alpha=0.45)
-        _value(axes, thinking + answer, at, f"{thinking + answer:,.0f}", theme)
-        said = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
-        axes.annotate(said, (0, at), (0, -29), textcoords="offset points", va="center", color=theme.muted, size=8.5)
-    _rows(axes, found["names"], longest, theme)
+    bars = []
+    for name, color in _colors(theme, found).items():
+        thinking, answer = (found["tokens"][name][part]["mean"] for part in ("thinking", "answer"))
+        parts = [(thinking, {"color": color}), (answer, {"color": color, "alpha": 0.45})]
+        note = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
+        bars.append(Bar(name, parts, f"{thinking + answer:,.0f}", note))
+    draw_bars(axes, bars, theme)
     axes.xaxis.set_major_formatter(thousands)
 
 
 def _authors(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
-    known = [name for name in found["names"] if found["authors"][name]]
-    for at, name in enumerate(known):
-        left = 0.0
-        for author in AUTHORS:
-            tokens = found["authors"][name]
-            part = 100 * (share(tokens[author], sum(tokens.values())) or 0)
-            axes.barh(at, part, 0.5, left=left, color=theme.of(author), label=author if not at else None)
-            left += part
-        _value(axes, 100, at, f"teacher {_teacher(found['authors'][name])}", theme)
-    _rows(axes, known, 112, theme)
+    bars = []
+    for name, tokens in found["authors"].items():
+        if tokens:
+            shares = {author: 100 * (share(tokens[author], sum(tokens.values())) or 0) for author in AUTHORS}
+            bars.append(Bar(name, author_parts(shares, theme), f"teacher {_teacher(tokens)}"))
+    draw_bars(axes, bars, theme, margin=0.31)
     axes.set_xticks(range(0, 101, 20))
     put_legend(axes)
 
@@ -142,13 +135,12 @@ def _authors(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
 def _nll(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
-    bars = [(name, kind, one["nll"]) for name in found["names"] for kind, one in found["nll"][name].items()]
-    colors = _colors(theme, found)
-    for at, (name, kind, value) in enumerate(bars):
-        axes.barh(at, value, 0.7, color=colors[name], alpha=1 if kind == "all" else 0.5)
-        _value(axes, value, at, f"{value:.2f}", theme)
-    labels = [f"{name}: all" if kind == "all" else kind for name, kind, _ in bars]
-    _rows(axes, labels, max(value for *_, value in bars), theme)
+    bars = []
+    for name, color in _colors(theme, found).items():
+        for kind, one in found["nll"][name].items():
+            look = {"color": color, "alpha": 1 if kind == "all" else 0.5}
+            bars.append(Bar(f"{name}: all" if kind == "all" else kind, [(one["nll"], look)], f"{one['nll']:.2f}"))
+    draw_bars(axes, bars, theme)
 
 
 def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
@@ -171,19 +163,7 @@ def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes.tick_params(length=0)
 
 
-def _value(axes: Any, x: float, y: float, said: str, theme: Theme) -> None:
-    axes.annotate(said, (x, y), (6, 0), textcoords="offset points", va="center", color=theme.text, weight="bold")
-
-
-def _rows(axes: Any, labels: list[str], longest: float, theme: Theme) -> None:
-    axes.set_yticks(range(len(labels)), labels, color=theme.text)
-    axes.set(ylim=(len(labels) - 0.3, -0.5), xlim=(0, 1.17 * longest))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
-
-
-_DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
+_DRAW: dict[str, Drawing] = {
     "map": _map,
     "tokens": _tokens,
     "authors": _authors,

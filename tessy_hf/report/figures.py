@@ -6,12 +6,11 @@ Draws without pyplot, so that no window system and no global state is touched. K
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tessy_hf.errors import TessyError
 from tessy_hf.report.statistics import AUTHORS
@@ -46,7 +45,8 @@ THEMES = {
 ThemeName = Literal["light", "dark"]
 Kind = Literal["svg", "png"]
 NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
-_SIZE = (6.4, 3.6)  # inches
+SIZE = (6.4, 3.6)  # inches
+Drawing = Callable[["Figure", dict[str, Any], Theme], None]
 
 
 def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figure:
@@ -60,9 +60,14 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
     Raises:
         TessyError: matplotlib is not installed.
     """
+    return paint(_DRAW[name], summary, theme)
+
+
+def paint(drawing: Drawing, data: dict[str, Any], theme: ThemeName, size: tuple[float, float] = SIZE) -> Figure:
+    """Draw on a new figure of a size in inches."""
     with style(THEMES[theme]) as new_figure:
-        figure: Figure = new_figure()
-        _DRAW[name](figure, summary, THEMES[theme])
+        figure: Figure = new_figure(figsize=size)
+        drawing(figure, data, THEMES[theme])
         return figure
 
 
@@ -79,15 +84,6 @@ def save(figure: Figure, theme: ThemeName, kind: Kind) -> bytes:
         transparent = kind == "svg"  # in the report the page's background shows
         figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=120)
     return buffer.getvalue()
-
-
-def write(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Write all figures of a dataset as PNG files, for its card, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name in NAMES]
-    for name, path in zip(NAMES, paths, strict=True):
-        path.write_bytes(image(name, summary, kind="png"))
-    return paths
 
 
 def describe(name: str, summary: dict[str, Any]) -> str:
@@ -180,34 +176,24 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
     axes = figure.subplots()
     name_axes(axes, "What the tokens were spent on", "tokens (the discarded ones in their author's own)", "")
     tokens, discarded = summary["tokens"], summary["discarded"]
-    bars = {
+    spent = {
         "thinking": tokens["thinking"],
         "answer": tokens["answer"],
         "discarded": {author: discarded[author]["tokens"] for author in AUTHORS},
     }
-    whole = max(sum(bar.values()) for bar in bars.values())
-    if not whole:
+    if not any(tokens for by_author in spent.values() for tokens in by_author.values()):
         return _nothing(axes, theme)
-    for place, bar in enumerate(bars.values()):
-        left = 0
-        for author in AUTHORS:
-            axes.barh(place, bar[author], 0.56, left=left, color=theme.of(author), label=author if not place else None)
-            left += bar[author]
-        share = bar["teacher"] / left if left else None
-        total: Any = {"textcoords": "offset points", "va": "center", "color": theme.text, "weight": "bold"}
-        axes.annotate(f"{left:,}", (left, place), (7, 0), **total)
-        note = "" if share is None else f"teacher {_percent(share)}"
-        axes.annotate(note, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
-    axes.set_yticks(range(3), list(bars), color=theme.text, size=10)
-    axes.set(ylim=(2.6, -0.45), xlim=(0, whole * 1.16))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
+    bars = []
+    for label, by_author in spent.items():
+        total = sum(by_author[author] for author in AUTHORS)
+        note = f"teacher {_percent(by_author['teacher'] / total)}" if total else ""
+        bars.append(Bar(label, author_parts(by_author, theme), f"{total:,}", note))
+    draw_bars(axes, bars, theme)
     axes.xaxis.set_major_formatter(thousands)
     put_legend(axes)
 
 
-_DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
+_DRAW: dict[str, Drawing] = {
     "teacher_share": _teacher_share,
     "share_along_row": _share_along_row,
     "span_lengths": _span_lengths,
@@ -253,13 +239,51 @@ def style(theme: Theme) -> Iterator[Any]:
         "text.parse_math": False,  # a dataset's name may hold a $
         "svg.hashsalt": "tessy",
         "svg.fonttype": "none",  # text stays text, in the page's font
-        "figure.figsize": _SIZE,
         "figure.constrained_layout.use": True,
         "figure.constrained_layout.w_pad": 0.12,
         "figure.constrained_layout.h_pad": 0.12,
     }
     with matplotlib.rc_context(settings):
         yield Figure
+
+
+class Bar(NamedTuple):
+    """A horizontal bar.
+
+    Attributes:
+        label: Its name on the axis.
+        parts: Length and look of each part, laid end to end.
+        total: What is written at its end.
+        note: What is written below it.
+    """
+
+    label: str
+    parts: Sequence[tuple[float, dict[str, Any]]]
+    total: str
+    note: str = ""
+
+
+def author_parts(lengths: Mapping[str, float], theme: Theme) -> list[tuple[float, dict[str, Any]]]:
+    """Return the parts of a bar that both authors share."""
+    return [(lengths[author], {"color": theme.of(author), "label": author}) for author in AUTHORS]
+
+
+def draw_bars(axes: Axes, bars: Sequence[Bar], theme: Theme, margin: float = 0.17) -> None:
+    """Draw bars one below the other, with room for their totals: ``margin``, a share of the longest bar."""
+    plain: Any = {"textcoords": "offset points", "va": "center"}
+    for at, bar in enumerate(bars):
+        left = 0.0
+        for length, look in bar.parts:
+            axes.barh(at, length, 0.56, left=left, **{**look, "label": None if at else look.get("label")})
+            left += length
+        axes.annotate(bar.total, (left, at), (7, 0), color=theme.text, weight="bold", **plain)
+        axes.annotate(bar.note, (0, at + 0.28), (0, -8), color=theme.muted, size=8.5, **plain)
+    longest = max(sum(length for length, _ in bar.parts) for bar in bars)
+    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], color=theme.text)
+    axes.set(ylim=(len(bars) - 0.4, -0.45), xlim=(0, (1 + margin) * longest))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
