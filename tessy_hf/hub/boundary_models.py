@@ -98,11 +98,7 @@ def _publish(repo: Repository, private: bool, tag: str | None, files: Sequence[C
 
 
 def _tagged(repo: Repository, tag: str, files: Sequence[CommitOperationAdd]) -> str:
-    """Return the commit of a tag that has these very files, as an earlier push may have left it.
-
-    Raises:
-        BoundaryError: It has others.
-    """
+    """Return the commit of a tag that has these very files, as an earlier push may have left it."""
     commit = repo.resolve(tag)
     if other := _difference(repo, commit, files):
         raise BoundaryError(

@@ -116,11 +116,7 @@ def _check_overlap(repo: Repository, spec: ReleaseSpec, where: str, patterns: li
 
 
 def _files(repo: Repository, commit: str, where: str, patterns: list[str]) -> list[str]:
-    """Return the files of a split that stays.
-
-    Raises:
-        DatasetError: There are none, or some that are not Parquet.
-    """
+    """Return the files of a split that stays."""
     paths = [
         path for pattern in patterns
         for path in ([pattern] if "://" in pattern else repo.glob(pattern, commit))
@@ -147,11 +143,7 @@ def _check_columns(
     paths: list[str],
     own: Features,
 ) -> layout.Info | None:
-    """Check the columns of another split of the configuration; return its size where the card does not give it.
-
-    Raises:
-        DatasetError: They differ from those of the rows.
-    """
+    """Check the columns of another split of the configuration; return its size where the card does not give it."""
     from datasets import Features
 
     info = layout.infos(data).get(spec.config_name, {})

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, combinations
+from itertools import accumulate, chain, combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,18 +58,16 @@ class Side:
 
     name: str
     texts: list[Text]
-    bags: list[tuple[Numbers, Numbers]] = field(default_factory=list)
-    """For each text its distinct token ids and their counts."""
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"thinking": [], "answer": []})
     """For each part the number of tokens of each text."""
 
-    def tokenize(self, vocabulary: Vocabulary) -> None:
-        """Count the tokens of all texts. The sequences of ids are not kept."""
+    def tokenize(self, vocabulary: Vocabulary) -> Iterator[list[int]]:
+        """Yield the token ids of each text, which are not kept, and count them."""
         for text in self.texts:
             parts = {part: vocabulary.encode(text.part(part)).ids for part in self.lengths}
             for part, ids in parts.items():
                 self.lengths[part].append(len(ids))
-            self.bags.append(np.unique(np.array(sum(parts.values(), []), dtype=np.int32), return_counts=True))
+            yield [*parts["thinking"], *parts["answer"]]
 
 
 def read(row: Mapping[str, Any]) -> Text | None:
@@ -155,9 +153,7 @@ def analyze(
             "three datasets with different names, and limits of at least 3."
         )
     sides = match(datasets, limit)
-    for side in sides:
-        side.tokenize(vocabulary)
-    vectors = tf_idf([side.bags for side in sides])
+    vectors = tf_idf(sides, vocabulary)
     found: dict[str, Any] = {
         "names": [side.name for side in sides],
         "prompts": len(sides[0].texts),
@@ -177,25 +173,26 @@ def analyze(
 # --- bags of tokens
 
 
-def tf_idf(bags: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> list[Any]:
+def tf_idf(sides: Sequence[Side], vocabulary: Vocabulary) -> list[Any]:
     """Return each dataset's token counts as TF-IDF rows of unit length; document frequencies are those of all texts.
 
     Raises:
         TessyError: scikit-learn is not installed.
     """
     try:
-        from scipy.sparse import csr_matrix
-        from sklearn.feature_extraction.text import TfidfTransformer
+        from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
         raise TessyError(
             'Texts are compared with scikit-learn, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
-    tokens, counts = zip(*(bag for side in bags for bag in side), strict=True)
-    begins = np.cumsum([0, *map(len, tokens)])
-    counted = csr_matrix((np.concatenate(counts).astype(float), np.concatenate(tokens), begins))
-    vectors = TfidfTransformer().fit_transform(counted).tocsr()
-    rows = len(bags[0])
-    return [vectors[at * rows : (at + 1) * rows] for at in range(len(bags))]
+    texts = chain.from_iterable(side.tokenize(vocabulary) for side in sides)
+    return _by_side(TfidfVectorizer(analyzer=list).fit_transform(texts).tocsr(), len(sides))
+
+
+def _by_side(rows: Any, sides: int) -> list[Any]:
+    """Cut the rows of all texts into those of each dataset."""
+    size = rows.shape[0] // sides
+    return [rows[at * size : (at + 1) * size] for at in range(sides)]
 
 
 def similarities(sides: Sequence[Side], vectors: Sequence[Any]) -> list[dict[str, Any]]:
@@ -205,16 +202,13 @@ def similarities(sides: Sequence[Side], vectors: Sequence[Any]) -> list[dict[str
         same = _cosines(vectors[left], vectors[right])
         other = _cosines(vectors[left], vectors[right][np.roll(np.arange(len(same)), 1)])
         names = [sides[left].name, sides[right].name]
-        found.append({"of": names, "mean": _mean(same), "sd": float(same.std()), "other_prompts": _mean(other)})
+        means = {"mean": float(same.mean()), "other_prompts": float(other.mean())}
+        found.append({"of": names, **means, "sd": float(same.std())})
     return found
 
 
 def _cosines(left: Any, right: Any) -> Numbers:
     return np.asarray(left.multiply(right).sum(axis=1)).ravel()
-
-
-def _mean(values: Numbers) -> float:
-    return float(np.mean(values))
 
 
 def principal_components(vectors: Sequence[Any]) -> dict[str, Any]:
@@ -227,8 +221,7 @@ def principal_components(vectors: Sequence[Any]) -> dict[str, Any]:
     with np.errstate(divide="ignore", invalid="ignore"):  # identical texts have no variance
         places = pca.fit_transform(everything).round(5)
     explained = np.nan_to_num(pca.explained_variance_ratio_, posinf=0.0)
-    rows = vectors[0].shape[0]
-    points = [places[at * rows : (at + 1) * rows] for at in range(len(vectors))]
+    points = _by_side(places, len(vectors))
     return {
         "explained": explained.tolist(),
         "points": [side.tolist() for side in points],
@@ -243,7 +236,7 @@ def _lengths(side: Side) -> dict[str, Any]:
     parts = {part: np.array(lengths) for part, lengths in side.lengths.items()}
     parts["row"] = parts["thinking"] + parts["answer"]
     return {
-        part: {"mean": _mean(lengths), **{str(q): float(np.quantile(lengths, q)) for q in QUANTILES}}
+        part: {"mean": float(lengths.mean()), **{str(q): float(np.quantile(lengths, q)) for q in QUANTILES}}
         for part, lengths in parts.items()
     }
 
@@ -264,9 +257,11 @@ def typical_words(sides: Sequence[Side]) -> dict[str, Any]:
 
     The most typical words are those that add most to the Kullback-Leibler divergence from the other datasets.
     """
-    counts = [Counter(_words(side)) for side in sides]
-    known = sorted(set().union(*counts))
-    per = np.array([[count[word] for word in known] for count in counts], dtype=float)
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(analyzer=_words)
+    per = counter.fit_transform(sides).toarray()
+    known = counter.get_feature_names_out()
     smooth = (per + 0.5) / (per + 0.5).sum(axis=1, keepdims=True)
     chosen: list[int] = []
     for at in range(len(sides)):

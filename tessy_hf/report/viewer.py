@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tessy_hf.report import figures
 from tessy_hf.report.html import inline, render
@@ -54,7 +54,7 @@ def write(
     """
     partner = _partners(against[1]) if against else None
     index = Index([title, against[0] if against else None])
-    texts = list(_packed_chunks(rows, index, partner))
+    texts = list(_packed_chunks(rows, index, partner))  # fills the index
     drawn = [
         {"svg": inline(figures.image(name, summary)), "description": figures.describe(name, summary), "wide": False}
         for name in figures.NAMES
@@ -63,7 +63,8 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         file.write(page)
-        _write_chunks(file, texts)
+        for at, text in enumerate(texts):
+            file.write(f'<script type="text/plain" id="rows-{at}">{text}</script>\n')
         file.write("</body>\n</html>\n")
 
 
@@ -71,31 +72,28 @@ class Index:
     """The columns that the page's list, search and filters need of every row."""
 
     def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = list(names)
-        self.reasons: dict[str, int] = {}
-        self.chunks: list[int] = []
-        self.rows: list[tuple[Any, ...]] = []
+        self._fixed: dict[str, Any] = {"names": list(names), "reasons": [], "chunks": []}
+        self._rows: dict[str, list[Any]] = {
+            name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens")
+        }
 
-    def add(self, number: int, row: Mapping[str, Any], prompt: str) -> None:
+    def add(self, number: int, row: Mapping[str, Any], prompt: str, *, begins_chunk: bool) -> None:
         """Add a row."""
-        reason = self.reasons.setdefault(str(row.get("finish_reason") or "unknown"), len(self.reasons))
+        reasons, reason = self._fixed["reasons"], str(row.get("finish_reason") or "unknown")
+        if reason not in reasons:
+            reasons.append(reason)
+        if begins_chunk:
+            self._fixed["chunks"].append(len(self._rows["number"]))
         name = next((str(row[column]) for column in _IDS if row.get(column) is not None), None)
-        self.rows.append((number, name, " ".join(prompt.split())[:SNIPPET], reason, _permille(row), _tokens(row)))
+        shown = " ".join(prompt.split())[:SNIPPET]
+        values = (number, name, shown, reasons.index(reason), _permille(row), _tokens(row))
+        for column, value in zip(self._rows.values(), values, strict=True):
+            column.append(value)
 
     def columns(self) -> dict[str, Any]:
         """Return the index as the page's script reads it."""
-        numbers, names, prompts, reasons, shares, tokens = zip(*self.rows, strict=True) if self.rows else ((),) * 6
-        return {
-            "names": self.names,
-            "reasons": list(self.reasons),
-            "chunks": self.chunks,
-            "number": numbers,
-            "id": names if all(name is not None for name in names) and names else None,
-            "prompt": prompts,
-            "reason": reasons,
-            "share": shares,
-            "tokens": tokens,
-        }
+        ids = self._rows["id"]
+        return {**self._fixed, **self._rows, "id": ids if ids and None not in ids else None}
 
 
 def _packed_chunks(
@@ -106,9 +104,7 @@ def _packed_chunks(
     size = 0
     for number, row in rows:
         turns = _prompt(row)
-        if not chunk:
-            index.chunks.append(len(index.rows))
-        index.add(number, row, turns[-1][1] if turns else "")
+        index.add(number, row, turns[-1][1] if turns else "", begins_chunk=not chunk)
         shown = _shown(row)
         other = partner(_key(turns)) if partner else None
         chunk.append([turns, shown, row.get("error"), _details(row, turns), other])
@@ -119,11 +115,6 @@ def _packed_chunks(
             chunk, size = [], 0
     if chunk:
         yield _pack(chunk)
-
-
-def _write_chunks(file: TextIO, texts: Iterable[str]) -> None:
-    for at, text in enumerate(texts):
-        file.write(f'<script type="text/plain" id="rows-{at}">{text}</script>\n')
 
 
 def _pack(value: Any) -> str:
