@@ -84,7 +84,7 @@ class Candidate:
 
     def _tree(self, on_main: Mapping[str, RepoFile], on_side: Mapping[str, RepoFile]) -> dict[str, RepoFile]:
         """Return the files that are to be there beside the card: others as on ``main``, ours as on the branch."""
-        folder, shards = f"{self.spec.records}/", {shard.path for shard in all_shards(self.manifest)}
+        folder, shards = f"{self.spec.records}/", {shard.path for shard in self.manifest.shards}
         replaced = ("README.md", folder, *self.spec.data_prefixes)
         others = {path: file for path, file in on_main.items() if path in shards or not path.startswith(replaced)}
         records = self.records or [path for path in on_side if path.startswith(folder)]
@@ -112,7 +112,7 @@ class Candidate:
         """
         there = self.repo.files(self.commit)
         old = {shard.path for shard in base.manifest.splits[self.spec.split].shards} if base else set()
-        shards = all_shards(self.manifest)
+        shards = self.manifest.shards
         self.repo.say(f"reading back what was sent: {sum(shard.path not in old for shard in shards)} file(s)")
         for shard in shards:
             wrong = difference(shard, there.get(shard.path))
@@ -242,11 +242,6 @@ def changes(now: Mapping[str, RepoFile], then: Mapping[str, RepoFile], source: s
         *(CommitOperationDelete(path) for path in now if path not in then),
         *(CommitOperationCopy(path, path, src_revision=source) for path in copied),
     ]
-
-
-def all_shards(manifest: Manifest) -> list[ShardRecord]:
-    """Return the files of all splits of a release."""
-    return [shard for split in manifest.splits.values() for shard in split.shards]
 
 
 def difference(shard: ShardRecord, there: RepoFile | None) -> str | None:
