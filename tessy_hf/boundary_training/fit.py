@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,31 @@ def load_base(settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTo
     return network, tokenizer
 
 
+class _Validation(NamedTuple):
+    """The segments that decide when training stops, and how they are read."""
+
+    segments: Sequence[Segment]
+    examples: Sequence[Example]
+    vocabulary: Vocabulary
+    label_shift: int
+
+    def readings(self, logits: Any) -> list[Reading]:
+        """Turn padded logits of shape (segments, tokens, 2) into readings."""
+        readings, ahead = [], [UNJUDGED] * self.label_shift
+        for row, example, segment in zip(logits, self.examples, self.segments, strict=True):
+            scores = np.asarray(row, dtype=np.float64)[: len(example.ids) - self.label_shift]
+            style = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
+            readings.append(Reading(self.vocabulary.encode(segment.text).offsets, np.concatenate((ahead, style))))
+        return readings
+
+    def measure(self, predicted: Any) -> dict[str, float]:
+        """Return the figures that are shown, and that the best epoch is chosen by."""
+        found = evaluate_readings(self.readings(predicted.predictions), self.segments)
+        figures = {name: getattr(found, name) for name in ("char_f1", "span_f1", "boundary_within_1_word")}
+        log.info("validation: %s", figures)
+        return figures
+
+
 def fit(
     network: PreTrainedModel,
     vocabulary: Vocabulary,
@@ -100,6 +125,7 @@ def fit(
     aligned = aligned_copies(train, settings.aligned_copies, settings.seed)
     examples = [encode(segment, vocabulary, settings.label_shift) for segment in (*train, *aligned)]
     judged = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
+    held_out = _Validation(validation, judged, vocabulary, settings.label_shift)
     style_weight = weight_of_style(examples, settings.style_weight)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
     checkpoints = folder / "checkpoints" / _fingerprint(settings, examples)
@@ -133,15 +159,14 @@ def fit(
         data_collator=lambda batch: collate(batch, style_weight),
         train_dataset=examples,
         eval_dataset=judged,
-        compute_metrics=lambda predicted: _measure(predicted.predictions, judged, validation, vocabulary, settings),
+        compute_metrics=held_out.measure,
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
     trainer.remove_callback(PrinterCallback)  # prints to stdout
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     shutil.rmtree(folder / "checkpoints")
     if settings.tune_bias:
-        logits = trainer.predict(judged).predictions
-        _tune_bias(network, _readings(logits, judged, validation, vocabulary, settings.label_shift), validation)
+        _tune_bias(network, held_out.readings(trainer.predict(judged).predictions), validation)
     kept = ("epoch", "eval_loss", "eval_char_f1", "eval_span_f1", "eval_boundary_within_1_word")
     return [{name: step[name] for name in kept} for step in trainer.state.log_history if "eval_char_f1" in step]
 
@@ -152,32 +177,6 @@ def _fingerprint(settings: TrainingSettings, examples: Sequence[Example]) -> str
     for example in examples:
         digest.update(repr(example).encode())
     return digest.hexdigest()[:12]
-
-
-def _readings(
-    logits: Any, examples: Sequence[Example], segments: Sequence[Segment], vocabulary: Vocabulary, label_shift: int
-) -> list[Reading]:
-    """Turn padded logits of shape (segments, tokens, 2) into readings."""
-    ahead = [UNJUDGED] * label_shift
-    readings = []
-    for row, example, segment in zip(logits, examples, segments, strict=True):
-        scores = np.asarray(row, dtype=np.float64)[: len(example.ids) - label_shift]
-        style = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
-        readings.append(Reading(vocabulary.encode(segment.text).offsets, np.concatenate((ahead, style))))
-    return readings
-
-
-def _measure(
-    logits: Any,
-    examples: Sequence[Example],
-    segments: Sequence[Segment],
-    vocabulary: Vocabulary,
-    settings: TrainingSettings,
-) -> dict[str, float]:
-    found = evaluate_readings(_readings(logits, examples, segments, vocabulary, settings.label_shift), segments)
-    figures = {name: getattr(found, name) for name in ("char_f1", "span_f1", "boundary_within_1_word")}
-    log.info("validation: %s", figures)
-    return figures
 
 
 def _tune_bias(network: PreTrainedModel, readings: Sequence[Reading], validation: Sequence[Segment]) -> None:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tessy_hf.errors import TessyError
 from tessy_hf.report.statistics import AUTHORS
+from tessy_hf.report.tables import count, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +48,7 @@ ThemeName = Literal["light", "dark"]
 Kind = Literal["svg", "png"]
 NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
 SIZE = (6.4, 3.6)  # inches
+STYLE = Path(__file__).with_name("figures.mplstyle")
 Drawing = Callable[["Figure", dict[str, Any], Theme], None]
 
 
@@ -91,14 +94,14 @@ def describe(name: str, summary: dict[str, Any]) -> str:
     share, spans, tokens = summary["teacher_share"]["row"], summary["spans"], summary["tokens"]
     return {
         "teacher_share": (
-            f"The teacher's share of a row's tokens: median {_percent(share['quantiles']['0.5'])}, "
-            f"5th–95th percentile {_percent(share['quantiles']['0.05'])}–{_percent(share['quantiles']['0.95'])}."
+            f"The teacher's share of a row's tokens: median {percent(share['quantiles']['0.5'])}, "
+            f"5th–95th percentile {percent(share['quantiles']['0.05'])}–{percent(share['quantiles']['0.95'])}."
         ),
         "share_along_row": "The teacher's share of the tokens from the beginning to the end of the thinking, "
         "then of the answer: " + _along(summary["position"]) + ".",
         "span_lengths": "; ".join(
-            f"{author}: {spans[author]['count']:,} spans, median {_number(spans[author]['quantiles']['0.5'])} tokens, "
-            f"longest {_number(spans[author]['max'])}"
+            f"{author}: {spans[author]['count']:,} spans, median {count(spans[author]['quantiles']['0.5'])} tokens, "
+            f"longest {count(spans[author]['max'])}"
             for author in AUTHORS
         )
         + ".",
@@ -164,8 +167,8 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
     places = range(len(labels) - first)
     for author, shift in (("teacher", -0.2), ("student", 0.2)):
         own = spans[author]
-        heights = [100 * count / max(own["count"], 1) for count in own["histogram"]["counts"][first:]]
-        median = "none" if not own["count"] else f"median {_number(own['quantiles']['0.5'])} tokens"
+        heights = [100 * spans / max(own["count"], 1) for spans in own["histogram"]["counts"][first:]]
+        median = "none" if not own["count"] else f"median {count(own['quantiles']['0.5'])} tokens"
         axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {median}")
     axes.set_xticks(places, labels[first:])
     axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
@@ -186,7 +189,7 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
     bars = []
     for label, by_author in spent.items():
         total = sum(by_author[author] for author in AUTHORS)
-        note = f"teacher {_percent(by_author['teacher'] / total)}" if total else ""
+        note = f"teacher {percent(by_author['teacher'] / total)}" if total else ""
         bars.append(Bar(label, author_parts(by_author, theme), f"{total:,}", note))
     draw_bars(axes, bars, theme)
     axes.xaxis.set_major_formatter(thousands)
@@ -213,37 +216,13 @@ def style(theme: Theme) -> Iterator[Any]:
         raise TessyError(
             'Figures need matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
-    plain = {"text": theme.text, "xtick": theme.muted, "ytick": theme.muted}
-    settings: Any = {
-        **{f"{name}.color": color for name, color in plain.items()},
-        **{f"axes.{name}": theme.text for name in ("labelcolor", "titlecolor")},
-        **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    colors = {
+        **{f"{name}.color": theme.muted for name in ("xtick", "ytick")},
+        **{name: theme.text for name in ("text.color", "axes.labelcolor", "axes.titlecolor")},
+        **{name: theme.line for name in ("axes.edgecolor", "grid.color")},
         **{f"{kind}.facecolor": theme.background for kind in ("figure", "axes", "savefig")},
-        "axes.edgecolor": theme.line,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": theme.line,
-        "grid.linewidth": 0.7,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 12,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 30,
-        "axes.labelsize": 9.5,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "ytick.major.size": 0,
-        "legend.fontsize": 9,
-        "legend.frameon": False,
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look the same everywhere
-        "text.parse_math": False,  # a dataset's name may hold a $
-        "svg.hashsalt": "tessy",
-        "svg.fonttype": "none",  # text stays text, in the page's font
-        "figure.constrained_layout.use": True,
-        "figure.constrained_layout.w_pad": 0.12,
-        "figure.constrained_layout.h_pad": 0.12,
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(colors, STYLE):  # type: ignore[arg-type]
         yield Figure
 
 
@@ -321,15 +300,7 @@ def thousands(value: float, _position: float = 0) -> str:
     return f"{value:,.0f}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f}%"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,g}"
-
-
 def _along(position: dict[str, list[float | None]]) -> str:
     thinking = position["thinking"]
     quarters = [thinking[0], thinking[len(thinking) // 2], thinking[-1], position["answer"][0]]
-    return ", ".join(map(_percent, quarters))
+    return ", ".join(map(percent, quarters))
