@@ -24,7 +24,7 @@ from tessy_hf.report.figures import (
     save,
     thousands,
 )
-from tessy_hf.report.html import inline, render
+from tessy_hf.report.html import drawn, render
 from tessy_hf.report.statistics import AUTHORS
 from tessy_hf.report.tables import Table, count, percent, share
 
@@ -181,10 +181,7 @@ def write(out: Path, found: dict[str, Any]) -> None:
         title=" · ".join(found["names"]),
         subtitle=f"{found['prompts']:,} common prompts; tokens of {found['tokenizer']}",
         tiles=[(f"Similarity, {_pair(one)}", f"{one['mean']:.3f}", _beside(one)) for one in found["similarity"]],
-        figures=[
-            {"svg": inline(image(name, found)), "description": describe(name, found), "wide": name == "words"}
-            for name in names(found)
-        ],
+        figures=[drawn(image(name, found), describe(name, found), wide=name == "words") for name in names(found)],
         tables=tables(found),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
