@@ -139,14 +139,12 @@ class Candidate:
         self.repo.say("loading every split of the side branch with plain datasets")
         for name in (".huggingface.yaml", "README.md", "dataset_infos.json"):
             self.repo.download(name, self.commit)  # `datasets` takes a busy Hub for one without these files
-        try:
-            self.repo.call("load the side branch", self._load)
-        except _UnloadableError as error:
+        if fault := self.repo.call("load the side branch", self._fault):
             self._reject(
-                f"{error} It could not be loaded from main either. Push to another config_name or repository."
+                f"{fault} It could not be loaded from main either. Push to another config_name or repository."
             )
 
-    def _load(self) -> None:
+    def _fault(self) -> str | None:
         from datasets import get_dataset_config_names, load_dataset
 
         where: dict[str, Any] = {"revision": self.commit, "token": self.repo.token}
@@ -164,10 +162,9 @@ class Candidate:
         except Exception as error:  # whatever `datasets` raises: nothing that it cannot load is promoted
             if may_pass(error):
                 raise
-            reason = str(error.__cause__ or error).strip().splitlines()
-            raise _UnloadableError(
-                f"`datasets` cannot load {place} from the side branch: {type(error).__name__}: {' '.join(reason[:1])}."
-            ) from error
+            said = " ".join(str(error.__cause__ or error).strip().splitlines()[:1])
+            return f"`datasets` cannot load {place} from the side branch: {type(error).__name__}: {said}."
+        return None
 
     def _reject(self, reason: str) -> None:
         discard(self.repo, self.spec)
@@ -202,10 +199,6 @@ class Candidate:
             self.load()
         operations = changes(self.repo.files(main), self.repo.files(self.commit), source=self.commit)
         return self.repo.commit("main", operations, f"Release {self.spec.tag}", parent=main)
-
-
-class _UnloadableError(HubError):
-    """Plain ``datasets`` cannot load a candidate."""
 
 
 def resume(
