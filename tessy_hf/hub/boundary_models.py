@@ -17,19 +17,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, RepoFile
 
 PUBLISHED = (
-    "README.md",
-    "report.json",
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
+    "README.md", "report.json", "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
+    "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.model", "*.jinja",
+)  # fmt: skip
 """Which files of the folder are the model. Others are not published."""
 
 

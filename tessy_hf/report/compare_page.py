@@ -9,24 +9,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.report.figures import (
-    SIZE,
-    Bar,
-    Drawing,
-    Kind,
-    Theme,
-    ThemeName,
-    author_parts,
-    draw_bars,
-    name_axes,
-    paint,
-    put_legend,
-    save,
-    thousands,
-)
+from tessy_hf.report import figures
 from tessy_hf.report.html import drawn, render
-from tessy_hf.report.statistics import AUTHORS
-from tessy_hf.report.tables import Table, count, percent, share
+from tessy_hf.report.statistics import AUTHORS, share
+from tessy_hf.report.tables import Table, count, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +28,7 @@ def names(found: dict[str, Any]) -> list[str]:
     return ["map", "tokens", *authors, *(["nll"] if found["nll"] else []), "words"]
 
 
-def draw(name: str, found: dict[str, Any], theme: ThemeName = "light") -> Figure:
+def draw(name: str, found: dict[str, Any], theme: figures.ThemeName = "light") -> Figure:
     """Draw one figure.
 
     Args:
@@ -53,14 +39,14 @@ def draw(name: str, found: dict[str, Any], theme: ThemeName = "light") -> Figure
     Raises:
         TessyError: matplotlib is not installed.
     """
-    return paint(_DRAW[name], found, theme, _WIDE if name == "words" else SIZE)
+    return figures.paint(_DRAW[name], found, theme, _WIDE if name == "words" else figures.SIZE)
 
 
-def image(name: str, found: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
+def image(name: str, found: dict[str, Any], theme: figures.ThemeName = "light", kind: figures.Kind = "svg") -> bytes:
     """Draw one figure and return it as a file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in SVG the page's font is used
-        return save(draw(name, found, theme), theme, kind)
+        return figures.save(draw(name, found, theme), theme, kind)
 
 
 def describe(name: str, found: dict[str, Any]) -> str:
@@ -83,14 +69,14 @@ def describe(name: str, found: dict[str, Any]) -> str:
 # --- the figures
 
 
-def _colors(theme: Theme, found: dict[str, Any]) -> dict[str, str]:
+def _colors(theme: figures.Theme, found: dict[str, Any]) -> dict[str, str]:
     return dict(zip(found["names"], (theme.teacher, theme.student, theme.third), strict=False))
 
 
-def _map(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _map(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
     first, second = (f"component {at + 1} ({percent(part)})" for at, part in enumerate(found["pca"]["explained"]))
-    name_axes(axes, "The texts on two principal components", first, second)
+    figures.name_axes(axes, "The texts on two principal components", first, second)
     sides = list(zip(_colors(theme, found).items(), found["pca"]["points"], found["pca"]["centres"], strict=True))
     for (name, color), points, _ in sides:
         some = points[:: -(-len(points) // POINTS)]
@@ -100,50 +86,52 @@ def _map(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
         axes.scatter([centre[0]], [centre[1]], s=size, color=color, edgecolors=theme.text, linewidths=1.5, zorder=3)
     axes.grid(visible=True, axis="both")
     axes.set(xticks=[], yticks=[])
-    put_legend(axes)
+    figures.put_legend(axes)
     legend: Any = axes.get_legend()
     for handle in legend.legend_handles:
         handle.set(alpha=1, sizes=[36])
 
 
-def _tokens(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _tokens(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
+    figures.name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
     bars = []
     for name, color in _colors(theme, found).items():
         thinking, answer = (found["tokens"][name][part]["mean"] for part in ("thinking", "answer"))
         parts = [(thinking, {"color": color}), (answer, {"color": color, "alpha": 0.45})]
         note = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
-        bars.append(Bar(name, parts, f"{thinking + answer:,.0f}", note))
-    draw_bars(axes, bars, theme)
-    axes.xaxis.set_major_formatter(thousands)
+        bars.append(figures.Bar(name, parts, f"{thinking + answer:,.0f}", note))
+    figures.draw_bars(axes, bars, theme)
+    axes.xaxis.set_major_formatter(figures.thousands)
 
 
-def _authors(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _authors(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
+    figures.name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
     bars = []
     for name, tokens in found["authors"].items():
         if tokens:
             shares = {author: 100 * (share(tokens[author], sum(tokens.values())) or 0) for author in AUTHORS}
-            bars.append(Bar(name, author_parts(shares, theme), f"teacher {_teacher(tokens)}"))
-    draw_bars(axes, bars, theme, margin=0.31)
+            bars.append(figures.Bar(name, figures.author_parts(shares, theme), f"teacher {_teacher(tokens)}"))
+    figures.draw_bars(axes, bars, theme, margin=0.31)
     axes.set_xticks(range(0, 101, 20))
-    put_legend(axes)
+    figures.put_legend(axes)
 
 
-def _nll(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
+    figures.name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
     bars = []
     for name, color in _colors(theme, found).items():
         for kind, one in found["nll"][name].items():
             look = {"color": color, "alpha": 1 if kind == "all" else 0.5}
-            bars.append(Bar(f"{name}: all" if kind == "all" else kind, [(one["nll"], look)], f"{one['nll']:.2f}"))
-    draw_bars(axes, bars, theme)
+            bars.append(
+                figures.Bar(f"{name}: all" if kind == "all" else kind, [(one["nll"], look)], f"{one['nll']:.2f}")
+            )
+    figures.draw_bars(axes, bars, theme)
 
 
-def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _words(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
@@ -163,7 +151,7 @@ def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes.tick_params(length=0)
 
 
-_DRAW: dict[str, Drawing] = {
+_DRAW: dict[str, figures.Drawing] = {
     "map": _map,
     "tokens": _tokens,
     "authors": _authors,

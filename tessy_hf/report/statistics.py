@@ -22,18 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 NEEDED = (
-    "spans",
-    "teacher_tokens",
-    "student_tokens",
-    "teacher_token_ratio",
-    "thinking_teacher_token_ratio",
-    "discarded_teacher_tokens",
-    "discarded_student_tokens",
-    "finish_reason",
-    "error",
-    "method",
-    "run_fingerprint",
-)
+    "spans", "teacher_tokens", "student_tokens", "teacher_token_ratio", "thinking_teacher_token_ratio",
+    "discarded_teacher_tokens", "discarded_student_tokens", "finish_reason", "error", "method", "run_fingerprint",
+)  # fmt: skip
 """The columns that :meth:`Statistics.add` reads."""
 
 AUTHORS = ("teacher", "student")
@@ -69,7 +60,7 @@ class Tally(Counter[Any]):
         return {
             "count": count,
             "total": total,
-            "mean": _ratio(total, count),
+            "mean": share(total, count),
             "min": min(self, default=None),
             "max": max(self, default=None),
             "quantiles": self.quantiles(),
@@ -122,7 +113,7 @@ class Statistics:
             self.counts["tokens"]["discarded", author] += sum(_values(table, f"discarded_{author}_tokens"))
         for part, column in (("row", "teacher_token_ratio"), ("thinking", "thinking_teacher_token_ratio")):
             shares = _values(table, column)
-            self.counts[f"share of {part}"].update(round(share * SHARE_STEPS) for share in shares)
+            self.counts[f"share of {part}"].update(round(one * SHARE_STEPS) for one in shares)
             self.counts["sum of shares"][part] += sum(shares)
         self._add_spans(_spans(table), table.num_rows)
 
@@ -162,7 +153,7 @@ class Statistics:
             "finish_reasons": dict(self.counts["finish_reason"].most_common()),
             "failures": {
                 "rows": failed,
-                "share": _ratio(failed, self.rows),
+                "share": share(failed, self.rows),
                 "errors": [{"error": error, "rows": rows} for error, rows in self.errors.most_common(10)],
             },
             "methods": dict(self.counts["method"].most_common()),
@@ -188,8 +179,8 @@ class Statistics:
         edges = [step * SHARE_STEPS // 20 for step in range(20)] + [SHARE_STEPS + 1]
         return {
             "count": tally.total(),
-            "of_all_tokens": _ratio(self._tokens(tokens, "teacher"), self._tokens(tokens)),
-            "mean": _ratio(self.counts["sum of shares"][part], tally.total()),
+            "of_all_tokens": share(self._tokens(tokens, "teacher"), self._tokens(tokens)),
+            "mean": share(self.counts["sum of shares"][part], tally.total()),
             "quantiles": {q: None if at is None else at / SHARE_STEPS for q, at in tally.quantiles().items()},
             "histogram": {"edges": [step / 20 for step in range(21)], "counts": tally.histogram(edges)},
         }
@@ -209,13 +200,13 @@ class Statistics:
             tokens = self._tokens("discarded", author)
             own = self._tokens("kept", author) + tokens
             told[author] = {
-                "tokens": tokens, "share_of_own": _ratio(tokens, own), "share_of_cost": _ratio(tokens, cost)
+                "tokens": tokens, "share_of_own": share(tokens, own), "share_of_cost": share(tokens, cost)
             }  # fmt: skip
-        return {**told, "all": {"tokens": total, "share_of_cost": _ratio(total, cost)}, "cost": cost}
+        return {**told, "all": {"tokens": total, "share_of_cost": share(total, cost)}, "cost": cost}
 
     def _positions(self, part: str) -> list[float | None]:
         at = self.counts[f"position in {part}"]
-        return [_ratio(float(at[0, piece]), float(at[1, piece])) for piece in range(POSITIONS[part])]
+        return [share(float(at[0, piece]), float(at[1, piece])) for piece in range(POSITIONS[part])]
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
@@ -236,7 +227,8 @@ def kind_of_error(error: str) -> str:
     return re.sub(r"""'[^']*'|"[^"]*"|\d+""", "…", " ".join(error.split()))[:200]
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def share(part: float, whole: float) -> float | None:
+    """Return ``part / whole``, or ``None`` if the whole is 0."""
     return part / whole if whole else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tessy_hf.report.statistics import AUTHORS, PARTS, QUANTILES
+from tessy_hf.report.statistics import AUTHORS, PARTS, QUANTILES, share
 
 _NONE = "–"
 
@@ -114,11 +114,6 @@ def _measured(tally: dict[str, Any]) -> list[str]:
 
 
 _QUANTILE_NAMES = tuple("median" if q == 0.5 else f"p{100 * q:.0f}" for q in QUANTILES)
-
-
-def share(part: float, whole: float) -> float | None:
-    """Return ``part / whole``, or ``None`` if the whole is 0."""
-    return part / whole if whole else None
 
 
 def count(value: float | None) -> str:
