@@ -124,10 +124,9 @@ def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     bars = []
     for name, color in _colors(theme, found).items():
         for kind, one in found["nll"][name].items():
-            look = {"color": color, "alpha": 1 if kind == "all" else 0.5}
-            bars.append(
-                figures.Bar(f"{name}: all" if kind == "all" else kind, [(one["nll"], look)], f"{one['nll']:.2f}")
-            )
+            look: dict[str, Any] = {"color": color, "alpha": 1 if kind == "all" else 0.5}
+            label = f"{name}: all" if kind == "all" else kind
+            bars.append(figures.Bar(label, [(one["nll"], look)], f"{one['nll']:.2f}"))
     figures.draw_bars(axes, bars, theme)
 
 
