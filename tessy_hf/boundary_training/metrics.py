@@ -1,4 +1,4 @@
-"""Evaluate a boundary predictor: it and segments with marked style spans go in, an :class:`Evaluation` comes out.
+"""Evaluate a boundary predictor: a predictor and marked segments go in, an :class:`Evaluation` comes out.
 
 Measured is what the method acts on: labels of tokens, the characters they cover, words, and the first boundary.
 Accuracy alone says little, because about 85% of the characters are capability.

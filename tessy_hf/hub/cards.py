@@ -216,6 +216,7 @@ def _environment() -> Environment:
         model=lambda name: _link(name, "https://huggingface.co/", cell=True),
         dataset=lambda name: _link(name, "https://huggingface.co/datasets/"),
         revision=_revision,
+        link=_link,
         url=lambda path: Markdown(quote(path)),
         grid=_grid,
         join_codes=lambda names: Markdown(", ".join(map(code, names))),
