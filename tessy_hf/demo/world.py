@@ -23,7 +23,7 @@ Knows nothing of tokenizers, models or training.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -53,17 +53,12 @@ PROMPT_AND_RATE: Mapping[str, float] = {"calc": 0.2, "dot": 0.5}
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A prompt, the steps that solve it and the numbers of its answer."""
+    """A prompt, the steps that solve it and the numbers of its answer, separated by single spaces."""
 
     family: str
     prompt: str
     steps: tuple[str, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def reference_answer(self) -> str:
-        """The answer's numbers, separated by single spaces."""
-        return _numbers(self.answer)
+    reference_answer: str
 
 
 def make_problem(family: str, rng: Random, and_rate: float | None = None) -> Problem:
@@ -79,10 +74,9 @@ def make_problem(family: str, rng: Random, and_rate: float | None = None) -> Pro
     """
     if family not in FAMILIES:
         raise ValueError(f"No problem family {family!r}. Families: {', '.join(FAMILIES)}.")
-    if family == "calc":
-        return _calc(rng, PROMPT_AND_RATE["calc"] if and_rate is None else and_rate)
-    if family == "dot":
-        return _dot(rng, PROMPT_AND_RATE["dot"] if and_rate is None else and_rate)
+    if family in PROMPT_AND_RATE:
+        draw = {"calc": _calc, "dot": _dot}[family]
+        return draw(rng, PROMPT_AND_RATE[family] if and_rate is None else and_rate)
     return {"max": _max, "map": _map, "sort": _sort}[family](rng)
 
 
@@ -126,7 +120,7 @@ def _digits(rng: Random, n: int) -> list[int]:
     return [rng.randrange(10) for _ in range(n)]
 
 
-def _numbers(values: tuple[int, ...] | list[int]) -> str:
+def _numbers(values: Iterable[int]) -> str:
     return " ".join(map(str, values))
 
 
@@ -140,32 +134,30 @@ def _calc(rng: Random, and_rate: float) -> Problem:
         prompt += f" {operator} {operand}"
         steps.append(f"{value} {operator} {operand} = {result}")
         value = result
-    return Problem("calc", prompt, tuple(steps), (value,))
+    return Problem("calc", prompt, tuple(steps), str(value))
 
 
 def _dot(rng: Random, and_rate: float) -> Problem:
     operator = "&" if rng.random() < and_rate else "*"
     n = rng.randint(2, 3)
     left, right = _digits(rng, n), _digits(rng, n)
-    steps: list[str] = []
-    total = 0
+    steps, total = list[str](), 0
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         product = _operate(a, operator, b)
         steps.append(f"{a} {operator} {b} = {product}")
         if i > 0:
             steps.append(f"{total} + {product} = {_operate(total, '+', product)}")
         total = _operate(total, "+", product)
-    return Problem("dot", f"dot {operator} {_numbers(left)} | {_numbers(right)}", tuple(steps), (total,))
+    return Problem("dot", f"dot {operator} {_numbers(left)} | {_numbers(right)}", tuple(steps), str(total))
 
 
 def _max(rng: Random) -> Problem:
     numbers = _digits(rng, rng.randint(3, 5))
-    steps: list[str] = []
-    best = numbers[0]
+    steps, best = list[str](), numbers[0]
     for number in numbers[1:]:
         steps.append(f"{best} over {number} = {max(best, number)}")
         best = max(best, number)
-    return Problem("max", f"max {_numbers(numbers)}", tuple(steps), (best,))
+    return Problem("max", f"max {_numbers(numbers)}", tuple(steps), str(best))
 
 
 def _map(rng: Random) -> Problem:
@@ -175,15 +167,14 @@ def _map(rng: Random) -> Problem:
     path = [links[(start + hop) % len(cycle)] for hop in range(hops)]
     shuffled = " :: ".join(f"{a} {b}" for a, b in rng.sample(links, len(links)))
     steps = tuple(f"hop {a} {b}" for a, b in path)
-    return Problem("map", f"map {shuffled} from {cycle[start]} > {hops}", steps, (path[-1][1],))
+    return Problem("map", f"map {shuffled} from {cycle[start]} > {hops}", steps, str(path[-1][1]))
 
 
 def _sort(rng: Random) -> Problem:
     numbers = _digits(rng, rng.randint(3, 5))
-    steps: list[str] = []
-    left = list(numbers)
+    steps, left = list[str](), list(numbers)
     while len(left) > 1:
         taken = min(left)
         left.remove(taken)
         steps.append(f"take {taken} left {_numbers(left)}")
-    return Problem("sort", f"sort {_numbers(numbers)}", tuple(steps), tuple(sorted(numbers)))
+    return Problem("sort", f"sort {_numbers(numbers)}", tuple(steps), _numbers(sorted(numbers)))
