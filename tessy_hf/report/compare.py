@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
-from tessy_hf.report.statistics import evenly
+from tessy_hf.report.statistics import AUTHORS, evenly
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
 from tessy_hf.text.thinking_format import detect, render
 from tessy_hf.text.traces import thinking as thinking_of
@@ -51,6 +51,13 @@ class Text:
         """Return the text of one part."""
         return "".join(text for _, part, text in self.pieces if part == name)
 
+    def tokens(self, name: str, vocabulary: Vocabulary) -> tuple[list[int], list[str]]:
+        """Return the token ids of one part, and the author of each."""
+        own = [(author, len(text)) for author, part, text in self.pieces if part == name]
+        encoded = vocabulary.encode(self.part(name))
+        places = owners(encoded.offsets, list(accumulate(length for _, length in own)))
+        return encoded.ids, [own[at][0] for at in places]
+
 
 @dataclass
 class Side:
@@ -60,14 +67,24 @@ class Side:
     texts: list[Text]
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"thinking": [], "answer": []})
     """For each part the number of tokens of each text."""
+    authors: Counter[str] = field(default_factory=Counter)
+    """Tokens by author."""
+
+    @property
+    def by_author(self) -> dict[str, int] | None:
+        """The tokens of each author (figure 17), or ``None`` if the author of some is unknown."""
+        return None if self.authors[""] else {author: self.authors[author] for author in AUTHORS}
 
     def tokenize(self, vocabulary: Vocabulary) -> Iterator[list[int]]:
         """Yield the token ids of each text, which are not kept, and count them."""
         for text in self.texts:
-            parts = {part: vocabulary.encode(text.part(part)).ids for part in self.lengths}
-            for part, ids in parts.items():
-                self.lengths[part].append(len(ids))
-            yield [*parts["thinking"], *parts["answer"]]
+            whole: list[int] = []
+            for part, lengths in self.lengths.items():
+                ids, authors = text.tokens(part, vocabulary)
+                lengths.append(len(ids))
+                self.authors.update(authors)
+                whole += ids
+            yield whole
 
 
 def read(row: Mapping[str, Any]) -> Text | None:
@@ -159,9 +176,9 @@ def analyze(
         "prompts": len(sides[0].texts),
         "tokenizer": vocabulary.name,
         "similarity": similarities(sides, vectors),
-        "pca": principal_components(vectors),
+        "pca": principal_components(vectors, len(sides)),
         "tokens": {side.name: _lengths(side) for side in sides},
-        "authors": {side.name: _authors(side, vocabulary) for side in sides},
+        "authors": {side.name: side.by_author for side in sides},
         "words": typical_words(sides),
         "nll": None,
     }
@@ -173,8 +190,8 @@ def analyze(
 # --- bags of tokens
 
 
-def tf_idf(sides: Sequence[Side], vocabulary: Vocabulary) -> list[Any]:
-    """Return each dataset's token counts as TF-IDF rows of unit length; document frequencies are those of all texts.
+def tf_idf(sides: Sequence[Side], vocabulary: Vocabulary) -> Any:
+    """Return the token counts of all texts as TF-IDF rows of unit length, those of one dataset after the other.
 
     Raises:
         TessyError: scikit-learn is not installed.
@@ -186,7 +203,7 @@ def tf_idf(sides: Sequence[Side], vocabulary: Vocabulary) -> list[Any]:
             'Texts are compared with scikit-learn, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
     texts = chain.from_iterable(side.tokenize(vocabulary) for side in sides)
-    return _by_side(TfidfVectorizer(analyzer=list).fit_transform(texts).tocsr(), len(sides))
+    return TfidfVectorizer(analyzer=list).fit_transform(texts).tocsr()
 
 
 def _by_side(rows: Any, sides: int) -> list[Any]:
@@ -195,13 +212,13 @@ def _by_side(rows: Any, sides: int) -> list[Any]:
     return [rows[at * size : (at + 1) * size] for at in range(sides)]
 
 
-def similarities(sides: Sequence[Side], vectors: Sequence[Any]) -> list[dict[str, Any]]:
+def similarities(sides: Sequence[Side], vectors: Any) -> list[dict[str, Any]]:
     """Return for each pair of datasets the mean cosine of texts of the same prompt (appendix A.6) and of others."""
     found = []
-    for left, right in combinations(range(len(sides)), 2):
-        same = _cosines(vectors[left], vectors[right])
-        other = _cosines(vectors[left], vectors[right][np.roll(np.arange(len(same)), 1)])
-        names = [sides[left].name, sides[right].name]
+    for (left, ours), (right, theirs) in combinations(zip(sides, _by_side(vectors, len(sides)), strict=True), 2):
+        same = _cosines(ours, theirs)
+        other = _cosines(ours, theirs[np.roll(np.arange(len(same)), 1)])
+        names = [left.name, right.name]
         means = {"mean": float(same.mean()), "other_prompts": float(other.mean())}
         found.append({"of": names, **means, "sd": float(same.std())})
     return found
@@ -211,17 +228,15 @@ def _cosines(left: Any, right: Any) -> Numbers:
     return np.asarray(left.multiply(right).sum(axis=1)).ravel()
 
 
-def principal_components(vectors: Sequence[Any]) -> dict[str, Any]:
+def principal_components(vectors: Any, sides: int) -> dict[str, Any]:
     """Return each text's coordinates on the first two principal components of all texts (figure 8)."""
-    from scipy.sparse import vstack
     from sklearn.decomposition import PCA
 
-    everything = vstack(vectors).tocsr()
     pca = PCA(2, svd_solver="arpack", random_state=0)
     with np.errstate(divide="ignore", invalid="ignore"):  # identical texts have no variance
-        places = pca.fit_transform(everything).round(5)
+        places = pca.fit_transform(vectors).round(5)
     explained = np.nan_to_num(pca.explained_variance_ratio_, posinf=0.0)
-    points = _by_side(places, len(vectors))
+    points = _by_side(places, sides)
     return {
         "explained": explained.tolist(),
         "points": [side.tolist() for side in points],
@@ -239,17 +254,6 @@ def _lengths(side: Side) -> dict[str, Any]:
         part: {"mean": float(lengths.mean()), **{str(q): float(np.quantile(lengths, q)) for q in QUANTILES}}
         for part, lengths in parts.items()
     }
-
-
-def _authors(side: Side, vocabulary: Vocabulary) -> dict[str, int] | None:
-    """Return the tokens by author (figure 17), or ``None`` if the author of some text is unknown."""
-    if not all(author for text in side.texts for author, *_ in text.pieces):
-        return None
-    counts = Counter[str](teacher=0, student=0)
-    for text in side.texts:
-        for author, _, piece in text.pieces:
-            counts[author] += len(vocabulary.encode(piece).ids)
-    return dict(counts)
 
 
 def typical_words(sides: Sequence[Side]) -> dict[str, Any]:
@@ -306,11 +310,8 @@ def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, lis
     ids = vocabulary.encode_template(render(vocabulary, thinking_format, [{"role": "user", "content": text.prompt}]))
     begins, wrote = len(ids), list[str]()
     for part, after in (("thinking", thinking_format.close), ("answer", "")):
-        encoded = vocabulary.encode(text.part(part))
-        own = [(author, len(piece)) for author, of, piece in text.pieces if of == part]
-        kinds = [f"{author}'s {part}" if author else part for author, _ in own]
+        own, authors = text.tokens(part, vocabulary)
         marks = vocabulary.encode_template(after)
-        ids += encoded.ids + marks
-        wrote += [kinds[at] for at in owners(encoded.offsets, list(accumulate(length for _, length in own)))]
-        wrote += [""] * len(marks)
+        ids += own + marks
+        wrote += [f"{author}'s {part}" if author else part for author in authors] + [""] * len(marks)
     return ids, begins, wrote
