@@ -161,7 +161,9 @@ def render() -> None:
     """Write the cards and the figures anew."""
     for folder, card in CARDS.items():
         (folder / "README.md").write_text(card(), encoding="utf-8")
-    figures.write(summarize(Dataset.from_parquet(str(MINIATURE / ROWS))), MINIATURE / "figures")
+    summary = summarize(Dataset.from_parquet(str(MINIATURE / ROWS)))
+    for name in figures.NAMES:
+        (MINIATURE / "figures" / f"{name}.png").write_bytes(figures.image(name, summary, kind="png"))
 
 
 if __name__ == "__main__":

@@ -209,6 +209,11 @@ class Manifest(_Record):
         return sorted(run.fingerprint for run in self.runs)
 
     @property
+    def shards(self) -> list[ShardRecord]:
+        """The files of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
+    @property
     def run(self) -> RunRecord | None:
         """The one run, or ``None`` where there are several or none is known."""
         return self.runs[0] if len(self.runs) == 1 else None

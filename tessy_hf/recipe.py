@@ -105,6 +105,18 @@ def read_annotation(path: Path) -> tuple[Speaker, dict[str, Any]]:
     return _speaker(recipe.annotator, path), dict(recipe.model_extra or {})
 
 
+def read_training(path: Path) -> dict[str, Any]:
+    """Read a recipe for training a predictor: training settings by name, and perhaps ``data`` and ``extra``.
+
+    Raises:
+        SettingsError: The file is missing or not YAML, or is not a mapping.
+    """
+    given = _content(path)
+    if not isinstance(given, dict):
+        raise SettingsError(f"The recipe {str(path)!r} holds {given!r}. Expected are training settings by name.")
+    return given
+
+
 def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
     """Read a recipe; return teacher, student and the settings.
 

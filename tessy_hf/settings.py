@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
@@ -50,10 +50,37 @@ SCORED_CANDIDATES = 5
 """How many candidates the paper lets the teacher choose from."""
 
 
-class Settings(BaseModel):
-    """Settings of one run. Unknown names are refused with the nearest known one."""
+class Checked(BaseModel):
+    """Settings given by name. Unknown names are refused with the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def check(cls, **given: Any) -> Self:
+        """Check settings given by name.
+
+        Raises:
+            SettingsError: A name is unknown or a value is out of range.
+        """
+        for name in given:
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.4)
+                hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+                raise SettingsError(f"Unknown setting {name!r}. Known: {', '.join(cls.model_fields)}. {hint}")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of several alternatives, the closest
+            name = str(first["loc"][0])
+            default = cls.model_fields[name].get_default(call_default_factory=True)
+            raise SettingsError(
+                f"Setting {name}={first['input']!r} cannot be used: {first['msg'].lower()}. "
+                f"Pass for instance {name}={default!r}."
+            ) from error
+
+
+class Settings(Checked):
+    """Settings of one run."""
 
     method: Method = "tessy"
     """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
@@ -104,27 +131,13 @@ class Settings(BaseModel):
     Each try goes on after what was kept."""
 
     @classmethod
-    def check(cls, **given: Any) -> Settings:
+    def check(cls, **given: Any) -> Self:
         """Check settings given by name.
 
         Raises:
-            SettingsError: A name is unknown or a value is out of range.
+            SettingsError: A name is unknown, a value is out of range, or two values do not go together.
         """
-        for name in given:
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.4)
-                hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
-                raise SettingsError(f"Unknown setting {name!r}. Known: {', '.join(cls.model_fields)}. {hint}")
-        try:
-            checked = cls(**given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            raise SettingsError(
-                f"Setting {name}={first['input']!r} cannot be used: {first['msg'].lower()}. "
-                f"Pass for instance {name}={cls.model_fields[name].default!r}."
-            ) from error
-
+        checked = super().check(**given)
         verifiers.build(checked.verifier)
         checked._check_candidates()
         return checked

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tessy_hf import demo
-from tessy_hf.demo.world import FAMILIES, make_problem, write
+from tessy_hf.demo.world import FAMILIES, make_problem
 from tessy_hf.errors import SettingsError
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def recipe():
     sys.path.insert(0, str(FOLDER))
     yield importlib.import_module("reproduce"), importlib.import_module("results")
     sys.path.remove(str(FOLDER))
-    for name in ("reproduce", "results", "train"):
+    for name in ("reproduce", "results", "texts", "train"):
         del sys.modules[name]
 
 
@@ -117,7 +117,8 @@ def test_the_likelihood_is_that_of_what_is_trained_on(recipe):
     author, texts = reproduce.miniature.AUTHORS["student"], []
     for number in range(3):
         problem = make_problem("calc", Random(number))
-        texts.append(author.messages(problem.prompt, write(problem, Random(number))))
+        written = reproduce.miniature.write(problem, Random(number))
+        texts.append(author.messages(problem.prompt, written))
     total = count = 0
     for text in texts:
         head = tokenizer.apply_chat_template(text[:1], add_generation_prompt=True, tokenize=False)

@@ -22,6 +22,7 @@ from random import Random
 from typing import Any
 
 import torch
+from texts import STUDENT_STYLE, TEACHER_STYLE, Style, Text, write
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -31,18 +32,7 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
-from tessy_hf.demo.world import (
-    FAMILIES,
-    PROMPT_AND_RATE,
-    STUDENT_STYLE,
-    TEACHER_STYLE,
-    Problem,
-    Style,
-    Text,
-    make_problem,
-    verify,
-    write,
-)
+from tessy_hf.demo.world import FAMILIES, PROMPT_AND_RATE, Problem, make_problem, verify
 
 log = logging.getLogger("miniature")
 

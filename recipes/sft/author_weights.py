@@ -5,7 +5,6 @@ of the answer can be weighted apart (the paper's equation 2 splits the loss like
 An experiment: nobody has published what it does to a reasoning model. Knows nothing of where rows come from.
 """
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +16,7 @@ from trl.trainer.utils import pad
 
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
 from tessy_hf.rows.columns import pieces
+from tessy_hf.text.vocabulary import owners
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def tokenize(row, *, tokenizer, template, weights, max_length):
     )
     start, ends = locate(row, text)
     values = [1.0, *(weights.of(span) for span in row["spans"])]
-    places = [bisect_left([start, *ends], end) for _, end in tokens["offset_mapping"]]
+    places = owners(tokens["offset_mapping"], [start, *ends])
     pairs = zip(tokens["input_ids"], tokens["assistant_masks"], strict=True)
     return {
         "input_ids": tokens["input_ids"][:max_length],

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -60,6 +61,12 @@ def window_start(position: int, window: int) -> int:
     """Return the start of a token's window: a multiple of half the window, at most ``window`` tokens back."""
     stride = max(1, window // 2)
     return max(0, -(-(position + 1 - window) // stride)) * stride
+
+
+def windows(positions: Iterable[int], window: int) -> Iterator[tuple[int, list[int]]]:
+    """Group token positions, in order, by the start of the window that each is read from."""
+    for start, group in groupby(positions, lambda position: window_start(position, window)):
+        yield start, list(group)
 
 
 class BoundaryPredictor:

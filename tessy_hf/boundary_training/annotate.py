@@ -8,7 +8,7 @@ Segments are drawn from the thinking of traces, and any engine is asked for the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,8 @@ from tessy_hf.errors import TemplateError as ChatTemplateError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
-from tessy_hf.text.thinking_format import ThinkingFormat, detect
 from tessy_hf.text.vocabulary import Vocabulary
-from tessy_hf.trajectory import Message, Prompt
+from tessy_hf.trajectory import Prompt
 
 PROMPT = Path(__file__).with_name("annotation_prompt.jinja")
 
@@ -111,60 +110,61 @@ async def _ask_all(
     drawn: Iterable[Drawn], annotator: Speaker, instruction: str, settings: AnnotationSettings, answers: AnswerLog
 ) -> None:
     """Ask about all segments that have no answer yet, at most ``rows_in_flight`` at a time."""
-    waiting: set[asyncio.Task[None]] = set()
+    slots, ask = asyncio.Semaphore(settings.rows_in_flight), _ask_thinking if _thinks(annotator) else _ask_plainly
+
+    async def keep(segment: Drawn, prompt: Prompt) -> None:
+        try:
+            answer, finished = await ask(annotator, prompt, settings)
+            answers.add(segment, prompt.order, answer=answer, finished=finished, error=None)
+        except RequestError as error:
+            answers.add(segment, prompt.order, answer=None, finished=False, error=str(error))
+        finally:
+            annotator.engine.release(prompt.key)
+            slots.release()
+
     await annotator.engine.start()
     try:
-        for order, segment in enumerate(drawn):
-            if segment.id in answers:
-                continue
-            if len(waiting) >= settings.rows_in_flight:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-            asked = [{"role": "user", "content": _render(instruction, segment.text)}]
-            prompt = Prompt(segment.id, asked, seed=derive_seed(settings.seed, segment.id), order=order)
-            waiting.add(asyncio.create_task(_keep(segment, prompt, annotator, settings, answers)))
-        await asyncio.gather(*waiting)
+        async with asyncio.TaskGroup() as tasks:
+            for order, segment in enumerate(drawn):
+                if segment.id not in answers:
+                    await slots.acquire()
+                    messages = [{"role": "user", "content": _render(instruction, segment.text)}]
+                    seed = derive_seed(settings.seed, segment.id)
+                    tasks.create_task(keep(segment, Prompt(segment.id, messages, seed=seed, order=order)))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
         await annotator.engine.close()
 
 
-async def _keep(
-    segment: Drawn, prompt: Prompt, annotator: Speaker, settings: AnnotationSettings, answers: AnswerLog
-) -> None:
+def _thinks(annotator: Speaker) -> bool:
+    """Return whether the annotator's chat template leaves thinking open."""
     try:
-        answer, finished = await ask(annotator, prompt, settings)
-        answers.add(segment, prompt.order, {"answer": answer, "finished": finished, "error": None})
-    except RequestError as error:
-        answers.add(segment, prompt.order, {"answer": None, "finished": False, "error": str(error)})
-    finally:
-        annotator.engine.release(prompt.key)
+        annotator.check_templates(student=False)
+    except ChatTemplateError:
+        return False
+    return True
 
 
-async def ask(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) -> tuple[str, bool]:
-    """Ask a model; return its answer without thinking, and whether the answer is complete.
+async def _ask_thinking(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) -> tuple[str, bool]:
+    """Let the model think and answer; return its answer, and whether that is complete."""
+    plan = Plan(
+        thinking="teacher",
+        answer="teacher",
+        temperature=settings.temperature,
+        max_thinking_tokens=settings.max_thinking_tokens,
+        max_answer_tokens=settings.max_answer_tokens,
+    )
+    row = await synthesize(prompt, annotator, annotator, plan)
+    if row.finish_reason == "error":
+        raise RequestError(str(row.error))
+    return row.text("answer"), row.finish_reason == "stop"
 
-    Raises:
-        RequestError: This request failed for good.
-        EngineDeadError: The engine is gone.
-    """
+
+async def _ask_plainly(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) -> tuple[str, bool]:
+    """Let the model answer without thinking; return its answer, and whether that is complete."""
     engine = annotator.engine
-    vocabulary, thinking_format = _tokenizer(annotator, prompt.messages)
-    if thinking_format is not None:
-        plan = Plan(
-            thinking="teacher",
-            answer="teacher",
-            temperature=settings.temperature,
-            max_thinking_tokens=settings.max_thinking_tokens,
-            max_answer_tokens=settings.max_answer_tokens,
-        )
-        row = await synthesize(prompt, annotator, annotator, plan)
-        if row.finish_reason == "error":
-            raise RequestError(str(row.error))
-        return row.text("answer"), row.finish_reason == "stop"
+    vocabulary = Vocabulary(engine.tokenizer, engine.model)
     text = vocabulary.chat_text(prompt.messages, add_generation_prompt=True, **annotator.template_options)
     ids = vocabulary.encode_template(text)
     completion = await engine.complete(
@@ -181,22 +181,6 @@ async def ask(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) 
         )
     )
     return vocabulary.decode(completion.token_ids).strip(), completion.stop_id is not None
-
-
-def _tokenizer(annotator: Speaker, messages: Sequence[Message]) -> tuple[Vocabulary, ThinkingFormat | None]:
-    """Return the annotator's tokenizer, and how it marks thinking if its chat template leaves thinking open."""
-    tokenizer = annotator.engine.tokenizer
-    if annotator.chat_template is not None:
-        tokenizer.chat_template = annotator.chat_template
-    vocabulary = Vocabulary(tokenizer, annotator.engine.model)
-    try:
-        thinking_format = detect(vocabulary)
-    except ChatTemplateError:
-        return vocabulary, None
-    options = annotator.template_options
-    closed = vocabulary.chat_text(messages, add_generation_prompt=False, **options)
-    opened = vocabulary.chat_text(messages, add_generation_prompt=True, **options).removeprefix(closed)
-    return vocabulary, None if thinking_format.end_marker in opened else thinking_format
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

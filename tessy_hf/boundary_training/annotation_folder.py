@@ -29,6 +29,7 @@ from tessy_hf.text.vocabulary import words
 
 log = logging.getLogger(__name__)
 
+PROVENANCE = "annotation.json"
 CARD = Path(__file__).with_name("annotation_card.jinja")
 
 _FIELDS = {*Drawn.__dataclass_fields__, "order", "answer", "finished", "error"}
@@ -37,49 +38,34 @@ _FIELDS = {*Drawn.__dataclass_fields__, "order", "answer", "finished", "error"}
 class AnswerLog:
     """All answers, in a JSONL file and by segment. A last line torn by a kill is dropped and asked again.
 
-    Args:
-        path: The file, which is created if it does not exist.
-
     Raises:
         BoundaryError: A line before the last is broken.
     """
 
     def __init__(self, path: Path) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         whole = 0
-        content = path.read_bytes() if path.is_file() else b""
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
-            row = self._read(line)
-            if row is None and whole + len(line) < len(content):
+        for number, line in enumerate(lines, 1):
+            row = _complete_row(line)
+            if row is not None:
+                self.rows[row["id"]] = row
+                whole += len(line)
+            elif number < len(lines):
                 raise BoundaryError(
                     f"Line {number} of {path} is broken. Only the last line may be incomplete. Fix or remove the line "
                     "and run again."
                 )
-            if row is None:
-                break
-            whole += len(line)
-            self.rows[row["id"]] = row
-        self._file: IO[bytes] = path.open("r+b" if content else "wb")
+        self._file: IO[bytes] = path.open("ab")
         self._file.truncate(whole)
-        self._file.seek(whole)
-
-    @staticmethod
-    def _read(line: bytes) -> dict[str, Any] | None:
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            return None
-        whole = line.endswith(b"\n") and _FIELDS <= row.keys()
-        return row if whole else None
 
     def __contains__(self, key: str) -> bool:
         """Return whether a segment has an answer; failed requests are asked again."""
-        """Return whether a segment has an answer; failed requests are asked again."""
         return key in self.rows and self.rows[key]["error"] is None
 
-    def add(self, segment: Drawn, order: int, answer: dict[str, Any]) -> None:
+    def add(self, segment: Drawn, order: int, *, answer: str | None, finished: bool, error: str | None) -> None:
         """Append an answer; it is on disk when this returns."""
-        row = {**asdict(segment), "order": order, **answer}
+        row = {**asdict(segment), "order": order, "answer": answer, "finished": finished, "error": error}
         self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -92,18 +78,24 @@ class AnswerLog:
         self._file.close()
 
 
+def _complete_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith(b"\n") and _FIELDS <= row.keys() else None
+
+
 def claim(folder: Path, provenance: dict[str, Any]) -> None:
     """Record the annotator, instruction and settings of a folder, or check that they equal those recorded.
 
     Raises:
         BoundaryError: The folder holds answers of another run.
     """
-    path = folder / "annotation.json"
     provenance = json.loads(json.dumps(provenance, default=str))
-    if not path.is_file():
-        _replace(path, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
-        return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if not (folder / PROVENANCE).is_file():
+        _replace(folder / PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
+    earlier = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     for name, value in provenance.items():
         if earlier.get(name) != value:
             raise BoundaryError(
@@ -125,19 +117,14 @@ def collect(answers: AnswerLog, settings: AnnotationSettings) -> tuple[list[dict
 
 
 def _row(answer: Mapping[str, Any], settings: AnnotationSettings) -> dict[str, Any]:
-    """Turn an answer into a row of the dataset.
-
-    Raises:
-        Rejected: The answer cannot be used.
-    """
     if answer["error"] is not None:
         raise Rejected("failed")
     if not answer["finished"]:
         raise Rejected("unfinished")
     spans = locate(answer["text"], parse(answer["answer"]))
-    about = {key: answer[key] for key in ("source_model", "family", "problem_id", "trace_id")}
-    segment, begins = _align(Segment(answer["text"], tuple(spans), key=answer["id"]), answer, settings)
-    return {**about, "id": answer["id"], "text": segment.text, "style_spans": segment.marked(), "begins": begins}
+    about = {key: answer[key] for key in ("source_model", "family", "problem_id", "trace_id", "id")}
+    segment, begins = _align(Segment(answer["text"], tuple(spans)), answer, settings)
+    return {**about, "text": segment.text, "style_spans": segment.marked(), "begins": begins}
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]], counts: Mapping[str, int]) -> None:
@@ -146,9 +133,9 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], counts: Mapping[str, int
 
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     _replace(folder / "style_spans.jsonl", "".join(lines))
-    provenance = json.loads((folder / "annotation.json").read_text(encoding="utf-8"))
+    provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     provenance |= {"counts": dict(counts), "tessy_hf": version("tessy-hf")}
-    _replace(folder / "annotation.json", json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
+    _replace(folder / PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
     data = DatasetCardData(
         task_categories=["token-classification"],
         tags=["tessy", "boundary-predictor", "reasoning"],

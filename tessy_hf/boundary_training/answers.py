@@ -12,17 +12,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 Fault = Literal[
-    "unfinished",
-    "empty",
-    "not json",
-    "not an array of strings",
-    "empty span",
-    "not verbatim",
-    "inside a word",
-    "out of order",
-    "nested",
-    "failed",
-]
+    "unfinished", "empty", "not json", "not an array of strings", "empty span", "not verbatim", "inside a word",
+    "out of order", "nested", "failed",
+]  # fmt: skip
 """Why an answer was rejected. ``failed`` means that the request failed; the next run asks again."""
 
 

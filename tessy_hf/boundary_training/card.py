@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 
 CARD = Path(__file__).with_name("predictor_card.jinja")
 
-_METRICS = {
-    "char_f1": ("f1", "Character F1 of style"),
-    "span_f1": ("f1", "Span F1 of style"),
-    "boundary_within_1_word": ("accuracy", "First boundary within one word"),
+_METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+    "Character F1 of style": ("f1", lambda of: of["char"]["f1"]),
+    "Span F1 of style": ("f1", lambda of: of["span"]["f1"]),
+    "First boundary within one word": ("accuracy", lambda of: of["boundary_words"]["within_1"]),
 }
-"""Kind and name, on the card, of each figure of :func:`_figures`."""
+"""Kind, and where it is in the report, of each figure on the card."""
 
 
 def render_card(
@@ -56,11 +57,11 @@ def render_card(
             dataset_name=f"{part} segments",
             dataset_split=part,
             metric_type=kind,
-            metric_name=f"{shown}{f' ({group})' if group else ''}",
-            metric_value=round(_figures(of)[metric], 4),
+            metric_name=f"{metric}{f' ({group})' if group else ''}",
+            metric_value=round(value(of), 4),
         )
         for group, of in groups.items()
-        for metric, (kind, shown) in _METRICS.items()
+        for metric, (kind, value) in _METRICS.items()
     ]
     base = report["settings"]["base"]
     data = ModelCardData(
@@ -69,7 +70,7 @@ def render_card(
         language=language,
         license=license,
         datasets=datasets,
-        base_model=base if isinstance(base, str) and base.count("/") == 1 else None,
+        base_model=base if base.count("/") == 1 else None,
         library_name="transformers",
         pipeline_tag="token-classification",
         tags=["tessy", "boundary-predictor", "reasoning"],
@@ -78,14 +79,6 @@ def render_card(
         data, template_path=str(CARD), name=name, config=config, report=report, figures=figures, part=part, base=base
     )
     return card
-
-
-def _figures(of: dict[str, Any]) -> dict[str, float]:
-    return {
-        "char_f1": of["char"]["f1"],
-        "span_f1": of["span"]["f1"],
-        "boundary_within_1_word": of["boundary_words"]["within_1"],
-    }
 
 
 def _read(path: Path) -> dict[str, Any]:

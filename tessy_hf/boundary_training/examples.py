@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple
 
@@ -71,16 +71,19 @@ def encode(segment: Segment, vocabulary: Vocabulary, label_shift: int) -> Exampl
 def collate(examples: Sequence[Example], style_weight: float) -> dict[str, Any]:
     """Pad examples to one batch of tensors of shape (examples, tokens), with each token's weight in the loss."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    longest = max(len(example.ids) for example in examples)
-    ids, labels = np.zeros((len(examples), longest), dtype=np.int64), np.full((len(examples), longest), IGNORED)
-    weights, mask = np.zeros((len(examples), longest), dtype=np.float32), np.zeros((len(examples), longest), np.int64)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, :length], labels[row, :length], mask[row, :length] = example.ids, example.labels, 1
-        weights[row] = example.weight * np.select([labels[row] == 1, labels[row] == 0], [style_weight, 1.0], 0.0)
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels, "token_weights": weights}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def padded(rows: Iterable[Any], value: float = 0) -> Any:
+        return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+    labels = padded((example.labels for example in examples), IGNORED)
+    kinds = torch.tensor([1.0, style_weight, 0.0])[labels.clamp(min=-1)]  # the last one is that of IGNORED
+    return {
+        "input_ids": padded(example.ids for example in examples),
+        "attention_mask": padded(np.ones(len(example.ids), dtype=np.int64) for example in examples),
+        "labels": labels,
+        "token_weights": kinds * torch.tensor([[example.weight] for example in examples]),
+    }
 
 
 def weight_of_style(examples: Sequence[Example], asked: float | Literal["balanced"]) -> float:

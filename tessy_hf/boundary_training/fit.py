@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 LABELS = {0: "capability", 1: "style"}
 
 
-def load_base(base: str, settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model with a new head for two labels, and its tokenizer.
 
     Raises:
@@ -40,15 +40,16 @@ def load_base(base: str, settings: TrainingSettings) -> tuple[PreTrainedModel, P
     from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, set_seed
 
     set_seed(settings.seed)
+    base, revision = settings.base, settings.base_revision
     stated = {"label_shift": settings.label_shift, "window": settings.window, "author": settings.author}
     labels = {"num_labels": 2, "id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}}
     try:
-        config = AutoConfig.from_pretrained(base, revision=settings.base_revision, **labels)
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=settings.base_revision)
+        config = AutoConfig.from_pretrained(base, revision=revision, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
         for name, value in {**settings.model_options, **stated}.items():
             setattr(config, name, value)
         network = AutoModelForTokenClassification.from_pretrained(
-            base, revision=settings.base_revision, config=config, dtype=torch.float32, use_safetensors=True
+            base, revision=revision, config=config, dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise BoundaryError(
@@ -56,6 +57,31 @@ def load_base(base: str, settings: TrainingSettings) -> tuple[PreTrainedModel, P
             "safetensors and a tokenizer, for instance base='Qwen/Qwen3-0.6B-Base'."
         ) from error
     return network, tokenizer
+
+
+class _Validation(NamedTuple):
+    """The segments that decide when training stops, and how they are read."""
+
+    segments: Sequence[Segment]
+    examples: Sequence[Example]
+    vocabulary: Vocabulary
+    label_shift: int
+
+    def readings(self, logits: Any) -> list[Reading]:
+        """Turn padded logits of shape (segments, tokens, 2) into readings."""
+        readings, ahead = [], [UNJUDGED] * self.label_shift
+        for row, example, segment in zip(logits, self.examples, self.segments, strict=True):
+            scores = np.asarray(row, dtype=np.float64)[: len(example.ids) - self.label_shift]
+            style = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
+            readings.append(Reading(self.vocabulary.encode(segment.text).offsets, np.concatenate((ahead, style))))
+        return readings
+
+    def measure(self, predicted: Any) -> dict[str, float]:
+        """Return the figures that are shown, and that the best epoch is chosen by."""
+        found = evaluate_readings(self.readings(predicted.predictions), self.segments)
+        figures = {name: getattr(found, name) for name in ("char_f1", "span_f1", "boundary_within_1_word")}
+        log.info("validation: %s", figures)
+        return figures
 
 
 def fit(
@@ -67,6 +93,8 @@ def fit(
     folder: Path,
 ) -> list[dict[str, Any]]:
     """Train until the validation segments stop improving; the network ends with the weights of the best epoch.
+
+    With ``tune_bias`` the classifier's bias is then set to the value with the highest character F1 on these segments.
 
     Returns:
         The validation figures after each epoch.
@@ -97,6 +125,7 @@ def fit(
     aligned = aligned_copies(train, settings.aligned_copies, settings.seed)
     examples = [encode(segment, vocabulary, settings.label_shift) for segment in (*train, *aligned)]
     judged = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
+    held_out = _Validation(validation, judged, vocabulary, settings.label_shift)
     style_weight = weight_of_style(examples, settings.style_weight)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
     checkpoints = folder / "checkpoints" / _fingerprint(settings, examples)
@@ -130,12 +159,14 @@ def fit(
         data_collator=lambda batch: collate(batch, style_weight),
         train_dataset=examples,
         eval_dataset=judged,
-        compute_metrics=lambda predicted: _measure(predicted.predictions, judged, validation, vocabulary, settings),
+        compute_metrics=held_out.measure,
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
     trainer.remove_callback(PrinterCallback)  # prints to stdout
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     shutil.rmtree(folder / "checkpoints")
+    if settings.tune_bias:
+        _tune_bias(network, held_out.readings(trainer.predict(judged).predictions), validation)
     kept = ("epoch", "eval_loss", "eval_char_f1", "eval_span_f1", "eval_boundary_within_1_word")
     return [{name: step[name] for name in kept} for step in trainer.state.log_history if "eval_char_f1" in step]
 
@@ -148,51 +179,13 @@ def _fingerprint(settings: TrainingSettings, examples: Sequence[Example]) -> str
     return digest.hexdigest()[:12]
 
 
-def _readings(
-    logits: Any, examples: Sequence[Example], segments: Sequence[Segment], vocabulary: Vocabulary, label_shift: int
-) -> list[Reading]:
-    """Turn padded logits of shape (segments, tokens, 2) into readings."""
-    ahead = [UNJUDGED] * label_shift
-    readings = []
-    for row, example, segment in zip(logits, examples, segments, strict=True):
-        scores = np.asarray(row, dtype=np.float64)[: len(example.ids) - label_shift]
-        style = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
-        readings.append(Reading(vocabulary.encode(segment.text).offsets, np.concatenate((ahead, style))))
-    return readings
-
-
-def _measure(
-    logits: Any,
-    examples: Sequence[Example],
-    segments: Sequence[Segment],
-    vocabulary: Vocabulary,
-    settings: TrainingSettings,
-) -> dict[str, float]:
-    found = evaluate_readings(_readings(logits, examples, segments, vocabulary, settings.label_shift), segments)
-    figures = {name: getattr(found, name) for name in ("char_f1", "span_f1", "boundary_within_1_word")}
-    log.info("validation: %s", figures)
-    return figures
-
-
-def tune_bias(
-    network: PreTrainedModel, vocabulary: Vocabulary, validation: Sequence[Segment], settings: TrainingSettings
-) -> None:
-    """Set the classifier's bias to the value with the highest character F1 on the validation segments."""
+def _tune_bias(network: PreTrainedModel, readings: Sequence[Reading], validation: Sequence[Segment]) -> None:
     import torch
 
     heads = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
     if not heads or heads[-1].bias is None:
         log.warning("The classifier of %s has no bias to tune.", type(network).__name__)
         return
-    examples = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
-    network.eval()
-    logits = []
-    for begin in range(0, len(examples), settings.batch_size):
-        batch = collate(examples[begin : begin + settings.batch_size], 1.0)
-        with torch.inference_mode():
-            inputs = {name: batch[name].to(network.device) for name in ("input_ids", "attention_mask")}
-            logits += list(network(**inputs).logits.float().cpu().numpy())
-    readings = _readings(logits, examples, validation, vocabulary, settings.label_shift)
     bias = best_bias(readings, validation)
     with torch.no_grad():
         heads[-1].bias.add_(torch.tensor([-bias / 2, bias / 2], device=network.device))

@@ -1,4 +1,4 @@
-"""Evaluate a boundary predictor: it and segments with marked style spans go in, an :class:`Evaluation` comes out.
+"""Evaluate a boundary predictor: a predictor and marked segments go in, an :class:`Evaluation` comes out.
 
 Measured is what the method acts on: labels of tokens, the characters they cover, words, and the first boundary.
 Accuracy alone says little, because about 85% of the characters are capability.
@@ -19,11 +19,11 @@ Definitions, independent of the predictor's tokenizer unless they name tokens:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,11 +104,11 @@ class Evaluation(BaseModel):
     char_f1_without_whitespace: float
     span_f1: float
     boundary_within_1_word: float
-    model: str
-    revision: str | None
-    label_shift: LabelShift
-    window: int
-    causal: bool
+    model: str = ""
+    revision: str | None = None
+    label_shift: LabelShift = 0
+    window: int = 0
+    causal: bool = True
     """Whether a label depends only on the text before it. If not, these figures hold for finished text; while a row is
     written the predictor sees less."""
     overall: Figures
@@ -118,20 +118,20 @@ class Evaluation(BaseModel):
     """``student``: segments that begin with style, as the student's turns do; ``teacher``: those with capability."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
+class _Counts(NamedTuple):
     """One segment's counts, which all figures are summed from."""
 
     segment: Segment
-    length: int
-    chars: tuple[int, int, int]
-    letters: tuple[int, int, int]
-    spans: tuple[int, int, int]
-    word_error: int
-    token_error: int
     begins_with_style: bool
+    length: int
+    """Characters that are judged."""
+    scores: dict[str, tuple[int, int, int]]
+    """Correct, predicted and marked style, by what is counted."""
+    errors: dict[str, int]
+    """Distance of the first boundary from the marked one, by what is counted."""
     kinds: NDArray[np.int8]
     style: Probabilities
+    """The marked kind of each token that is judged, and its probability of style."""
 
 
 def evaluate(predictor: BoundaryPredictor, segments: Sequence[Segment]) -> Evaluation:
@@ -145,39 +145,33 @@ def evaluate(predictor: BoundaryPredictor, segments: Sequence[Segment]) -> Evalu
         BoundaryError: The predictor cannot be loaded or read.
     """
     readings = read(predictor, [segment.text for segment in segments])
-    evaluation = evaluate_readings(readings, segments)
-    return evaluation.model_copy(
-        update={
-            "model": predictor.model,
-            "revision": predictor.revision,
-            "label_shift": predictor.label_shift,
-            "window": predictor.window,
-            "causal": is_causal(predictor, segments[0].text),
-        }
+    return evaluate_readings(
+        readings,
+        segments,
+        model=predictor.model,
+        revision=predictor.revision,
+        label_shift=predictor.label_shift,
+        window=predictor.window,
+        causal=is_causal(predictor, segments[0].text),
     )
 
 
-def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment]) -> Evaluation:
-    """Evaluate readings, whatever predictor they come from."""
+def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment], **predictor: Any) -> Evaluation:
+    """Evaluate readings, whatever predictor they come from; ``predictor`` says what is known about it."""
     counts = [_count(reading, segment) for reading, segment in zip(readings, segments, strict=True)]
     overall = _figures(counts)
     by_family = _by(counts, lambda count: count.segment.family)
-    authors = {True: "student", False: "teacher"}
     return Evaluation(
         char_f1=overall.char.f1,
         char_f1_by_family={family: figures.char.f1 for family, figures in by_family.items()},
         char_f1_without_whitespace=overall.char_f1_without_whitespace,
         span_f1=overall.span.f1,
         boundary_within_1_word=overall.boundary_words.within_1,
-        model="",
-        revision=None,
-        label_shift=0,
-        window=0,
-        causal=True,
         overall=overall,
         by_family=by_family,
         by_source_model=_by(counts, lambda count: count.segment.source_model),
-        by_author=_by(counts, lambda count: authors[count.begins_with_style]),
+        by_author=_by(counts, lambda count: "student" if count.begins_with_style else "teacher"),
+        **predictor,
     )
 
 
@@ -185,30 +179,34 @@ def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment]) 
 
 
 def _count(reading: Reading, segment: Segment) -> _Counts:
-    kinds = token_kinds(segment, reading.offsets)
-    judged = (kinds != UNKNOWN) & ~np.isnan(reading.style)
+    kinds, heard = token_kinds(segment, reading.offsets), ~np.isnan(reading.style)
+    judged = (kinds != UNKNOWN) & heard
     said = judged & (np.nan_to_num(reading.style) > 0.5)
-    predicted = np.zeros(len(segment.text), dtype=bool)
+    predicted, written = np.zeros(len(segment.text), dtype=bool), segment.written()
     for (start, end), style in zip(reading.offsets, said, strict=True):
         predicted[start:end] |= style
-    heard = [start for (start, _), share in zip(reading.offsets, reading.style, strict=True) if not np.isnan(share)]
-    begin = min(heard, default=len(segment.text))  # characters before it are not judged
-    written = segment.written()
-    predicted, marked, written = _joined(predicted, written)[begin:], segment.style()[begin:], written[begin:]
+    predicted, marked = _joined(predicted, written), segment.style()
+    starts = (start for (start, _), one in zip(reading.offsets, heard, strict=True) if one)
+    begin = min(starts, default=len(segment.text))  # characters before it are not judged
+    predicted, marked, written = predicted[begin:], marked[begin:], written[begin:]
     marked_words = word_kinds(segment)
     own_kind = bool(marked_words) and marked_words[0]
     read_words = reading.words(segment.text, own_kind)
     tokens = np.flatnonzero(kinds != UNKNOWN)
-    read_tokens = [own_kind if np.isnan(reading.style[t]) else bool(said[t]) for t in tokens]
+    read_tokens = np.where(heard, said, own_kind)[tokens]
     return _Counts(
         segment=segment,
-        length=len(marked),
-        chars=_char_counts(predicted, marked),
-        letters=_char_counts(predicted & written, marked & written),
-        spans=_span_counts(read_words, marked_words),
-        word_error=_first(read_words, own_kind) - _first(marked_words, own_kind),
-        token_error=_first(read_tokens, own_kind) - _first([bool(k) for k in kinds[tokens]], own_kind),
         begins_with_style=own_kind,
+        length=len(marked),
+        scores={
+            "characters": _char_counts(predicted, marked),
+            "letters": _char_counts(predicted & written, marked & written),
+            "spans": _span_counts(read_words, marked_words),
+        },
+        errors={
+            "words": _first(read_words, own_kind) - _first(marked_words, own_kind),
+            "tokens": _first(read_tokens, own_kind) - _first(kinds[tokens], own_kind),
+        },
         kinds=kinds[judged],
         style=reading.style[judged],
     )
@@ -228,9 +226,9 @@ def _char_counts(predicted: Mask, marked: Mask) -> tuple[int, int, int]:
     return int((predicted & marked).sum()), int(predicted.sum()), int(marked.sum())
 
 
-def _first(kinds: Sequence[bool], own_kind: bool) -> int:
-    """Return the index of the first item of the other kind, or the number of items."""
-    return next((i for i, kind in enumerate(kinds) if kind != own_kind), len(kinds))
+def _first(kinds: Iterable[bool], own_kind: bool) -> int:
+    """Return the number of items before the first one of the other kind."""
+    return sum(1 for _ in takewhile(lambda kind: kind == own_kind, kinds))
 
 
 def _span_counts(predicted: Sequence[bool], marked: Sequence[bool]) -> tuple[int, int, int]:
@@ -255,8 +253,8 @@ def _by(counts: Sequence[_Counts], key: Callable[[_Counts], str]) -> dict[str, F
 def _figures(counts: Sequence[_Counts]) -> Figures:
     kinds, style = np.concatenate([c.kinds for c in counts]), np.concatenate([c.style for c in counts])
     said = style > 0.5
-    chars = np.array([count.chars for count in counts])
-    bins, error = _calibration(kinds, style)
+    chars, letters, spans = (np.array([c.scores[of] for c in counts]) for of in ("characters", "letters", "spans"))
+    bins = _calibration(kinds, style)
     return Figures(
         segments=len(counts),
         tokens=len(kinds),
@@ -264,42 +262,31 @@ def _figures(counts: Sequence[_Counts]) -> Figures:
         token_accuracy=_share((said == kinds).sum(), len(kinds)),
         token_style=Score.of((said & (kinds == 1)).sum(), said.sum(), (kinds == 1).sum()),
         char=Score.of(*chars.sum(axis=0)),
-        char_f1_without_whitespace=Score.of(*np.array([count.letters for count in counts]).sum(axis=0)).f1,
+        char_f1_without_whitespace=Score.of(*letters.sum(axis=0)).f1,
         char_f1_interval=_interval(chars, [count.segment.problem or count.segment.key for count in counts]),
-        span=Score.of(*np.array([count.spans for count in counts]).sum(axis=0)),
-        boundary_words=_boundary([count.word_error for count in counts]),
-        boundary_tokens=_boundary([count.token_error for count in counts]),
+        span=Score.of(*spans.sum(axis=0)),
+        boundary_words=_boundary([count.errors["words"] for count in counts]),
+        boundary_tokens=_boundary([count.errors["tokens"] for count in counts]),
         calibration=bins,
-        calibration_error=error,
+        calibration_error=_share(sum(b.tokens * abs(b.mean_probability - b.style) for b in bins), len(kinds)),
     )
 
 
-def _boundary(errors: Iterable[int]) -> BoundaryErrors:
-    signed = np.array(list(errors))
-    values, numbers = np.unique(np.clip(signed, -FURTHEST, FURTHEST), return_counts=True)
-    within = [float((abs(signed) <= most).mean()) for most in (0, 1, 3)]
+def _boundary(errors: Sequence[int]) -> BoundaryErrors:
+    exact, within_1, within_3 = (float((np.abs(errors) <= most).mean()) for most in (0, 1, 3))
+    counted = Counter(np.clip(errors, -FURTHEST, FURTHEST).tolist())
     return BoundaryErrors(
-        exact=within[0],
-        within_1=within[1],
-        within_3=within[2],
-        distribution={int(v): int(n) for v, n in zip(values, numbers, strict=True)},
+        exact=exact, within_1=within_1, within_3=within_3, distribution=dict(sorted(counted.items()))
     )
 
 
-def _calibration(kinds: NDArray[np.int8], style: Probabilities) -> tuple[list[Bin], float]:
+def _calibration(kinds: NDArray[np.int8], style: Probabilities) -> list[Bin]:
     tenth = np.minimum((style * BINS).astype(int), BINS - 1)
-    bins = []
-    for i in range(BINS):
-        inside = tenth == i
-        if inside.any():
-            bins.append(
-                Bin(
-                    tokens=int(inside.sum()),
-                    mean_probability=float(style[inside].mean()),
-                    style=float(kinds[inside].mean()),
-                )
-            )
-    return bins, sum(b.tokens * abs(b.mean_probability - b.style) for b in bins) / max(1, len(kinds))
+    return [
+        Bin(tokens=inside.sum(), mean_probability=style[inside].mean(), style=kinds[inside].mean())
+        for inside in (tenth == i for i in range(BINS))
+        if inside.any()
+    ]
 
 
 def _interval(chars: NDArray[Any], problems: Sequence[str], draws: int = 1000) -> tuple[float, float]:

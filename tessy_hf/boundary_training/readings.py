@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.boundary.predictor import BoundaryPredictor, windows
 from tessy_hf.text.vocabulary import words
 
 Probabilities = NDArray[np.float64]
@@ -50,15 +49,13 @@ def read(predictor: BoundaryPredictor, texts: Sequence[str], batch_size: int = 3
     asked = [
         (text, start, positions[-1] + 1, positions)
         for text, encoding in enumerate(encodings)
-        for start, group in groupby(range(len(encoding.ids)), lambda p: window_start(p, predictor.window))
-        if (positions := list(group))
+        for start, positions in windows(range(len(encoding.ids)), predictor.window)
     ]
     asked.sort(key=lambda window: window[1] - window[2])  # longest first, so that a batch needs little padding
     said = [np.full(len(encoding.ids), UNJUDGED) for encoding in encodings]
     for begin in range(0, len(asked), batch_size):
         batch = asked[begin : begin + batch_size]
-        windows = [encodings[text].ids[start:stop] for text, start, stop, _ in batch]
-        answers = predictor.probabilities(windows)
+        answers = predictor.probabilities([encodings[text].ids[start:stop] for text, start, stop, _ in batch])
         for (text, start, _, positions), answer in zip(batch, answers, strict=True):
             said[text][positions] = [answer[p - start] for p in positions]
     ahead = predictor.label_shift
@@ -72,6 +69,6 @@ def is_causal(predictor: BoundaryPredictor, text: str) -> bool:
     """Return whether the labels of the first half of a text are independent of the second half."""
     ids = predictor.vocabulary.encode(text).ids[: predictor.window]
     half = (len(ids) + 1) // 2
-    windows = ids, [*ids[:half], *ids[:half][: len(ids) - half]]
-    said, of_another = (predictor.probabilities([window])[0][:half] for window in windows)
-    return bool(np.allclose(said, of_another, rtol=0, atol=1e-5))
+    other = [*ids[:half], *ids[:half][: len(ids) - half]]
+    said, of_other = (predictor.probabilities([one])[0][:half] for one in (ids, other))
+    return bool(np.allclose(said, of_other, rtol=0, atol=1e-5))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tessy_hf.boundary_training.settings import FEWEST_WORDS, Drawing
+from tessy_hf.boundary_training.settings import FEWEST_WORDS, AnnotationSettings
 from tessy_hf.text.traces import thinking
 from tessy_hf.text.vocabulary import words
 
@@ -42,7 +42,7 @@ class Drawn:
 
 
 def draw(
-    traces: Iterable[Mapping[str, Any]], settings: Drawing, source_model: str = "", family: str = ""
+    traces: Iterable[Mapping[str, Any]], settings: AnnotationSettings, source_model: str = "", family: str = ""
 ) -> Iterator[Drawn]:
     """Draw segments; ``source_model`` and ``family`` hold for traces whose rows do not state them."""
     count = 0
@@ -67,7 +67,7 @@ def draw(
             yield Drawn(f"{trace}:{first}-{last}", text[start:end], aligned, **about)
 
 
-def _places(length: int, settings: Drawing, random: Random) -> Iterator[tuple[int, int, bool]]:
+def _places(length: int, settings: AnnotationSettings, random: Random) -> Iterator[tuple[int, int, bool]]:
     """Choose the first and last words of one trace's segments, without overlap, and whether each is aligned."""
     slot = settings.words + settings.words // 2
     slots = list(range(random.randint(0, max(0, min(slot, length - slot))), max(1, length - slot + 1), slot))

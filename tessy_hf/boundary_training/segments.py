@@ -73,16 +73,9 @@ class Segment:
                     f"characters, which has {text[start:end]!r} there; the span before ends at {before}. Expected are "
                     "character offsets, in order, without overlap. Fix or drop the row."
                 )
-        weight = row.get("weight")
-        return cls(
-            text,
-            spans,
-            problem=str(row.get("problem_id") or ""),
-            family=str(row.get("family") or ""),
-            source_model=str(row.get("source_model") or ""),
-            weight=1.0 if weight is None else float(weight),
-            key=key,
-        )
+        weight = 1.0 if row.get("weight") is None else float(row["weight"])
+        problem, family, source_model = (str(row.get(name) or "") for name in ("problem_id", "family", "source_model"))
+        return cls(text, spans, problem, family, source_model, weight, key)
 
     def style(self) -> Mask:
         """Return, for each character, whether it is style."""
@@ -105,18 +98,6 @@ class Segment:
     def marked(self) -> list[dict[str, Any]]:
         """Return the style spans as rows of a dataset: offsets, and the text for people to read."""
         return [{"start": start, "end": end, "text": self.text[start:end]} for start, end in self.spans]
-
-    def to_row(self) -> dict[str, Any]:
-        """Return the segment as a row of a dataset."""
-        return {
-            "id": self.key,
-            "text": self.text,
-            "style_spans": self.marked(),
-            "problem_id": self.problem,
-            "family": self.family,
-            "source_model": self.source_model,
-            "weight": self.weight,
-        }
 
 
 def read_segments(source: str | Path | Iterable[Mapping[str, Any] | Segment]) -> list[Segment]:

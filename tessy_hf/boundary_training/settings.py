@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from tessy_hf.boundary.predictor import LabelShift
-from tessy_hf.boundary_training.warm_up import WarmUp
-from tessy_hf.errors import SettingsError
+from tessy_hf.settings import Checked
 
 FEWEST_WORDS = 10
 """The shortest segment, in words; shorter traces are skipped."""
 
 
-class Checked(BaseModel):
-    """Settings that are refused with a :class:`SettingsError` instead of pydantic's own error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @classmethod
-    def check(cls, **given: Any) -> Self:
-        """Check settings given by name.
-
-        Raises:
-            SettingsError: A name is unknown or a value is out of range.
-        """
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            fault = max(error.errors(), key=lambda one: len(one["loc"]))  # of alternatives, the one that was meant
-            where = ".".join(map(str, fault["loc"]))
-            raise SettingsError(
-                f"The setting {where}={fault['input']!r} cannot be used: {fault['msg'].lower()}. "
-                f"Known settings: {', '.join(cls.model_fields)}."
-            ) from error
-
-
-class Drawing(Checked):
-    """How segments are drawn from traces."""
+class AnnotationSettings(Checked):
+    """How segments are drawn from traces, and how the annotator is asked."""
 
     words: int = Field(default=60, ge=FEWEST_WORDS)
     """Words in a segment."""
@@ -51,11 +27,6 @@ class Drawing(Checked):
     """Seed of the draw and of sampling."""
     limit: int | None = Field(default=None, ge=1)
     """The most segments altogether. A rerun may change it."""
-
-
-class AnnotationSettings(Drawing):
-    """How segments are drawn, and how the annotator is asked."""
-
     temperature: float = Field(default=0.0, ge=0)
     """The annotator's sampling temperature."""
     max_thinking_tokens: int = Field(default=4096, ge=1)
@@ -64,7 +35,6 @@ class AnnotationSettings(Drawing):
     """Budget of its answer."""
     prompt: str | None = None
     """A Jinja file with another instruction, in which ``text`` is the segment."""
-
     rows_in_flight: int = Field(default=64, ge=1)
     """Segments asked about at the same time. A rerun may change it."""
 
@@ -72,8 +42,8 @@ class AnnotationSettings(Drawing):
 class TrainingSettings(Checked):
     """How a predictor is trained. The defaults suit a base model of the paper's size on a GPU."""
 
-    base: str | WarmUp = "Qwen/Qwen3-0.6B-Base"
-    """The model to start from: a Hub id or folder, or the shape of a small one to train first from ``texts``."""
+    base: str = "Qwen/Qwen3-0.6B-Base"
+    """The model to start from: a Hub id or folder. ``recipes/boundary/small/base.py`` trains a small one."""
     base_revision: str | None = None
     """Branch, tag or commit of the base model."""
     model_options: dict[str, Any] = Field(default_factory=dict)

@@ -13,17 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.boundary_training.card import render_card
 from tessy_hf.boundary_training.examples import cut
-from tessy_hf.boundary_training.fit import fit, load_base, save, tune_bias
+from tessy_hf.boundary_training.fit import fit, load_base, save
 from tessy_hf.boundary_training.metrics import Evaluation, evaluate
 from tessy_hf.boundary_training.segments import Segment, read_segments, split_by_problem
 from tessy_hf.boundary_training.settings import TrainingSettings
-from tessy_hf.boundary_training.warm_up import warm_up
-from tessy_hf.errors import SettingsError
 from tessy_hf.text.vocabulary import Vocabulary
 
 Rows = str | Path | Iterable[Mapping[str, Any] | Segment]
@@ -48,7 +44,6 @@ def train_boundary(
     extra: Rows | None = None,
     validation: Rows | None = None,
     test: Rows | None = None,
-    texts: Iterable[str] | None = None,
     **settings: Any,
 ) -> Trained:
     """Train a predictor.
@@ -61,7 +56,6 @@ def train_boundary(
             of validation or test are left out.
         validation: Segments for early stopping; by default a share of the problems of ``data``.
         test: Segments for the final figures; by default a share of the problems of ``data``.
-        texts: Plain thinking to train the base model on, if ``base`` describes one.
         **settings: See :class:`tessy_hf.boundary_training.settings.TrainingSettings`.
 
     Raises:
@@ -73,20 +67,17 @@ def train_boundary(
     begun, folder = time.monotonic(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     parts = _split(data, extra, validation, test, chosen)
-    base = _base(chosen, texts, folder)
-    network, tokenizer = load_base(base, chosen)
-    vocabulary = Vocabulary(tokenizer, base)
+    network, tokenizer = load_base(chosen)
+    vocabulary = Vocabulary(tokenizer, chosen.base)
     pieces = {name: [p for s in part for p in cut(s, vocabulary, chosen.window)] for name, part in parts.items()}
     history = fit(network, vocabulary, [*pieces["train"], *pieces["extra"]], pieces["validation"], chosen, folder)
-    if chosen.tune_bias:
-        tune_bias(network, vocabulary, pieces["validation"], chosen)
     save(network, tokenizer, chosen, folder)
     predictor = BoundaryPredictor.from_pretrained(str(folder))
     figures = {name: evaluate(predictor, parts[name]) for name in ("validation", "test") if parts[name]}
     predictor.close()
     figures = {name: found.model_copy(update={"model": folder.name}) for name, found in figures.items()}
     described = chosen.model_dump(mode="json")
-    if isinstance(chosen.base, str) and Path(chosen.base).is_dir():
+    if Path(chosen.base).is_dir():
         described["base"] = Path(chosen.base).name  # paths of this machine are not published
     report = {
         "settings": described,
@@ -103,21 +94,6 @@ def train_boundary(
     return Trained(folder, figures.get("test") or figures["validation"])
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read training settings, and ``data``, ``extra`` and ``texts``, from a YAML file.
-
-    Raises:
-        SettingsError: The file cannot be read, or is not a mapping.
-    """
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"The recipe {str(path)!r} cannot be read: {error}. Expected is a YAML file.") from error
-    if not isinstance(given, dict):
-        raise SettingsError(f"The recipe {str(path)!r} holds {given!r}. Expected are training settings by name.")
-    return given
-
-
 def _split(
     data: Rows, extra: Rows | None, validation: Rows | None, test: Rows | None, settings: TrainingSettings
 ) -> dict[str, list[Segment]]:
@@ -132,14 +108,3 @@ def _split(
     held_out = {segment.problem for segment in (*kept, *stopping)} - {""}
     more = [] if extra is None else [s for s in read_segments(extra) if s.problem not in held_out]
     return {"train": train, "extra": more, "validation": stopping, "test": kept}
-
-
-def _base(settings: TrainingSettings, texts: Iterable[str] | None, folder: Path) -> str:
-    if isinstance(settings.base, str):
-        return settings.base
-    if texts is None:
-        raise SettingsError(
-            "There are no texts to train the base model on. Pass texts=[...] with plain thinking, or a pretrained "
-            "model, such as base='Qwen/Qwen3-0.6B-Base'."
-        )
-    return str(warm_up(texts, folder / "base", settings.base))

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,9 +14,6 @@ from rich.table import Table
 
 from tessy_hf.cli.files import load
 from tessy_hf.errors import SettingsError
-
-if TYPE_CHECKING:
-    pass
 
 
 def annotate(
@@ -48,22 +45,20 @@ def train_boundary(
     out: Annotated[Path, typer.Argument(help="The folder to write the predictor to.")],
     data: Annotated[list[str] | None, typer.Option(help="Annotated segments; repeat for several files.")] = None,
     extra: Annotated[list[str] | None, typer.Option(help="Further annotated segments, for training only.")] = None,
-    texts: Annotated[list[str] | None, typer.Option(help="Thinking texts to pretrain a small base model on.")] = None,
     split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
 ) -> None:
     """Train a boundary predictor on annotated segments."""
     from tessy_hf.boundary_training import train
-    from tessy_hf.text.traces import thinking
+    from tessy_hf.recipe import read_training
 
-    settings = train.read_recipe(recipe)
-    given = {"data": data, "extra": extra, "texts": texts}
+    settings = read_training(recipe)
+    given = {"data": data, "extra": extra}
     places = {name: settings.pop(name, None) for name in given} | {name: given[name] for name in given if given[name]}
     rows = {name: _chain(place, split) for name, place in places.items() if place}
     if "data" not in rows:
         raise SettingsError(f"The recipe {str(recipe)!r} names no `data`. Add it, or pass --data with a file.")
-    plain = (thinking(row) or row.get("text") or "" for row in rows["texts"]) if "texts" in rows else None
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    made = train.train_boundary(rows["data"], out, extra=rows.get("extra"), texts=plain, **settings)
+    made = train.train_boundary(rows["data"], out, extra=rows.get("extra"), **settings)
     _show(made.evaluation)
     Console().print(f"The predictor is in {made.folder}", soft_wrap=True)
 

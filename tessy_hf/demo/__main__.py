@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tessy_hf import demo
+from tessy_hf.report.statistics import summarize
+from tessy_hf.report.tables import percent
 
-COLOURS = {"teacher": "black on bright_cyan", "student": "black on bright_magenta"}
+COLORS = {"teacher": "black on bright_cyan", "student": "black on bright_magenta"}
 
 
 def main(
@@ -27,7 +28,7 @@ def main(
     """Let a tiny teacher and a tiny student write answers together, and compare with the student alone."""
     console = Console()
     transformers.utils.logging.disable_progress_bar()
-    caption = "right: answers that are; teacher: its share of the thinking; tokens/s: of kept tokens"
+    caption = "right: share of right answers; teacher: its share of the thinking; tokens/s: of kept tokens"
     table = Table(title=f"{rows} {family} prompts, temperature 0.6", caption=caption)
     for heading in ("method", "right", "teacher", "tokens/row", "tokens/s", "ended"):
         table.add_column(heading, justify="left" if heading in ("method", "ended") else "right")
@@ -41,7 +42,7 @@ def main(
         if method == "tessy":
             right = [row for row in dataset if demo.verify(row)]
             example = next((row for row in right if "&" in row["prompt"]), dataset[0])  # "&" only the teacher knows
-            console.print(_excerpt(example, coloured=console.is_terminal), soft_wrap=True)
+            console.print(_excerpt(example, colored=console.is_terminal), soft_wrap=True)
     console.print(table)
     console.print("Dataset:", *(str(path) for path in paths), soft_wrap=True)
     console.print(f"Load it with: datasets.load_dataset('parquet', data_files={str(paths[0])!r})", soft_wrap=True)
@@ -62,30 +63,28 @@ def _synthesize(method: str, rows: int, family: str, seed: int) -> tuple[Any, fl
 
 
 def _figures(dataset: Any, seconds: float) -> list[str]:
-    right = sum(demo.verify(row) for row in dataset) / len(dataset)
-    teacher, student = sum(dataset["teacher_tokens"]), sum(dataset["student_tokens"])
-    shares = [share for share in dataset["thinking_teacher_token_ratio"] if share is not None]
-    ended = ", ".join(f"{reason} {count}" for reason, count in Counter(dataset["finish_reason"]).most_common())
+    summary = summarize(dataset)
+    tokens = summary["tokens"]["all"]
     return [
-        f"{right:.1%}",
-        f"{sum(shares) / max(len(shares), 1):.1%}",
-        f"{(teacher + student) / len(dataset):.1f}",
-        f"{(teacher + student) / seconds:.0f}",
-        ended,
+        percent(sum(map(demo.verify, dataset)) / len(dataset)),
+        percent(summary["teacher_share"]["thinking"]["mean"]),
+        f"{tokens / len(dataset):.1f}",
+        f"{tokens / seconds:.0f}",
+        ", ".join(f"{reason} {rows}" for reason, rows in summary["finish_reasons"].items()),
     ]
 
 
-def _excerpt(row: dict[str, Any], *, coloured: bool) -> Text:
-    """Colour one row by author, or mark the teacher's text. Model text is shown as it is, never as markup."""
+def _excerpt(row: dict[str, Any], *, colored: bool) -> Text:
+    """Color one row by author, or mark the teacher's text. Model text is shown as it is, never as markup."""
     text = Text("Prompt: " + row["prompt"] + "\n\n")
     assistant = row["messages"][-1]["content"]
     for span in row["spans"]:
         written = assistant[span["start"] : span["end"]]
-        marked = written if coloured or span["author"] == "student" else f"«{written}»"
-        text.append(marked, style=COLOURS[span["author"]])
+        marked = written if colored or span["author"] == "student" else f"«{written}»"
+        text.append(marked, style=COLORS[span["author"]])
     text.append("\n\nwritten by ")
-    for author, colour in COLOURS.items():
-        text.append(f" {author} " if coloured or author == "student" else f" «{author}» ", style=colour)
+    for author, color in COLORS.items():
+        text.append(f" {author} " if colored or author == "student" else f" «{author}» ", style=color)
         text.append(" ")
     text.append(f"— expected answer {row['reference_answer']}\n")
     return text

@@ -1,8 +1,7 @@
 """A miniature world in which the method can be tried on one CPU core.
 
-In: a seed. Out: problems of five families (prompt, steps, answer), and texts that solve them in a teacher's or a
-student's style, cut into labelled pieces. The pieces are ground truth: which words are style and which are capability
-is known by construction.
+In: a seed. Out: problems of five families (prompt, steps, answer). `recipes/miniature` writes them out as the texts
+that its models are trained on.
 
 All arithmetic is modulo 10, so every number is one digit. The operator ``&`` is a fixed random table: it can be known,
 but not derived. It is frequent in the prompts and rare in what the student was trained on, which makes a knowledge gap
@@ -18,33 +17,19 @@ map     ``map 3 7 :: 7 1 :: 1 5 :: 5 3 from 7 > 2``  ``hop 7 1``, ``hop 1 5``
 sort    ``sort 5 2 9``                               ``take 2 left 5 9``, ``take 5 left 9``
 ======  ===========================================  ===========================================
 
-This file knows nothing of tokenizers, models or training.
+Knows nothing of tokenizers, models or training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = [
-    "FAMILIES",
-    "STUDENT_STYLE",
-    "TEACHER_STYLE",
-    "Piece",
-    "Problem",
-    "Style",
-    "Text",
-    "make_problem",
-    "prompts",
-    "verify",
-    "write",
-]
 
 FAMILIES = ("calc", "dot", "max", "map", "sort")
 
@@ -67,94 +52,13 @@ PROMPT_AND_RATE: Mapping[str, float] = {"calc": 0.2, "dot": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run of thinking text of one kind. Every piece but the first opens with its leading space."""
-
-    kind: Literal["style", "capability"]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Problem:
-    """A prompt, the steps that solve it and the numbers of its answer."""
+    """A prompt, the steps that solve it and the numbers of its answer, separated by single spaces."""
 
     family: str
     prompt: str
     steps: tuple[str, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def reference_answer(self) -> str:
-        """The answer's numbers, separated by single spaces."""
-        return _numbers(self.answer)
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """The phrases with which an author surrounds the steps, in each slot from the most to the least frequent.
-
-    The phrase of rank r has weight 1/r, so that greedy decoding has a clear winner. No phrase is the beginning of
-    another one that can stand in its place: where a phrase ends is never in doubt.
-    """
-
-    opens: tuple[str, ...]
-    """Before the first step."""
-    connectives: tuple[str, ...]
-    """Before each later step; ``{i}`` is the number of that step, from 2."""
-    closes: tuple[str, ...]
-    """After the last step."""
-    answer: str
-    """The final answer; ``{answer}`` stands for its numbers."""
-
-
-STUDENT_STYLE = Style(
-    opens=(
-        "okay so",
-        "hmm let me see here",
-        "alright first",
-        "okay let me think about this one",
-        "well let us try",
-    ),
-    connectives=(
-        "okay good , and then",
-        "wait is that right ? yes so",
-        "hmm now",
-        "alright checked , so",
-        "so next",
-        "now we go on with",
-    ),
-    closes=("okay that is all", "so we are done", "and that looks good to me"),
-    answer="the answer is {answer} .",
-)
-
-TEACHER_STYLE = Style(
-    opens=(
-        "we need to compute . ( 1 )",
-        "the task requires a direct evaluation . ( 1 )",
-        "given the input , proceed stepwise . ( 1 ) we obtain",
-    ),
-    connectives=(
-        ". therefore ( {i} ) we get",
-        ". hence , by definition , ( {i} )",
-        ". continuing with ( {i} ) gives",
-        ". consequently ( {i} ) we obtain",
-    ),
-    closes=(". this completes the derivation", ". all steps verified", ". no further steps remain"),
-    answer="** final : {answer} **",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A solved problem: the thinking as labelled pieces, and the final answer."""
-
-    pieces: tuple[Piece, ...]
-    answer: str
-
-    @property
-    def thinking(self) -> str:
-        """The pieces' texts, concatenated."""
-        return "".join(piece.text for piece in self.pieces)
+    reference_answer: str
 
 
 def make_problem(family: str, rng: Random, and_rate: float | None = None) -> Problem:
@@ -170,29 +74,10 @@ def make_problem(family: str, rng: Random, and_rate: float | None = None) -> Pro
     """
     if family not in FAMILIES:
         raise ValueError(f"No problem family {family!r}. Families: {', '.join(FAMILIES)}.")
-    if family == "calc":
-        return _calc(rng, PROMPT_AND_RATE["calc"] if and_rate is None else and_rate)
-    if family == "dot":
-        return _dot(rng, PROMPT_AND_RATE["dot"] if and_rate is None else and_rate)
+    if family in PROMPT_AND_RATE:
+        draw = {"calc": _calc, "dot": _dot}[family]
+        return draw(rng, PROMPT_AND_RATE[family] if and_rate is None else and_rate)
     return {"max": _max, "map": _map, "sort": _sort}[family](rng)
-
-
-def write(problem: Problem, rng: Random, style: Callable[[], Style] = lambda: STUDENT_STYLE) -> Text:
-    """Write the solution of a problem, with correct steps.
-
-    Args:
-        problem: What is solved.
-        rng: Picks the phrases.
-        style: Called once for each style piece and once for the answer; a constant gives a text of one author, a
-            random choice a mixed one.
-    """
-    pieces = [Piece("style", _phrase(style().opens, rng))]
-    for number, step in enumerate(problem.steps, start=1):
-        if number > 1:
-            pieces.append(Piece("style", " " + _phrase(style().connectives, rng).format(i=number)))
-        pieces.append(Piece("capability", " " + step))
-    pieces.append(Piece("style", " " + _phrase(style().closes, rng)))
-    return Text(tuple(pieces), style().answer.format(answer=problem.reference_answer))
 
 
 def prompts(n: int, seed: int = 0, family: str = "calc") -> Dataset:
@@ -216,7 +101,7 @@ def prompts(n: int, seed: int = 0, family: str = "calc") -> Dataset:
 
 
 def verify(row: Mapping[str, Any]) -> bool:
-    """Say whether a finished row is right: it ended by itself and the numbers of its answer are the reference's.
+    """Return whether a row finished normally and the numbers of its answer are the reference's.
 
     Args:
         row: Has ``answer``, ``reference_answer`` and ``finish_reason``.
@@ -235,12 +120,8 @@ def _digits(rng: Random, n: int) -> list[int]:
     return [rng.randrange(10) for _ in range(n)]
 
 
-def _numbers(values: tuple[int, ...] | list[int]) -> str:
+def _numbers(values: Iterable[int]) -> str:
     return " ".join(map(str, values))
-
-
-def _phrase(phrases: tuple[str, ...], rng: Random) -> str:
-    return rng.choices(phrases, weights=[1 / rank for rank in range(1, len(phrases) + 1)])[0]
 
 
 def _calc(rng: Random, and_rate: float) -> Problem:
@@ -253,32 +134,30 @@ def _calc(rng: Random, and_rate: float) -> Problem:
         prompt += f" {operator} {operand}"
         steps.append(f"{value} {operator} {operand} = {result}")
         value = result
-    return Problem("calc", prompt, tuple(steps), (value,))
+    return Problem("calc", prompt, tuple(steps), str(value))
 
 
 def _dot(rng: Random, and_rate: float) -> Problem:
     operator = "&" if rng.random() < and_rate else "*"
     n = rng.randint(2, 3)
     left, right = _digits(rng, n), _digits(rng, n)
-    steps: list[str] = []
-    total = 0
+    steps, total = list[str](), 0
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         product = _operate(a, operator, b)
         steps.append(f"{a} {operator} {b} = {product}")
         if i > 0:
             steps.append(f"{total} + {product} = {_operate(total, '+', product)}")
         total = _operate(total, "+", product)
-    return Problem("dot", f"dot {operator} {_numbers(left)} | {_numbers(right)}", tuple(steps), (total,))
+    return Problem("dot", f"dot {operator} {_numbers(left)} | {_numbers(right)}", tuple(steps), str(total))
 
 
 def _max(rng: Random) -> Problem:
     numbers = _digits(rng, rng.randint(3, 5))
-    steps: list[str] = []
-    best = numbers[0]
+    steps, best = list[str](), numbers[0]
     for number in numbers[1:]:
         steps.append(f"{best} over {number} = {max(best, number)}")
         best = max(best, number)
-    return Problem("max", f"max {_numbers(numbers)}", tuple(steps), (best,))
+    return Problem("max", f"max {_numbers(numbers)}", tuple(steps), str(best))
 
 
 def _map(rng: Random) -> Problem:
@@ -288,15 +167,14 @@ def _map(rng: Random) -> Problem:
     path = [links[(start + hop) % len(cycle)] for hop in range(hops)]
     shuffled = " :: ".join(f"{a} {b}" for a, b in rng.sample(links, len(links)))
     steps = tuple(f"hop {a} {b}" for a, b in path)
-    return Problem("map", f"map {shuffled} from {cycle[start]} > {hops}", steps, (path[-1][1],))
+    return Problem("map", f"map {shuffled} from {cycle[start]} > {hops}", steps, str(path[-1][1]))
 
 
 def _sort(rng: Random) -> Problem:
     numbers = _digits(rng, rng.randint(3, 5))
-    steps: list[str] = []
-    left = list(numbers)
+    steps, left = list[str](), list(numbers)
     while len(left) > 1:
         taken = min(left)
         left.remove(taken)
         steps.append(f"take {taken} left {_numbers(left)}")
-    return Problem("sort", f"sort {_numbers(numbers)}", tuple(steps), tuple(sorted(numbers)))
+    return Problem("sort", f"sort {_numbers(numbers)}", tuple(steps), _numbers(sorted(numbers)))

@@ -17,20 +17,10 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, RepoFile
 
 PUBLISHED = (
-    "README.md",
-    "report.json",
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
-"""Which files of the folder are the model. Others, such as a base model trained for it, are not published."""
+    "README.md", "report.json", "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.*",
+    "special_tokens_map.json", "added_tokens.json", "merges.txt", "*.model", "*.jinja",
+)  # fmt: skip
+"""Which files of the folder are the model. Others are not published."""
 
 
 def push_boundary(
@@ -82,8 +72,14 @@ def push_boundary(
 
 def _publish(repo: Repository, private: bool, tag: str | None, files: Sequence[CommitOperationAdd]) -> str:
     repo.reach(private)
-    if tag in repo.refs()[1]:
-        return _tagged(repo, str(tag), files)
+    if tag in repo.refs()[1]:  # as an earlier push may have left it
+        tagged = repo.resolve(str(tag))
+        if other := _difference(repo, tagged, files):
+            raise BoundaryError(
+                f"{repo.id} already has a tag {tag!r}, with another {other}. A tag does not move; pass another one. "
+                "Nothing was pushed."
+            )
+        return tagged
 
     def commit() -> str:
         main = repo.refs()[0].get("main")
@@ -97,28 +93,10 @@ def _publish(repo: Repository, private: bool, tag: str | None, files: Sequence[C
     return made
 
 
-def _tagged(repo: Repository, tag: str, files: Sequence[CommitOperationAdd]) -> str:
-    """Return the commit of a tag that has these very files, as an earlier push may have left it.
-
-    Raises:
-        BoundaryError: It has others.
-    """
-    commit = repo.resolve(tag)
-    if other := _difference(repo, commit, files):
-        raise BoundaryError(
-            f"{repo.id} already has a tag {tag!r}, with another {other}. A tag does not move; pass another one. "
-            "Nothing was pushed."
-        )
-    return commit
-
-
 def _difference(repo: Repository, commit: str, files: Sequence[CommitOperationAdd]) -> str | None:
     """Return the first of the files that a commit lacks or has with other content, or ``None``."""
     there = repo.files(commit)
-    return next(
-        (file.path_in_repo for file in files if not _is_same(file, there.get(file.path_in_repo))),
-        None,
-    )
+    return next((file.path_in_repo for file in files if not _is_same(file, there.get(file.path_in_repo))), None)
 
 
 def _is_same(file: CommitOperationAdd, there: RepoFile | None) -> bool:

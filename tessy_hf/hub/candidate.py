@@ -84,7 +84,7 @@ class Candidate:
 
     def _tree(self, on_main: Mapping[str, RepoFile], on_side: Mapping[str, RepoFile]) -> dict[str, RepoFile]:
         """Return the files that are to be there beside the card: others as on ``main``, ours as on the branch."""
-        folder, shards = f"{self.spec.records}/", {shard.path for shard in all_shards(self.manifest)}
+        folder, shards = f"{self.spec.records}/", {shard.path for shard in self.manifest.shards}
         replaced = ("README.md", folder, *self.spec.data_prefixes)
         others = {path: file for path, file in on_main.items() if path in shards or not path.startswith(replaced)}
         records = self.records or [path for path in on_side if path.startswith(folder)]
@@ -112,7 +112,7 @@ class Candidate:
         """
         there = self.repo.files(self.commit)
         old = {shard.path for shard in base.manifest.splits[self.spec.split].shards} if base else set()
-        shards = all_shards(self.manifest)
+        shards = self.manifest.shards
         self.repo.say(f"reading back what was sent: {sum(shard.path not in old for shard in shards)} file(s)")
         for shard in shards:
             wrong = difference(shard, there.get(shard.path))
@@ -139,14 +139,12 @@ class Candidate:
         self.repo.say("loading every split of the side branch with plain datasets")
         for name in (".huggingface.yaml", "README.md", "dataset_infos.json"):
             self.repo.download(name, self.commit)  # `datasets` takes a busy Hub for one without these files
-        try:
-            self.repo.call("load the side branch", self._load)
-        except _UnloadableError as error:
+        if fault := self.repo.call("load the side branch", self._fault):
             self._reject(
-                f"{error} It could not be loaded from main either. Push to another config_name or repository."
+                f"{fault} It could not be loaded from main either. Push to another config_name or repository."
             )
 
-    def _load(self) -> None:
+    def _fault(self) -> str | None:
         from datasets import get_dataset_config_names, load_dataset
 
         where: dict[str, Any] = {"revision": self.commit, "token": self.repo.token}
@@ -164,10 +162,9 @@ class Candidate:
         except Exception as error:  # whatever `datasets` raises: nothing that it cannot load is promoted
             if may_pass(error):
                 raise
-            reason = str(error.__cause__ or error).strip().splitlines()
-            raise _UnloadableError(
-                f"`datasets` cannot load {place} from the side branch: {type(error).__name__}: {' '.join(reason[:1])}."
-            ) from error
+            said = " ".join(str(error.__cause__ or error).strip().splitlines()[:1])
+            return f"`datasets` cannot load {place} from the side branch: {type(error).__name__}: {said}."
+        return None
 
     def _reject(self, reason: str) -> None:
         discard(self.repo, self.spec)
@@ -204,10 +201,6 @@ class Candidate:
         return self.repo.commit("main", operations, f"Release {self.spec.tag}", parent=main)
 
 
-class _UnloadableError(HubError):
-    """Plain ``datasets`` cannot load a candidate."""
-
-
 def resume(
     repo: Repository, spec: ReleaseSpec, submission: Submission, base: Base | None, other_splits: Mapping[str, Info]
 ) -> Candidate | None:
@@ -242,11 +235,6 @@ def changes(now: Mapping[str, RepoFile], then: Mapping[str, RepoFile], source: s
         *(CommitOperationDelete(path) for path in now if path not in then),
         *(CommitOperationCopy(path, path, src_revision=source) for path in copied),
     ]
-
-
-def all_shards(manifest: Manifest) -> list[ShardRecord]:
-    """Return the files of all splits of a release."""
-    return [shard for split in manifest.splits.values() for shard in split.shards]
 
 
 def difference(shard: ShardRecord, there: RepoFile | None) -> str | None:

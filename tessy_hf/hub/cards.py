@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetCard, DatasetCardData
     from jinja2 import Environment
 
-    from tessy_hf.manifest import HardwareRecord, Manifest, ModelRecord
+    from tessy_hf.manifest import Manifest, ModelRecord
 
 CARD = Path(__file__).with_name("templates") / "dataset_card.md"
 
@@ -77,11 +77,9 @@ def dataset_card(
         repo_id=repo_id,
         tag=f"v{manifest.version}",
         licenses=_licenses(data),
-        student=_student(manifest),
         alternates=all(method.startswith("tessy") for method in summary["methods"]) and bool(summary["methods"]),
-        own_columns=[name for name in _names(manifest.features) if name not in COLUMNS],
+        own_columns=[feature["name"] for feature in manifest.features if feature["name"] not in COLUMNS],
         incomplete=summary["rows"] - summary["finish_reasons"].get("stop", 0),
-        failures=_failures(manifest),
         counts_failed=0 < manifest.counts.failed == summary["rows"] - manifest.counts.rows,
         figures=[{"path": path, "description": description} for path, description in (figures or {}).items()],
     )
@@ -218,12 +216,11 @@ def _environment() -> Environment:
         model=lambda name: _link(name, "https://huggingface.co/", cell=True),
         dataset=lambda name: _link(name, "https://huggingface.co/datasets/"),
         revision=_revision,
+        link=_link,
         url=lambda path: Markdown(quote(path)),
-        link=lambda name, base: _link(name, base),
         grid=_grid,
         join_codes=lambda names: Markdown(", ".join(map(code, names))),
     )
-    environment.globals["hardware"] = _hardware
     return environment
 
 
@@ -270,28 +267,3 @@ def _link(name: str, base: str, cell: bool = False) -> Markdown:
 def _revision(model: ModelRecord) -> Markdown:
     known = model.revision or model.digest or model.requested_revision
     return Markdown("–") if known is None else code(known if len(known) <= 20 else known[:19] + "…", cell=True)
-
-
-def _hardware(hardware: HardwareRecord) -> str:
-    machine = f"{hardware.system}, {hardware.machine}, {hardware.cores} cores"
-    return ", ".join([machine, *hardware.gpus])
-
-
-def _student(manifest: Manifest) -> str:
-    students = [run.student.model.name for run in manifest.runs if run.student]
-    return students[0] if students else "the-student"
-
-
-def _names(features: list[Any] | dict[str, Any]) -> list[str]:
-    return list(features) if isinstance(features, dict) else [feature["name"] for feature in features]
-
-
-def _failures(manifest: Manifest) -> Markdown | None:
-    """Return a sentence on where failed and incomplete rows are."""
-    if not manifest.counts.failed:
-        return None
-    complete = ", ".join(map(code, manifest.complete))
-    failed = f"{count(manifest.counts.failed)} rows that did not end with {complete} are "
-    if manifest.failures_split:
-        return Markdown(failed + f"not in this split but in the split {code(manifest.failures_split)}.")
-    return Markdown(failed + "left out of this release.")

@@ -17,7 +17,6 @@ from tessy_hf.rows import datasets_internals
 
 if TYPE_CHECKING:
     from datasets import Features
-    from huggingface_hub import DatasetCardData
 
     from tessy_hf.hub.repository import Repository
     from tessy_hf.hub.versions import ReleaseSpec
@@ -50,7 +49,7 @@ def check_neighbors(repo: Repository, commit: str, spec: ReleaseSpec, features: 
     listed = layout.configs(data)
     _check_files_are_listed(repo, commit, spec, bool(listed))
     _check_configurations(repo, spec, listed)
-    uncounted = {}
+    uncounted: dict[str, layout.Info] = {}
     for name, config in listed.items():
         for split, patterns in layout.patterns(config).items():
             if name == spec.config_name and split in layout.replaced_splits(spec.split):
@@ -58,8 +57,10 @@ def check_neighbors(repo: Repository, commit: str, spec: ReleaseSpec, features: 
             where = f"split {split!r} of the configuration {name!r}"
             _check_overlap(repo, spec, where, patterns)
             paths = _files(repo, commit, where, patterns)
-            if name == spec.config_name and (info := _check_columns(repo, commit, spec, data, split, paths, features)):
-                uncounted[split] = info
+            if name == spec.config_name:
+                told = layout.infos(data).get(name, {})
+                size = _check_columns(repo, commit, name, told, split, paths, features)
+                uncounted |= {split: size} if size else {}
     return uncounted
 
 
@@ -116,11 +117,7 @@ def _check_overlap(repo: Repository, spec: ReleaseSpec, where: str, patterns: li
 
 
 def _files(repo: Repository, commit: str, where: str, patterns: list[str]) -> list[str]:
-    """Return the files of a split that stays.
-
-    Raises:
-        DatasetError: There are none, or some that are not Parquet.
-    """
+    """Return the files of a split that stays."""
     paths = [
         path for pattern in patterns
         for path in ([pattern] if "://" in pattern else repo.glob(pattern, commit))
@@ -139,22 +136,11 @@ def _files(repo: Repository, commit: str, where: str, patterns: list[str]) -> li
 
 
 def _check_columns(
-    repo: Repository,
-    commit: str,
-    spec: ReleaseSpec,
-    data: DatasetCardData,
-    split: str,
-    paths: list[str],
-    own: Features,
+    repo: Repository, commit: str, config_name: str, info: layout.Info, split: str, paths: list[str], own: Features
 ) -> layout.Info | None:
-    """Check the columns of another split of the configuration; return its size where the card does not give it.
-
-    Raises:
-        DatasetError: They differ from those of the rows.
-    """
+    """Check the columns of another split of the configuration; return its size where the card does not give it."""
     from datasets import Features
 
-    info = layout.infos(data).get(spec.config_name, {})
     counted = split in {described["name"] for described in info.get("splits") or []}
     local = [path for path in paths if "://" not in path]
     if counted and info.get("features"):
@@ -165,7 +151,7 @@ def _check_columns(
     for theirs in kinds:
         if theirs != own:
             raise DatasetError(
-                f"{repo.id} has a split {split!r} in the configuration {spec.config_name!r} with other columns "
+                f"{repo.id} has a split {split!r} in the configuration {config_name!r} with other columns "
                 f"({_difference(theirs, own)}). All splits of a configuration have the same columns: pass another "
                 f"config_name, for instance config_name='sft', or push to another repository. Nothing was uploaded."
             )

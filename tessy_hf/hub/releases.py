@@ -12,7 +12,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ def command(name: str, run: RunRecord, *, several: bool = False) -> str:
 # --- differences
 
 
-@dataclass
+@dataclass(frozen=True)
 class Difference:
     """How the rows and runs of one split differ between two releases.
 
@@ -200,11 +200,11 @@ class Difference:
 
     config_name: str
     split: str
-    rows: tuple[int, int] = (0, 0)
-    added: tuple[list[Any], int] = ((), 0)  # type: ignore[assignment]
-    removed: tuple[list[Any], int] = ((), 0)  # type: ignore[assignment]
-    changed: tuple[list[Any], int] = ((), 0)  # type: ignore[assignment]
-    facts: list[tuple[str, str, str]] = field(default_factory=list)
+    rows: tuple[int, int]
+    added: tuple[list[Any], int]
+    removed: tuple[list[Any], int]
+    changed: tuple[list[Any], int]
+    facts: list[tuple[str, str, str]]
 
 
 def diff(repo_id: str, before: str, after: str, token: str | None = None) -> list[Difference]:
@@ -234,30 +234,29 @@ def diff(repo_id: str, before: str, after: str, token: str | None = None) -> lis
 def _difference(
     repo: Repository, old: tuple[Manifest | None, str], new: tuple[Manifest | None, str], place: tuple[str, str]
 ) -> Difference:
-    found = Difference(*place)
-    found.rows = tuple(manifest.counts.rows if manifest else 0 for manifest in (old[0], new[0]))  # type: ignore[assignment]
-    common = {shard.sha256 for shard in _shards(old[0])} & {shard.sha256 for shard in _shards(new[0])}
-    rows = [_rows(repo, manifest, commit, common) for manifest, commit in (old, new)]
-    found.added = _some(key for key in rows[1] if key not in rows[0])
-    found.removed = _some(key for key in rows[0] if key not in rows[1])
-    found.changed = _some(key for key in rows[1] if key in rows[0] and rows[0][key] != rows[1][key])
-    found.facts = [
-        (name, before, after)
-        for name in sorted({*_facts(old[0]), *_facts(new[0])})
-        if (before := _facts(old[0]).get(name, "–")) != (after := _facts(new[0]).get(name, "–"))
-    ]
-    return found
+    common = _hashes(old[0]) & _hashes(new[0])
+    before, after = (_rows(repo, manifest, commit, common) for manifest, commit in (old, new))
+    told, tells = _facts(old[0]), _facts(new[0])
+    facts = [(name, told.get(name, "–"), tells.get(name, "–")) for name in sorted({*told, *tells})]
+    return Difference(
+        *place,
+        rows=(old[0].counts.rows if old[0] else 0, new[0].counts.rows if new[0] else 0),
+        added=_some(key for key in after if key not in before),
+        removed=_some(key for key in before if key not in after),
+        changed=_some(key for key in after if key in before and before[key] != after[key]),
+        facts=[fact for fact in facts if fact[1] != fact[2]],
+    )
 
 
-def _shards(manifest: Manifest | None) -> list[Any]:
-    return [shard for split in manifest.splits.values() for shard in split.shards] if manifest else []
+def _hashes(manifest: Manifest | None) -> set[str]:
+    return {shard.sha256 for shard in manifest.shards} if manifest else set()
 
 
 def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[Any, bytes]:
     """Return a hash of each row by its key, except for rows in files that both releases have."""
     if manifest is None:
         return {}
-    paths = [shard.path for shard in _shards(manifest) if shard.sha256 not in common]
+    paths = [shard.path for shard in manifest.shards if shard.sha256 not in common]
     id_column = next((run.settings.get("id_column") for run in manifest.runs if run.settings.get("id_column")), None)
     return {key: digest for table in read_tables(repo, paths, commit) for key, digest in _hashed(table, id_column)}
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -73,7 +74,11 @@ class Repository:
         self._system = HfFileSystem(token=token, endpoint=self.api.endpoint, skip_instance_cache=True)
         self._where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
         self._policy = RetryPolicy(timeout=retry_timeout, first_pause=backoff)
-        self.folder, self._refs = folder, _OwnSteps()
+        self.folder = folder
+        # What this process did to branches and tags, to recognize answers from before it.
+        self._heads: dict[str, str] = {}
+        self._left: defaultdict[str, set[str | None]] = defaultdict(set)  # where branches no longer are
+        self._own_tags: set[str] = set()
 
     def call(self, what: str, function: Callable[..., T], *args: Any, expected: Any = (), **kwargs: Any) -> T:
         """Call a function until it returns or fails for good.
@@ -97,15 +102,7 @@ class Repository:
         except expected:
             raise
         except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-            raise HubError(self._explained(what, error)) from error
-
-    def _explained(self, what: str, error: BaseException) -> str:
-        hint = "Check the connection and https://status.huggingface.co, then run it again; it resumes."
-        if status_of(error) in (401, 403):
-            hint = f"It takes a token that may write to {self.id}: set HF_TOKEN, run `hf auth login`, or pass token=."
-        elif status_of(error) is not None and not may_pass(error):
-            hint = "Check the repository's name and state, then run it again."
-        return f"The Hub did not {what} for {self.id}: {_seen(error)}. {hint}"
+            raise HubError(_explained(what, self.id, error)) from error
 
     def _announce_retry(self, failures: Failures) -> None:
         self.say(f"the Hub did not answer: {_seen(failures.error)}; trying again in {failures.pause:.0f} s")
@@ -121,12 +118,14 @@ class Repository:
         def listing() -> tuple[dict[str, str], dict[str, str]]:
             found = self.api.list_repo_refs(**self._where)
             branches, tags = ({ref.name: ref.target_commit for ref in refs} for refs in (found.branches, found.tags))
-            if stale := self._refs.stale(branches, tags):
+            stale = [name for name, left in self._left.items() if branches.get(name) in left]
+            if stale or not self._own_tags <= tags.keys():
+                stale += sorted(self._own_tags.difference(tags))
                 raise _Stale(f"The Hub lists old {', '.join(stale)} of {self.id}. Nothing is lost; run it again.")
             return branches, tags
 
         branches, tags = self.call("list branches and tags", listing)
-        self._refs.listed(branches)
+        self._heads = branches
         return branches, tags
 
     def resolve(self, revision: str) -> str:
@@ -210,7 +209,7 @@ class Repository:
             self.say(f"making the repository {self.id}")
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403):
-                raise HubError(self._explained("grant write access", error)) from error
+                raise HubError(_explained("grant write access", self.id, error)) from error
             # A Hub without this check: making the side branch, before any row is sent, shows it.
         self.call("make the repository", self.api.create_repo, private=private, exist_ok=True)
 
@@ -219,23 +218,25 @@ class Repository:
         done = self.api.create_commit(
             operations=operations, commit_message=message, revision=branch, parent_commit=parent, **self._where
         )
-        self._refs.committed(branch, str(done.oid))
+        if done.oid != self._heads.get(branch):  # the same where nothing was to be changed
+            self._left[branch].add(self._heads.get(branch))
+            self._heads[branch] = done.oid
         return str(done.oid)
 
     def make_branch(self, branch: str) -> None:
         """Make a branch at ``main``, or keep the one that is there."""
         self.call("make a branch", self.api.create_branch, branch=branch, exist_ok=True)
-        self._refs.made(branch)
+        self._left[branch].add(None)
 
     def delete_branch(self, branch: str) -> None:
         """Delete a branch."""
-        self._refs.deleted(branch)
+        self._left.pop(branch, None)
         self.call("delete the side branch", self.api.delete_branch, branch=branch)
 
     def make_tag(self, tag: str, commit: str) -> None:
         """Tag a commit, unless the tag exists, wherever it points."""
         self.call("tag", self.api.create_tag, tag=tag, revision=commit, tag_message=f"Release {tag}", exist_ok=True)
-        self._refs.tags.add(tag)
+        self._own_tags.add(tag)
 
 
 def read_tables(repo: Repository, paths: Sequence[str], commit: str) -> Iterator[pa.Table]:
@@ -255,32 +256,13 @@ def read_tables(repo: Repository, paths: Sequence[str], commit: str) -> Iterator
                 yield from (parquet.read_row_group(number) for number in range(parquet.num_row_groups))
 
 
-class _OwnSteps:
-    """What this process did to branches and tags, to recognize answers from before it."""
-
-    def __init__(self) -> None:
-        self._heads: dict[str, str] = {}
-        self._left: dict[str, set[str | None]] = {}  # where branches no longer are
-        self.tags: set[str] = set()
-
-    def listed(self, branches: dict[str, str]) -> None:
-        self._heads = branches
-
-    def committed(self, branch: str, commit: str) -> None:
-        if commit != self._heads.get(branch):  # the same where nothing was to be changed
-            self._left.setdefault(branch, set()).add(self._heads.get(branch))
-            self._heads[branch] = commit
-
-    def made(self, branch: str) -> None:
-        self._left.setdefault(branch, set()).add(None)
-
-    def deleted(self, branch: str) -> None:
-        self._left.pop(branch, None)
-
-    def stale(self, branches: Mapping[str, str], tags: Mapping[str, str]) -> list[str]:
-        return [name for name, left in self._left.items() if branches.get(name) in left] + sorted(
-            self.tags.difference(tags)
-        )
+def _explained(what: str, repo_id: str, error: BaseException) -> str:
+    hint = "Check the connection and https://status.huggingface.co, then run it again; it resumes."
+    if status_of(error) in (401, 403):
+        hint = f"It takes a token that may write to {repo_id}: set HF_TOKEN, run `hf auth login`, or pass token=."
+    elif status_of(error) is not None and not may_pass(error):
+        hint = "Check the repository's name and state, then run it again."
+    return f"The Hub did not {what} for {repo_id}: {_seen(error)}. {hint}"
 
 
 def _seen(error: BaseException) -> str:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from itertools import groupby
 
-from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.boundary.predictor import BoundaryPredictor, windows
 from tessy_hf.method.chunk import Chunk
 from tessy_hf.text.transcript import Preview, TokenList
 
@@ -80,9 +79,8 @@ class Judge:
     async def _kinds(self, preview: Preview, places: Mapping[int, int]) -> dict[int, bool]:
         """Return whether words are style, from their tokens. Nothing is known of a word that no token precedes."""
         style: dict[int, bool] = {}
-        asked, window = sorted({place for place in places.values() if place >= 0}), self._predictor.window
-        for start, group in groupby(asked, lambda place: window_start(place, window)):
-            inside = list(group)
+        asked = sorted({place for place in places.values() if place >= 0})
+        for start, inside in windows(asked, self._predictor.window):
             labels = await self._predictor.labels(preview.window(start, inside[-1] + 1), inside[0] - start)
             style.update((place, labels[place - inside[0]]) for place in inside)
         return {word: style[place] for word, place in places.items() if place >= 0}

@@ -45,16 +45,9 @@ async def write(
     verify: Verify | None = None,
     record: Record | None = None,
 ) -> Trajectory:
-    """Write one row, on from what its draft holds.
+    """Write one row by the plan's method, on from what its draft holds; what is written is added to the draft.
 
-    Args:
-        prompt: The row's question.
-        teacher: The strong model; must be started.
-        student: The model to be trained; must be started.
-        plan: The method, and how it samples.
-        draft: What earlier attempts wrote; what this one writes is added.
-        verify: Says whether a finished text is right.
-        record: See :data:`Record`.
+    ``prompt``, ``teacher`` and ``student`` are those of :func:`~tessy_hf.method.alternation.synthesize`.
 
     Returns:
         The candidate that is kept, or what failed, with ``finish_reason="error"``.
@@ -107,11 +100,7 @@ class _Row:
     record: Record
 
     async def shown_prompt(self) -> Prompt:
-        """Return the prompt as the authors of the candidates see it; the row's own, but for ``teacher-reference``.
-
-        Raises:
-            RequestError: There is no reference.
-        """
+        """Return the prompt as the authors of the candidates see it; the row's own, but for ``teacher-reference``."""
         if not self.plan.shows_reference:
             return self.prompt
         if self.draft.reference is None:
@@ -120,11 +109,7 @@ class _Row:
         return self.with_question("reference", self.prompt.key, reference=self.draft.reference)
 
     async def reference(self) -> str:
-        """Let the teacher answer, as in a row of ``teacher-only``.
-
-        Raises:
-            RequestError: It failed, or its answer did not end.
-        """
+        """Let the teacher answer, as in a row of ``teacher-only``."""
         written = await self.by_teacher(replace(self.prompt, key=f"{self.prompt.key}#reference"))
         text = written.text("answer")
         if written.finish_reason == "stop" and text:
@@ -159,11 +144,7 @@ class _Row:
         return candidate
 
     async def judge(self, number: int, candidate: Candidate) -> None:
-        """Have a finished candidate judged by the verifier and the teacher, where they have not done so yet.
-
-        Raises:
-            RequestError: The teacher or the verifier failed.
-        """
+        """Have a finished candidate judged by the verifier and the teacher, where they have not done so yet."""
         if candidate.trajectory.finish_reason != "stop":
             return
         if self.verify is not None and candidate.verdict is None:
@@ -177,11 +158,7 @@ class _Row:
             self.record(self.draft, None)
 
     async def judgement(self, number: int, text: Trajectory) -> str:
-        """Ask the teacher for a score of a final answer.
-
-        Raises:
-            RequestError: It failed.
-        """
+        """Ask the teacher for a score of a final answer."""
         key = _numbered(f"{self.prompt.key}#score", number)
         question = self.with_question("score", key, text.seed, answer=text.text("answer"))
         return (await self.by_teacher(question)).text("answer")

@@ -14,11 +14,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import DatasetError, SettingsError
+from tessy_hf.run.metering import Load
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from tessy_hf.run.metering import Load
     from tessy_hf.transform import TessyTransform
 
 MOST_REPLICAS = 8
@@ -113,7 +113,7 @@ def estimate(
             f"All {len(written)} rows of the pilot failed; the first with: {written[0]['error']} Fix that first."
         )
     scale = total / len(good)
-    costs = {author: _cost(author, good, loads.get(author), scale, gpus[author]) for author in AUTHORS}
+    costs = {author: _cost(author, good, loads.get(author, Load()), scale, gpus[author]) for author in AUTHORS}
     waited = sum(load.waited for load in loads.values())
     return Estimate(
         prompts=total,
@@ -134,16 +134,16 @@ def _run_pilot(run: TessyTransform, prompts: Dataset) -> tuple[list[dict[str, An
         before, begin = run.loads(), time.monotonic()
         written = list(prompts.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
         seconds, after = time.monotonic() - begin, run.loads()
-    return written, seconds, {name: load - before[name] if name in before else load for name, load in after.items()}
+    return written, seconds, {name: load - before.get(name, Load()) for name, load in after.items()}
 
 
-def _cost(author: str, rows: list[dict[str, Any]], load: Load | None, scale: float, gpus: int) -> AuthorCost:
-    """Scale up one model's part of the pilot's rows; a model that was never asked has no load."""
-    hours = scale * load.busy / 3600 if load else 0.0
+def _cost(author: str, rows: list[dict[str, Any]], load: Load, scale: float, gpus: int) -> AuthorCost:
+    """Scale up one model's part of the pilot's rows."""
+    hours = scale * load.busy / 3600
     return AuthorCost(
         kept_tokens=round(scale * sum(row[f"{author}_tokens"] for row in rows)),
         generated_tokens=round(scale * sum(row[f"generated_{author}_tokens"] for row in rows)),
-        requests=round(scale * load.times) if load else 0,
+        requests=round(scale * load.times),
         hours=hours,
         gpu_hours=hours * gpus,
     )

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, chain, combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
-from tessy_hf.report.statistics import evenly
+from tessy_hf.report.statistics import AUTHORS, evenly
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
 from tessy_hf.text.thinking_format import detect, render
 from tessy_hf.text.traces import thinking as thinking_of
+from tessy_hf.text.vocabulary import owners
 
 if TYPE_CHECKING:
     from tessy_hf.text.vocabulary import Vocabulary
@@ -50,6 +51,13 @@ class Text:
         """Return the text of one part."""
         return "".join(text for _, part, text in self.pieces if part == name)
 
+    def tokens(self, name: str, vocabulary: Vocabulary) -> tuple[list[int], list[str]]:
+        """Return the token ids of one part, and the author of each."""
+        own = [(author, len(text)) for author, part, text in self.pieces if part == name]
+        encoded = vocabulary.encode(self.part(name))
+        places = owners(encoded.offsets, list(accumulate(length for _, length in own)))
+        return encoded.ids, [own[at][0] for at in places]
+
 
 @dataclass
 class Side:
@@ -57,18 +65,26 @@ class Side:
 
     name: str
     texts: list[Text]
-    bags: list[tuple[Numbers, Numbers]] = field(default_factory=list)
-    """For each text its distinct token ids and their counts."""
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"thinking": [], "answer": []})
     """For each part the number of tokens of each text."""
+    authors: Counter[str] = field(default_factory=Counter)
+    """Tokens by author."""
 
-    def tokenize(self, vocabulary: Vocabulary) -> None:
-        """Count the tokens of all texts. The sequences of ids are not kept."""
+    @property
+    def by_author(self) -> dict[str, int] | None:
+        """The tokens of each author (figure 17), or ``None`` if the author of some is unknown."""
+        return None if self.authors[""] else {author: self.authors[author] for author in AUTHORS}
+
+    def tokenize(self, vocabulary: Vocabulary) -> Iterator[list[int]]:
+        """Yield the token ids of each text, which are not kept, and count them."""
         for text in self.texts:
-            parts = {part: vocabulary.encode(text.part(part)).ids for part in self.lengths}
-            for part, ids in parts.items():
-                self.lengths[part].append(len(ids))
-            self.bags.append(np.unique(np.array(sum(parts.values(), []), dtype=np.int32), return_counts=True))
+            whole: list[int] = []
+            for part, lengths in self.lengths.items():
+                ids, authors = text.tokens(part, vocabulary)
+                lengths.append(len(ids))
+                self.authors.update(authors)
+                whole += ids
+            yield whole
 
 
 def read(row: Mapping[str, Any]) -> Text | None:
@@ -154,17 +170,15 @@ def analyze(
             "three datasets with different names, and limits of at least 3."
         )
     sides = match(datasets, limit)
-    for side in sides:
-        side.tokenize(vocabulary)
-    vectors = tf_idf([side.bags for side in sides])
+    vectors = tf_idf(sides, vocabulary)
     found: dict[str, Any] = {
         "names": [side.name for side in sides],
         "prompts": len(sides[0].texts),
         "tokenizer": vocabulary.name,
         "similarity": similarities(sides, vectors),
-        "pca": principal_components(vectors),
+        "pca": principal_components(vectors, len(sides)),
         "tokens": {side.name: _lengths(side) for side in sides},
-        "authors": {side.name: _authors(side, vocabulary) for side in sides},
+        "authors": {side.name: side.by_author for side in sides},
         "words": typical_words(sides),
         "nll": None,
     }
@@ -176,35 +190,37 @@ def analyze(
 # --- bags of tokens
 
 
-def tf_idf(bags: Sequence[Sequence[tuple[Numbers, Numbers]]]) -> list[Any]:
-    """Return each dataset's token counts as TF-IDF rows of unit length; document frequencies are those of all texts.
+def tf_idf(sides: Sequence[Side], vocabulary: Vocabulary) -> Any:
+    """Return the token counts of all texts as TF-IDF rows of unit length, those of one dataset after the other.
 
     Raises:
         TessyError: scikit-learn is not installed.
     """
     try:
-        from scipy.sparse import csr_matrix
-        from sklearn.feature_extraction.text import TfidfTransformer
+        from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
         raise TessyError(
             'Texts are compared with scikit-learn, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
-    tokens, counts = zip(*(bag for side in bags for bag in side), strict=True)
-    begins = np.cumsum([0, *map(len, tokens)])
-    counted = csr_matrix((np.concatenate(counts).astype(float), np.concatenate(tokens), begins))
-    vectors = TfidfTransformer().fit_transform(counted).tocsr()
-    rows = len(bags[0])
-    return [vectors[at * rows : (at + 1) * rows] for at in range(len(bags))]
+    texts = chain.from_iterable(side.tokenize(vocabulary) for side in sides)
+    return TfidfVectorizer(analyzer=list).fit_transform(texts).tocsr()
 
 
-def similarities(sides: Sequence[Side], vectors: Sequence[Any]) -> list[dict[str, Any]]:
+def _by_side(rows: Any, sides: int) -> list[Any]:
+    """Cut the rows of all texts into those of each dataset."""
+    size = rows.shape[0] // sides
+    return [rows[at * size : (at + 1) * size] for at in range(sides)]
+
+
+def similarities(sides: Sequence[Side], vectors: Any) -> list[dict[str, Any]]:
     """Return for each pair of datasets the mean cosine of texts of the same prompt (appendix A.6) and of others."""
     found = []
-    for left, right in combinations(range(len(sides)), 2):
-        same = _cosines(vectors[left], vectors[right])
-        other = _cosines(vectors[left], vectors[right][np.roll(np.arange(len(same)), 1)])
-        names = [sides[left].name, sides[right].name]
-        found.append({"of": names, "mean": _mean(same), "sd": float(same.std()), "other_prompts": _mean(other)})
+    for (left, ours), (right, theirs) in combinations(zip(sides, _by_side(vectors, len(sides)), strict=True), 2):
+        same = _cosines(ours, theirs)
+        other = _cosines(ours, theirs[np.roll(np.arange(len(same)), 1)])
+        names = [left.name, right.name]
+        means = {"mean": float(same.mean()), "other_prompts": float(other.mean())}
+        found.append({"of": names, **means, "sd": float(same.std())})
     return found
 
 
@@ -212,22 +228,15 @@ def _cosines(left: Any, right: Any) -> Numbers:
     return np.asarray(left.multiply(right).sum(axis=1)).ravel()
 
 
-def _mean(values: Numbers) -> float:
-    return float(np.mean(values))
-
-
-def principal_components(vectors: Sequence[Any]) -> dict[str, Any]:
+def principal_components(vectors: Any, sides: int) -> dict[str, Any]:
     """Return each text's coordinates on the first two principal components of all texts (figure 8)."""
-    from scipy.sparse import vstack
     from sklearn.decomposition import PCA
 
-    everything = vstack(vectors).tocsr()
     pca = PCA(2, svd_solver="arpack", random_state=0)
     with np.errstate(divide="ignore", invalid="ignore"):  # identical texts have no variance
-        places = pca.fit_transform(everything).round(5)
+        places = pca.fit_transform(vectors).round(5)
     explained = np.nan_to_num(pca.explained_variance_ratio_, posinf=0.0)
-    rows = vectors[0].shape[0]
-    points = [places[at * rows : (at + 1) * rows] for at in range(len(vectors))]
+    points = _by_side(places, sides)
     return {
         "explained": explained.tolist(),
         "points": [side.tolist() for side in points],
@@ -242,20 +251,9 @@ def _lengths(side: Side) -> dict[str, Any]:
     parts = {part: np.array(lengths) for part, lengths in side.lengths.items()}
     parts["row"] = parts["thinking"] + parts["answer"]
     return {
-        part: {"mean": _mean(lengths), **{str(q): float(np.quantile(lengths, q)) for q in QUANTILES}}
+        part: {"mean": float(lengths.mean()), **{str(q): float(np.quantile(lengths, q)) for q in QUANTILES}}
         for part, lengths in parts.items()
     }
-
-
-def _authors(side: Side, vocabulary: Vocabulary) -> dict[str, int] | None:
-    """Return the tokens by author (figure 17), or ``None`` if the author of some text is unknown."""
-    if not all(author for text in side.texts for author, *_ in text.pieces):
-        return None
-    counts = Counter[str](teacher=0, student=0)
-    for text in side.texts:
-        for author, _, piece in text.pieces:
-            counts[author] += len(vocabulary.encode(piece).ids)
-    return dict(counts)
 
 
 def typical_words(sides: Sequence[Side]) -> dict[str, Any]:
@@ -263,9 +261,11 @@ def typical_words(sides: Sequence[Side]) -> dict[str, Any]:
 
     The most typical words are those that add most to the Kullback-Leibler divergence from the other datasets.
     """
-    counts = [Counter(_words(side)) for side in sides]
-    known = sorted(set().union(*counts))
-    per = np.array([[count[word] for word in known] for count in counts], dtype=float)
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(analyzer=_words)
+    per = counter.fit_transform(sides).toarray()
+    known = counter.get_feature_names_out()
     smooth = (per + 0.5) / (per + 0.5).sum(axis=1, keepdims=True)
     chosen: list[int] = []
     for at in range(len(sides)):
@@ -294,8 +294,8 @@ def likelihood(
     """
     losses: dict[str, list[float]] = {}
     for at in evenly(len(side.texts), rows):
-        ids, begins, owners = _as_trained(side.texts[at], vocabulary)
-        for owner, loss in zip(owners, scorer(ids[:most], begins), strict=False):
+        ids, begins, wrote = _as_trained(side.texts[at], vocabulary)
+        for owner, loss in zip(wrote, scorer(ids[:most], begins), strict=False):
             for kind in {"all", owner} - {""}:
                 losses.setdefault(kind, []).append(loss)
     return {kind: {"nll": sum(nlls) / len(nlls), "tokens": len(nlls)} for kind, nlls in sorted(losses.items())}
@@ -308,14 +308,10 @@ def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, lis
     """
     thinking_format = detect(vocabulary)
     ids = vocabulary.encode_template(render(vocabulary, thinking_format, [{"role": "user", "content": text.prompt}]))
-    begins, owners = len(ids), []
+    begins, wrote = len(ids), list[str]()
     for part, after in (("thinking", thinking_format.close), ("answer", "")):
-        encoded = vocabulary.encode(text.part(part))
-        own = [(author, len(piece)) for author, of, piece in text.pieces if of == part]
-        ends = np.cumsum([length for _, length in own])
-        places = np.searchsorted(ends, [end for _, end in encoded.offsets])
-        kinds = [f"{author}'s {part}" if author else part for author, _ in own]
+        own, authors = text.tokens(part, vocabulary)
         marks = vocabulary.encode_template(after)
-        ids += encoded.ids + marks
-        owners += [kinds[min(place, len(kinds) - 1)] for place in places] + [""] * len(marks)
-    return ids, begins, owners
+        ids += own + marks
+        wrote += [f"{author}'s {part}" if author else part for author in authors] + [""] * len(marks)
+    return ids, begins, wrote

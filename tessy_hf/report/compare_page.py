@@ -6,24 +6,13 @@ Knows nothing of rows or models.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.report.figures import (
-    THEMES,
-    Kind,
-    Theme,
-    ThemeName,
-    name_axes,
-    put_legend,
-    save,
-    style,
-    thousands,
-)
-from tessy_hf.report.html import inline, render
-from tessy_hf.report.statistics import AUTHORS
-from tessy_hf.report.tables import Table, count, percent, share
+from tessy_hf.report import figures
+from tessy_hf.report.html import drawn, render
+from tessy_hf.report.statistics import AUTHORS, share
+from tessy_hf.report.tables import Table, count, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +28,7 @@ def names(found: dict[str, Any]) -> list[str]:
     return ["map", "tokens", *authors, *(["nll"] if found["nll"] else []), "words"]
 
 
-def draw(name: str, found: dict[str, Any], theme: ThemeName = "light") -> Figure:
+def draw(name: str, found: dict[str, Any], theme: figures.ThemeName = "light") -> Figure:
     """Draw one figure.
 
     Args:
@@ -50,47 +39,44 @@ def draw(name: str, found: dict[str, Any], theme: ThemeName = "light") -> Figure
     Raises:
         TessyError: matplotlib is not installed.
     """
-    with style(THEMES[theme]) as new_figure:
-        figure: Figure = new_figure(figsize=_WIDE) if name == "words" else new_figure()
-        _DRAW[name](figure, found, THEMES[theme])
-        return figure
+    return figures.paint(_DRAW[name], found, theme, _WIDE if name == "words" else figures.SIZE)
 
 
-def image(name: str, found: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
+def image(name: str, found: dict[str, Any], theme: figures.ThemeName = "light", kind: figures.Kind = "svg") -> bytes:
     """Draw one figure and return it as a file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in SVG the page's font is used
-        return save(draw(name, found, theme), theme, kind)
+        return figures.save(draw(name, found, theme), theme, kind)
 
 
 def describe(name: str, found: dict[str, Any]) -> str:
     """Describe a figure in one sentence, as alternative text."""
-    similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in found["similarity"])
-    words = found["words"]["words"]
-    return {
-        "map": f"The texts on their first two principal components. {similar}.",
-        "tokens": "Mean tokens per text: "
-        + ", ".join(f"{name} {count(round(found['tokens'][name]['row']['mean'], 1))}" for name in found["names"])
-        + ".",
-        "authors": "Who wrote the tokens: "
-        + ", ".join(f"{name} {_teacher(found['authors'][name])} by the teacher" for name in found["names"])
-        + ".",
-        "nll": "The student's mean negative log-likelihood per token, by author.",
-        "words": f"Frequency in each dataset of the words most typical of one of them: {', '.join(words)}.",
-    }[name]
+    if name == "map":
+        similar = "; ".join(f"{_pair(one)}: similarity {one['mean']:.3f}" for one in found["similarity"])
+        return f"The texts on their first two principal components. {similar}."
+    if name == "tokens":
+        means = (f"{name} {count(round(one['row']['mean'], 1))}" for name, one in found["tokens"].items())
+        return f"Mean tokens per text: {', '.join(means)}."
+    if name == "authors":
+        shares = (f"{name} {_teacher(tokens)} by the teacher" for name, tokens in found["authors"].items())
+        return f"Who wrote the tokens: {', '.join(shares)}."
+    if name == "nll":
+        return "The student's mean negative log-likelihood per token, by author."
+    words = ", ".join(found["words"]["words"])
+    return f"Frequency in each dataset of the words most typical of one of them: {words}."
 
 
 # --- the figures
 
 
-def _colors(theme: Theme, found: dict[str, Any]) -> dict[str, str]:
+def _colors(theme: figures.Theme, found: dict[str, Any]) -> dict[str, str]:
     return dict(zip(found["names"], (theme.teacher, theme.student, theme.third), strict=False))
 
 
-def _map(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _map(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
     first, second = (f"component {at + 1} ({percent(part)})" for at, part in enumerate(found["pca"]["explained"]))
-    name_axes(axes, "The texts on two principal components", first, second)
+    figures.name_axes(axes, "The texts on two principal components", first, second)
     sides = list(zip(_colors(theme, found).items(), found["pca"]["points"], found["pca"]["centres"], strict=True))
     for (name, color), points, _ in sides:
         some = points[:: -(-len(points) // POINTS)]
@@ -100,58 +86,51 @@ def _map(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
         axes.scatter([centre[0]], [centre[1]], s=size, color=color, edgecolors=theme.text, linewidths=1.5, zorder=3)
     axes.grid(visible=True, axis="both")
     axes.set(xticks=[], yticks=[])
-    put_legend(axes)
+    figures.put_legend(axes)
     legend: Any = axes.get_legend()
     for handle in legend.legend_handles:
         handle.set(alpha=1, sizes=[36])
 
 
-def _tokens(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _tokens(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
-    longest = max(found["tokens"][name]["row"]["mean"] for name in found["names"])
-    for at, (name, color) in enumerate(_colors(theme, found).items()):
-        parts = found["tokens"][name]
-        thinking, answer = parts["thinking"]["mean"], parts["answer"]["mean"]
-        axes.barh(at, thinking, 0.5, color=color)
-        axes.barh(at, answer, 0.5, left=thinking, color=color, alpha=0.45)
-        _value(axes, thinking + answer, at, f"{thinking + answer:,.0f}", theme)
-        said = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
-        axes.annotate(said, (0, at), (0, -29), textcoords="offset points", va="center", color=theme.muted, size=8.5)
-    _rows(axes, found["names"], longest, theme)
-    axes.xaxis.set_major_formatter(thousands)
+    figures.name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
+    bars = []
+    for name, color in _colors(theme, found).items():
+        thinking, answer = (found["tokens"][name][part]["mean"] for part in ("thinking", "answer"))
+        parts = [(thinking, {"color": color}), (answer, {"color": color, "alpha": 0.45})]
+        note = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
+        bars.append(figures.Bar(name, parts, f"{thinking + answer:,.0f}", note))
+    figures.draw_bars(axes, bars, theme)
+    axes.xaxis.set_major_formatter(figures.thousands)
 
 
-def _authors(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _authors(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
-    known = [name for name in found["names"] if found["authors"][name]]
-    for at, name in enumerate(known):
-        left = 0.0
-        for author in AUTHORS:
-            tokens = found["authors"][name]
-            part = 100 * (share(tokens[author], sum(tokens.values())) or 0)
-            axes.barh(at, part, 0.5, left=left, color=theme.of(author), label=author if not at else None)
-            left += part
-        _value(axes, 100, at, f"teacher {_teacher(found['authors'][name])}", theme)
-    _rows(axes, known, 112, theme)
+    figures.name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
+    bars = []
+    for name, tokens in found["authors"].items():
+        if tokens:
+            shares = {author: 100 * (share(tokens[author], sum(tokens.values())) or 0) for author in AUTHORS}
+            bars.append(figures.Bar(name, figures.author_parts(shares, theme), f"teacher {_teacher(tokens)}"))
+    figures.draw_bars(axes, bars, theme, margin=0.31)
     axes.set_xticks(range(0, 101, 20))
-    put_legend(axes)
+    figures.put_legend(axes)
 
 
-def _nll(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
-    bars = [(name, kind, one["nll"]) for name in found["names"] for kind, one in found["nll"][name].items()]
-    colors = _colors(theme, found)
-    for at, (name, kind, value) in enumerate(bars):
-        axes.barh(at, value, 0.7, color=colors[name], alpha=1 if kind == "all" else 0.5)
-        _value(axes, value, at, f"{value:.2f}", theme)
-    labels = [f"{name}: all" if kind == "all" else kind for name, kind, _ in bars]
-    _rows(axes, labels, max(value for *_, value in bars), theme)
+    figures.name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
+    bars = []
+    for name, color in _colors(theme, found).items():
+        for kind, one in found["nll"][name].items():
+            look: dict[str, Any] = {"color": color, "alpha": 1 if kind == "all" else 0.5}
+            label = f"{name}: all" if kind == "all" else kind
+            bars.append(figures.Bar(label, [(one["nll"], look)], f"{one['nll']:.2f}"))
+    figures.draw_bars(axes, bars, theme)
 
 
-def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
+def _words(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
@@ -171,19 +150,7 @@ def _words(figure: Figure, found: dict[str, Any], theme: Theme) -> None:
     axes.tick_params(length=0)
 
 
-def _value(axes: Any, x: float, y: float, said: str, theme: Theme) -> None:
-    axes.annotate(said, (x, y), (6, 0), textcoords="offset points", va="center", color=theme.text, weight="bold")
-
-
-def _rows(axes: Any, labels: list[str], longest: float, theme: Theme) -> None:
-    axes.set_yticks(range(len(labels)), labels, color=theme.text)
-    axes.set(ylim=(len(labels) - 0.3, -0.5), xlim=(0, 1.17 * longest))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
-
-
-_DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
+_DRAW: dict[str, figures.Drawing] = {
     "map": _map,
     "tokens": _tokens,
     "authors": _authors,
@@ -201,10 +168,7 @@ def write(out: Path, found: dict[str, Any]) -> None:
         title=" · ".join(found["names"]),
         subtitle=f"{found['prompts']:,} common prompts; tokens of {found['tokenizer']}",
         tiles=[(f"Similarity, {_pair(one)}", f"{one['mean']:.3f}", _beside(one)) for one in found["similarity"]],
-        figures=[
-            {"svg": inline(image(name, found)), "description": describe(name, found), "wide": name == "words"}
-            for name in names(found)
-        ],
+        figures=[drawn(image(name, found), describe(name, found), wide=name == "words") for name in names(found)],
         tables=tables(found),
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,16 @@ Draws without pyplot, so that no window system and no global state is touched. K
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tessy_hf.errors import TessyError
 from tessy_hf.report.statistics import AUTHORS
+from tessy_hf.report.tables import count, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +47,9 @@ THEMES = {
 ThemeName = Literal["light", "dark"]
 Kind = Literal["svg", "png"]
 NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
-_SIZE = (6.4, 3.6)  # inches
+SIZE = (6.4, 3.6)  # inches
+STYLE = Path(__file__).with_name("figures.mplstyle")
+Drawing = Callable[["Figure", dict[str, Any], Theme], None]
 
 
 def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figure:
@@ -60,9 +63,14 @@ def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figu
     Raises:
         TessyError: matplotlib is not installed.
     """
+    return paint(_DRAW[name], summary, theme)
+
+
+def paint(drawing: Drawing, data: dict[str, Any], theme: ThemeName, size: tuple[float, float] = SIZE) -> Figure:
+    """Draw on a new figure of a size in inches."""
     with style(THEMES[theme]) as new_figure:
-        figure: Figure = new_figure()
-        _DRAW[name](figure, summary, THEMES[theme])
+        figure: Figure = new_figure(figsize=size)
+        drawing(figure, data, THEMES[theme])
         return figure
 
 
@@ -81,28 +89,19 @@ def save(figure: Figure, theme: ThemeName, kind: Kind) -> bytes:
     return buffer.getvalue()
 
 
-def write(summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Write all figures of a dataset as PNG files, for its card, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name in NAMES]
-    for name, path in zip(NAMES, paths, strict=True):
-        path.write_bytes(image(name, summary, kind="png"))
-    return paths
-
-
 def describe(name: str, summary: dict[str, Any]) -> str:
     """Describe a figure in one sentence, as alternative text."""
     share, spans, tokens = summary["teacher_share"]["row"], summary["spans"], summary["tokens"]
     return {
         "teacher_share": (
-            f"The teacher's share of a row's tokens: median {_percent(share['quantiles']['0.5'])}, "
-            f"5th–95th percentile {_percent(share['quantiles']['0.05'])}–{_percent(share['quantiles']['0.95'])}."
+            f"The teacher's share of a row's tokens: median {percent(share['quantiles']['0.5'])}, "
+            f"5th–95th percentile {percent(share['quantiles']['0.05'])}–{percent(share['quantiles']['0.95'])}."
         ),
         "share_along_row": "The teacher's share of the tokens from the beginning to the end of the thinking, "
         "then of the answer: " + _along(summary["position"]) + ".",
         "span_lengths": "; ".join(
-            f"{author}: {spans[author]['count']:,} spans, median {_number(spans[author]['quantiles']['0.5'])} tokens, "
-            f"longest {_number(spans[author]['max'])}"
+            f"{author}: {spans[author]['count']:,} spans, median {count(spans[author]['quantiles']['0.5'])} tokens, "
+            f"longest {count(spans[author]['max'])}"
             for author in AUTHORS
         )
         + ".",
@@ -168,8 +167,8 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
     places = range(len(labels) - first)
     for author, shift in (("teacher", -0.2), ("student", 0.2)):
         own = spans[author]
-        heights = [100 * count / max(own["count"], 1) for count in own["histogram"]["counts"][first:]]
-        median = "none" if not own["count"] else f"median {_number(own['quantiles']['0.5'])} tokens"
+        heights = [100 * spans / max(own["count"], 1) for spans in own["histogram"]["counts"][first:]]
+        median = "none" if not own["count"] else f"median {count(own['quantiles']['0.5'])} tokens"
         axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {median}")
     axes.set_xticks(places, labels[first:])
     axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
@@ -180,34 +179,24 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
     axes = figure.subplots()
     name_axes(axes, "What the tokens were spent on", "tokens (the discarded ones in their author's own)", "")
     tokens, discarded = summary["tokens"], summary["discarded"]
-    bars = {
+    spent = {
         "thinking": tokens["thinking"],
         "answer": tokens["answer"],
         "discarded": {author: discarded[author]["tokens"] for author in AUTHORS},
     }
-    whole = max(sum(bar.values()) for bar in bars.values())
-    if not whole:
+    if not any(tokens for by_author in spent.values() for tokens in by_author.values()):
         return _nothing(axes, theme)
-    for place, bar in enumerate(bars.values()):
-        left = 0
-        for author in AUTHORS:
-            axes.barh(place, bar[author], 0.56, left=left, color=theme.of(author), label=author if not place else None)
-            left += bar[author]
-        share = bar["teacher"] / left if left else None
-        total: Any = {"textcoords": "offset points", "va": "center", "color": theme.text, "weight": "bold"}
-        axes.annotate(f"{left:,}", (left, place), (7, 0), **total)
-        note = "" if share is None else f"teacher {_percent(share)}"
-        axes.annotate(note, (0, place), (0, -24), textcoords="offset points", va="center", color=theme.muted, size=8.5)
-    axes.set_yticks(range(3), list(bars), color=theme.text, size=10)
-    axes.set(ylim=(2.6, -0.45), xlim=(0, whole * 1.16))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
+    bars = []
+    for label, by_author in spent.items():
+        total = sum(by_author[author] for author in AUTHORS)
+        note = f"teacher {percent(by_author['teacher'] / total)}" if total else ""
+        bars.append(Bar(label, author_parts(by_author, theme), f"{total:,}", note))
+    draw_bars(axes, bars, theme)
     axes.xaxis.set_major_formatter(thousands)
     put_legend(axes)
 
 
-_DRAW: dict[str, Callable[[Figure, dict[str, Any], Theme], None]] = {
+_DRAW: dict[str, Drawing] = {
     "teacher_share": _teacher_share,
     "share_along_row": _share_along_row,
     "span_lengths": _span_lengths,
@@ -227,39 +216,53 @@ def style(theme: Theme) -> Iterator[Any]:
         raise TessyError(
             'Figures need matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
-    plain = {"text": theme.text, "xtick": theme.muted, "ytick": theme.muted}
-    settings: Any = {
-        **{f"{name}.color": color for name, color in plain.items()},
-        **{f"axes.{name}": theme.text for name in ("labelcolor", "titlecolor")},
-        **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    colors = {
+        **{f"{name}.color": theme.muted for name in ("xtick", "ytick")},
+        **{name: theme.text for name in ("text.color", "axes.labelcolor", "axes.titlecolor")},
+        **{name: theme.line for name in ("axes.edgecolor", "grid.color")},
         **{f"{kind}.facecolor": theme.background for kind in ("figure", "axes", "savefig")},
-        "axes.edgecolor": theme.line,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": theme.line,
-        "grid.linewidth": 0.7,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 12,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 30,
-        "axes.labelsize": 9.5,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "ytick.major.size": 0,
-        "legend.fontsize": 9,
-        "legend.frameon": False,
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look the same everywhere
-        "text.parse_math": False,  # a dataset's name may hold a $
-        "svg.hashsalt": "tessy",
-        "svg.fonttype": "none",  # text stays text, in the page's font
-        "figure.figsize": _SIZE,
-        "figure.constrained_layout.use": True,
-        "figure.constrained_layout.w_pad": 0.12,
-        "figure.constrained_layout.h_pad": 0.12,
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(colors, STYLE):  # type: ignore[arg-type]
         yield Figure
+
+
+class Bar(NamedTuple):
+    """A horizontal bar.
+
+    Attributes:
+        label: Its name on the axis.
+        parts: Length and look of each part, laid end to end.
+        total: What is written at its end.
+        note: What is written below it.
+    """
+
+    label: str
+    parts: Sequence[tuple[float, dict[str, Any]]]
+    total: str
+    note: str = ""
+
+
+def author_parts(lengths: Mapping[str, float], theme: Theme) -> list[tuple[float, dict[str, Any]]]:
+    """Return the parts of a bar that both authors share."""
+    return [(lengths[author], {"color": theme.of(author), "label": author}) for author in AUTHORS]
+
+
+def draw_bars(axes: Axes, bars: Sequence[Bar], theme: Theme, margin: float = 0.17) -> None:
+    """Draw bars one below the other, with room for their totals: ``margin``, a share of the longest bar."""
+    plain: Any = {"textcoords": "offset points", "va": "center"}
+    for at, bar in enumerate(bars):
+        left = 0.0
+        for length, look in bar.parts:
+            axes.barh(at, length, 0.56, left=left, **{**look, "label": None if at else look.get("label")})
+            left += length
+        axes.annotate(bar.total, (left, at), (7, 0), color=theme.text, weight="bold", **plain)
+        axes.annotate(bar.note, (0, at + 0.28), (0, -8), color=theme.muted, size=8.5, **plain)
+    longest = max(sum(length for length, _ in bar.parts) for bar in bars)
+    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], color=theme.text)
+    axes.set(ylim=(len(bars) - 0.4, -0.45), xlim=(0, (1 + margin) * longest))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
@@ -297,15 +300,7 @@ def thousands(value: float, _position: float = 0) -> str:
     return f"{value:,.0f}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f}%"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,g}"
-
-
 def _along(position: dict[str, list[float | None]]) -> str:
     thinking = position["thinking"]
     quarters = [thinking[0], thinking[len(thinking) // 2], thinking[-1], position["answer"][0]]
-    return ", ".join(map(_percent, quarters))
+    return ", ".join(map(percent, quarters))

@@ -8,12 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tessy_hf.report.figures import THEMES
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
 
 
 def render(template: str, script: str | None = None, **fields: Any) -> str:
@@ -38,8 +35,8 @@ def render(template: str, script: str | None = None, **fields: Any) -> str:
     )
 
 
-def inline(image: bytes) -> Markup:
-    """Return a light SVG figure that takes the colors and the font of the page around it, light or dark."""
+def drawn(image: bytes, description: str, *, wide: bool = False) -> dict[str, Any]:
+    """Return a light SVG figure for a page; it takes the page's font, and its colors, light or dark."""
     from markupsafe import Markup
 
     light, svg = THEMES["light"], image.decode()
@@ -50,7 +47,8 @@ def inline(image: bytes) -> Markup:
     }  # fmt: skip
     for color, variable in variables.items():
         svg = svg.replace(color, f"var(--{variable})")
-    return Markup(svg.replace("'DejaVu Sans'", "inherit"))  # noqa: S704 - matplotlib escapes the text in it
+    safe = Markup(svg.replace("'DejaVu Sans'", "inherit"))  # noqa: S704 - matplotlib escapes the text in it
+    return {"svg": safe, "description": description, "wide": wide}
 
 
 def _read(name: str) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import SettingsError
-from tessy_hf.report import viewer
+from tessy_hf.report import figures, viewer
+from tessy_hf.report.html import drawn, render
 from tessy_hf.report.statistics import NEEDED, evenly, summarize
 from tessy_hf.report.tables import Table, comparison, count, percent, tables
 from tessy_hf.rows.loading import load_finished, short_names
@@ -48,18 +49,23 @@ def write_report(
     other = load_finished(against, split, config_name) if against is not None else None
     names = short_names([source] if against is None else [source, against])
     shown = evenly(len(dataset), rows)
-    viewer.write(
-        out,
-        names[0],
-        zip(shown, dataset.select(shown), strict=True),
-        summary,
-        against=(names[1], other) if other is not None else None,
-        head={
-            "subtitle": _subtitle(len(dataset), len(shown), names[1:]),
-            "tiles": _tiles(summary),
-            "tables": _tables(summary, other, names),
-        },
+    index, texts = viewer.pack(zip(shown, dataset.select(shown), strict=True), names, other)
+    page = render(
+        "viewer.html",
+        script="viewer.js",
+        title=names[0],
+        index=index,
+        figures=[drawn(figures.image(name, summary), figures.describe(name, summary)) for name in figures.NAMES],
+        subtitle=_subtitle(len(dataset), len(shown), names[1:]),
+        tiles=_tiles(summary),
+        tables=_tables(summary, other, names),
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8") as file:
+        file.write(page)
+        for at, text in enumerate(texts):
+            file.write(f'<script type="text/plain" id="rows-{at}">{text}</script>\n')
+        file.write("</body>\n</html>\n")
     return len(shown)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable
-from itertools import accumulate
+from collections import Counter, defaultdict
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,18 +22,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 NEEDED = (
-    "spans",
-    "teacher_tokens",
-    "student_tokens",
-    "teacher_token_ratio",
-    "thinking_teacher_token_ratio",
-    "discarded_teacher_tokens",
-    "discarded_student_tokens",
-    "finish_reason",
-    "error",
-    "method",
-    "run_fingerprint",
-)
+    "spans", "teacher_tokens", "student_tokens", "teacher_token_ratio", "thinking_teacher_token_ratio",
+    "discarded_teacher_tokens", "discarded_student_tokens", "finish_reason", "error", "method", "run_fingerprint",
+)  # fmt: skip
 """The columns that :meth:`Statistics.add` reads."""
 
 AUTHORS = ("teacher", "student")
@@ -50,41 +40,29 @@ ERRORS_KEPT = 500
 Numbers = npt.NDArray[Any]
 
 
-class Tally:
+class Tally(Counter[Any]):
     """A multiset of integers with exact means and quantiles."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[int] = Counter()
-
-    def add(self, values: Numbers) -> None:
-        """Count these numbers."""
-        seen, times = np.unique(values, return_counts=True)
-        self.counts.update(dict(zip(seen.tolist(), times.tolist(), strict=True)))
-
-    def merge(self, other: Tally) -> None:
-        """Count all that ``other`` has seen."""
-        self.counts.update(other.counts)
-
-    def quantiles(self, at: Iterable[float] = QUANTILES) -> dict[str, int | None]:
+    def quantiles(self) -> dict[str, int | None]:
         """Return for each quantile the smallest number that at least that share of all numbers does not exceed."""
-        values = sorted(self.counts)
-        upto = list(accumulate(self.counts[value] for value in values))
-        return {str(q): values[bisect_left(upto, q * upto[-1])] if upto else None for q in at}
+        values = sorted(self)
+        upto = list(accumulate(self[value] for value in values))
+        return {str(q): values[bisect_left(upto, q * upto[-1])] if upto else None for q in QUANTILES}
 
     def histogram(self, edges: list[int]) -> list[int]:
         """Return the count of numbers in each bin ``edges[i] <= number < edges[i + 1]``."""
-        values, times = list(self.counts), list(self.counts.values())
-        return [int(count) for count in np.histogram(values, bins=[*edges[:-1], edges[-1] - 0.5], weights=times)[0]]
+        bins = [*edges[:-1], edges[-1] - 0.5]
+        return [int(count) for count in np.histogram(list(self), bins=bins, weights=list(self.values()))[0]]
 
     def summary(self) -> dict[str, Any]:
         """Return count, total, mean, minimum, maximum and quantiles; ``None`` where they do not exist."""
-        count, total = self.counts.total(), sum(value * times for value, times in self.counts.items())
+        count, total = self.total(), sum(value * times for value, times in self.items())
         return {
             "count": count,
             "total": total,
-            "mean": total / count if count else None,
-            "min": min(self.counts, default=None),
-            "max": max(self.counts, default=None),
+            "mean": share(total, count),
+            "min": min(self, default=None),
+            "max": max(self, default=None),
             "quantiles": self.quantiles(),
         }
 
@@ -93,25 +71,21 @@ class Statistics:
     """Counts from which a dataset's card, figures and report are made.
 
     Incremental (:meth:`add` one table of rows after the other) and mergeable (:meth:`merge` those of other shards).
+
+    Attributes:
+        rows: The number of rows.
+        counts: All else that is counted, by name: finish reasons, methods, runs, kinds of error; tokens by part (or
+            ``kept``, ``discarded``) and author; shares in steps, their sums, lengths, and amounts along the row.
     """
 
     def __init__(self) -> None:
         self.rows = 0
-        self.finish_reasons: Counter[str] = Counter()
-        self.methods: Counter[str] = Counter()
-        self.run_fingerprints: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.tokens: Counter[tuple[str, str]] = Counter()  # by part and author
-        self.kept: Counter[str] = Counter()
-        self.discarded: Counter[str] = Counter()
-        self.shares = {"row": Tally(), "thinking": Tally()}
-        self.share_sums = {"row": 0.0, "thinking": 0.0}
-        self.lengths = {"row": Tally(), "thinking": Tally(), "answer": Tally()}
-        self.spans = {author: Tally() for author in AUTHORS}
-        self.spans_per_row = Tally()
-        self.along = {
-            part: np.zeros((2, pieces)) for part, pieces in POSITIONS.items()
-        }  # row 0: the teacher's, row 1: all
+        self.counts: defaultdict[str, Tally] = defaultdict(Tally)
+
+    @property
+    def errors(self) -> Counter[str]:
+        """Failed rows by kind of error."""
+        return self.counts["error"]
 
     def add(self, table: pa.Table) -> None:
         """Count a batch of finished rows.
@@ -129,53 +103,41 @@ class Statistics:
                 "Pass rows that a TessyTransform has written, with the columns it added."
             )
         self.rows += table.num_rows
-        self.finish_reasons.update(_texts(table, "finish_reason"))
-        self.methods.update(_texts(table, "method"))
-        self.run_fingerprints.update(_texts(table, "run_fingerprint"))
-        for error in _texts(table, "error"):
+        for name in ("finish_reason", "method", "run_fingerprint"):
+            self.counts[name].update(_values(table, name))
+        for error in _values(table, "error"):
             kind = kind_of_error(error)
             self.errors[kind if kind in self.errors or len(self.errors) < ERRORS_KEPT else "other errors"] += 1
         for author in AUTHORS:
-            self.kept[author] += int(_integers(table, f"{author}_tokens").sum())
-            self.discarded[author] += int(_integers(table, f"discarded_{author}_tokens").sum())
+            self.counts["tokens"]["kept", author] += sum(_values(table, f"{author}_tokens"))
+            self.counts["tokens"]["discarded", author] += sum(_values(table, f"discarded_{author}_tokens"))
         for part, column in (("row", "teacher_token_ratio"), ("thinking", "thinking_teacher_token_ratio")):
-            shares = _floats(table, column)
-            self.shares[part].add(np.rint(shares * SHARE_STEPS).astype(np.int64))
-            self.share_sums[part] += float(shares.sum())
-        self._add_spans(table)
+            shares = _values(table, column)
+            self.counts[f"share of {part}"].update(round(one * SHARE_STEPS) for one in shares)
+            self.counts["sum of shares"][part] += sum(shares)
+        self._add_spans(_spans(table), table.num_rows)
 
-    def _add_spans(self, table: pa.Table) -> None:
-        row, spans = _spans(table)
-        tokens, thinking = spans["tokens"], spans["thinking"]
+    def _add_spans(self, spans: dict[str, Numbers], rows: int) -> None:
+        row, tokens, thinking = spans["row"], spans["tokens"], spans["thinking"]
+        wrote = np.bincount(row, minlength=rows) > 0
+        for author, part in product(AUTHORS, PARTS):
+            self.counts["tokens"][part, author] += int(tokens[spans[author] & spans[part]].sum())
         for author in AUTHORS:
-            written = spans[author]
-            self.spans[author].add(tokens[written & thinking])
-            for part in PARTS:
-                self.tokens[part, author] += int(tokens[written & spans[part]].sum())
-        per_row = {part: np.zeros(table.num_rows, np.int64) for part in PARTS}
+            self.counts[f"spans of {author}"].update(tokens[spans[author] & thinking].tolist())
+        self.counts["spans per row"].update(np.bincount(row[thinking], minlength=rows)[wrote].tolist())
+        self.counts["length of row"].update(np.bincount(row, tokens, rows)[wrote].astype(int).tolist())
         for part in PARTS:
             here = spans[part]
-            np.add.at(per_row[part], row[here], tokens[here])
-            self.along[part] += _along(row[here], tokens[here], spans["teacher"][here], POSITIONS[part])
-        wrote = np.bincount(row, minlength=table.num_rows) > 0
-        self.lengths["row"].add((per_row["thinking"] + per_row["answer"])[wrote])
-        for part in PARTS:
-            self.lengths[part].add(per_row[part][per_row[part] > 0])
-        self.spans_per_row.add(np.bincount(row[thinking], minlength=table.num_rows)[wrote])
+            lengths = np.bincount(row[here], tokens[here], rows).astype(int)
+            self.counts[f"length of {part}"].update(lengths[lengths > 0].tolist())
+            amounts = _along(row[here], tokens[here], spans["teacher"][here], POSITIONS[part])
+            self.counts[f"position in {part}"].update(dict(np.ndenumerate(amounts)))
 
     def merge(self, other: Statistics) -> None:
         """Count all that ``other`` has counted."""
         self.rows += other.rows
-        for name in ("finish_reasons", "methods", "run_fingerprints", "errors", "tokens", "kept", "discarded"):
-            getattr(self, name).update(getattr(other, name))
-        for name in ("shares", "lengths", "spans"):
-            for key, tally in getattr(self, name).items():
-                tally.merge(getattr(other, name)[key])
-        self.spans_per_row.merge(other.spans_per_row)
-        for part in self.share_sums:
-            self.share_sums[part] += other.share_sums[part]
-        for part in self.along:
-            self.along[part] += other.along[part]
+        for name, tally in other.counts.items():
+            self.counts[name].update(tally)
 
     def summary(self) -> dict[str, Any]:
         """Return all numbers as JSON values.
@@ -185,65 +147,66 @@ class Statistics:
         ``teacher_share`` (of a whole row, and of its thinking), ``tokens``, ``lengths``, ``spans`` (of the thinking,
         by author), ``spans_per_row``, ``discarded``, ``position``.
         """
+        failed = self.counts["finish_reason"]["error"]
         return {
             "rows": self.rows,
-            "finish_reasons": dict(self.finish_reasons.most_common()),
+            "finish_reasons": dict(self.counts["finish_reason"].most_common()),
             "failures": {
-                "rows": self.finish_reasons["error"],
-                "share": _ratio(self.finish_reasons["error"], self.rows),
+                "rows": failed,
+                "share": share(failed, self.rows),
                 "errors": [{"error": error, "rows": rows} for error, rows in self.errors.most_common(10)],
             },
-            "methods": dict(self.methods.most_common()),
-            "run_fingerprints": dict(self.run_fingerprints.most_common()),
-            "teacher_share": {part: self._share(part) for part in self.shares},
-            "tokens": self._tokens(),
-            "lengths": {part: tally.summary() for part, tally in self.lengths.items()},
-            "spans": {author: self._span_lengths(author) for author in AUTHORS},
-            "spans_per_row": self.spans_per_row.summary(),
-            "discarded": self._discarded(),
-            "position": {
-                part: [_ratio(float(teacher), float(all_)) for teacher, all_ in along.T]
-                for part, along in self.along.items()
+            "methods": dict(self.counts["method"].most_common()),
+            "run_fingerprints": dict(self.counts["run_fingerprint"].most_common()),
+            "teacher_share": {part: self._share(part) for part in ("row", "thinking")},
+            "tokens": {
+                **{part: {author: self._tokens(part, author) for author in AUTHORS} for part in PARTS},
+                **{author: self._tokens("kept", author) for author in AUTHORS},
+                "all": self._tokens("kept"),
             },
+            "lengths": {part: self.counts[f"length of {part}"].summary() for part in ("row", *PARTS)},
+            "spans": {author: self._span_lengths(author) for author in AUTHORS},
+            "spans_per_row": self.counts["spans per row"].summary(),
+            "discarded": self._discarded(),
+            "position": {part: self._positions(part) for part in PARTS},
         }
 
+    def _tokens(self, part: str, *authors: str) -> int:
+        return sum(self.counts["tokens"][part, author] for author in authors or AUTHORS)
+
     def _share(self, part: str) -> dict[str, Any]:
-        tally, count = self.shares[part], self.shares[part].counts.total()
+        tally, tokens = self.counts[f"share of {part}"], "kept" if part == "row" else part
         edges = [step * SHARE_STEPS // 20 for step in range(20)] + [SHARE_STEPS + 1]
-        teacher = self.tokens["thinking", "teacher"] if part == "thinking" else self.kept["teacher"]
-        student = self.tokens["thinking", "student"] if part == "thinking" else self.kept["student"]
         return {
-            "count": count,
-            "of_all_tokens": _ratio(teacher, teacher + student),
-            "mean": _ratio(self.share_sums[part], count),
+            "count": tally.total(),
+            "of_all_tokens": share(self._tokens(tokens, "teacher"), self._tokens(tokens)),
+            "mean": share(self.counts["sum of shares"][part], tally.total()),
             "quantiles": {q: None if at is None else at / SHARE_STEPS for q, at in tally.quantiles().items()},
             "histogram": {"edges": [step / 20 for step in range(21)], "counts": tally.histogram(edges)},
         }
 
-    def _tokens(self) -> dict[str, Any]:
-        by_part = {part: {author: self.tokens[part, author] for author in AUTHORS} for part in PARTS}
-        return {**by_part, **{author: self.kept[author] for author in AUTHORS}, "all": self.kept.total()}
-
     def _span_lengths(self, author: str) -> dict[str, Any]:
-        longest = max((max(tally.counts, default=1) for tally in self.spans.values()), default=1)
+        longest = max(max(self.counts[f"spans of {one}"], default=1) for one in AUTHORS)
         edges = [0, 1, 2, 3] if longest > 16 else list(range(longest + 2))
         while edges[-1] <= longest:
             edges.append(2 * edges[-1] - 1)  # bins double in width: 3-4, 5-8, ...
-        tally = self.spans[author]
+        tally = self.counts[f"spans of {author}"]
         return {**tally.summary(), "histogram": {"edges": edges, "counts": tally.histogram(edges)}}
 
     def _discarded(self) -> dict[str, Any]:
-        cost = self.kept.total() + self.discarded.total()
-        by_author = {
-            author: {
-                "tokens": self.discarded[author],
-                "share_of_own": _ratio(self.discarded[author], self.kept[author] + self.discarded[author]),
-                "share_of_cost": _ratio(self.discarded[author], cost),
-            }
-            for author in AUTHORS
-        }
-        total = self.discarded.total()
-        return {**by_author, "all": {"tokens": total, "share_of_cost": _ratio(total, cost)}, "cost": cost}
+        total = self._tokens("discarded")
+        cost, told = self._tokens("kept") + total, {}
+        for author in AUTHORS:
+            tokens = self._tokens("discarded", author)
+            own = self._tokens("kept", author) + tokens
+            told[author] = {
+                "tokens": tokens, "share_of_own": share(tokens, own), "share_of_cost": share(tokens, cost)
+            }  # fmt: skip
+        return {**told, "all": {"tokens": total, "share_of_cost": share(total, cost)}, "cost": cost}
+
+    def _positions(self, part: str) -> list[float | None]:
+        at = self.counts[f"position in {part}"]
+        return [share(float(at[0, piece]), float(at[1, piece])) for piece in range(POSITIONS[part])]
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
@@ -264,45 +227,39 @@ def kind_of_error(error: str) -> str:
     return re.sub(r"""'[^']*'|"[^"]*"|\d+""", "…", " ".join(error.split()))[:200]
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def share(part: float, whole: float) -> float | None:
+    """Return ``part / whole``, or ``None`` if the whole is 0."""
     return part / whole if whole else None
 
 
-def _texts(table: pa.Table, name: str) -> list[str]:
-    return [text for text in table.column(name).to_pylist() if text is not None]
+def _values(table: pa.Table, name: str) -> list[Any]:
+    return list(table.column(name).drop_null().to_pylist())
 
 
-def _integers(table: pa.Table, name: str) -> Numbers:
-    return np.array(table.column(name).drop_null(), dtype=np.int64)
-
-
-def _floats(table: pa.Table, name: str) -> Numbers:
-    return np.array(table.column(name).drop_null(), dtype=np.float64)
-
-
-def _spans(table: pa.Table) -> tuple[Numbers, dict[str, Numbers]]:
-    """Return for each span its row index, its tokens, and one mask for each author and part."""
+def _spans(table: pa.Table) -> dict[str, Numbers]:
+    """Return for each span its ``row`` (an index) and ``tokens``, and a mask for each author and part."""
     import pyarrow.compute as pc
 
     column = table.column("spans").combine_chunks()
     flat = pc.list_flatten(column)
     if not len(flat):  # its type may then lack the fields of a span
-        return np.zeros(0, np.int64), {"tokens": np.zeros(0, np.int64), **dict.fromkeys(_KINDS, np.zeros(0, np.bool_))}
-    tokens = np.asarray(pc.struct_field(flat, "tokens")).astype(np.int64)
+        none, nowhere = np.zeros(0, np.int64), np.zeros(0, np.bool_)
+        return {"row": none, "tokens": none, **dict.fromkeys(_KINDS, nowhere)}
     kinds = {value: np.asarray(pc.equal(pc.struct_field(flat, name), value)) for value, name in _KINDS.items()}
-    return np.asarray(pc.list_parent_indices(column)), {"tokens": tokens, **kinds}
+    tokens = np.asarray(pc.struct_field(flat, "tokens")).astype(np.int64)
+    return {"row": np.asarray(pc.list_parent_indices(column)), "tokens": tokens, **kinds}
 
 
 _KINDS = {**dict.fromkeys(AUTHORS, "author"), **dict.fromkeys(PARTS, "part")}
 
 
 def _along(row: Numbers, tokens: Numbers, teachers: Numbers, pieces: int) -> Numbers:
-    """Sum over rows the teacher's amount of each of ``pieces`` equal pieces of a row, and the whole amount.
+    """Sum over rows how much of each of ``pieces`` equal pieces of a row the teacher wrote, and both authors.
 
     Every row weighs the same, however long it is. ``row`` is sorted, as are the spans of a row.
 
     Returns:
-        An array of shape ``(2, pieces)``.
+        An array of shape ``(2, pieces)``: the teacher's amounts, then all.
     """
     total = np.bincount(row, tokens, minlength=1)
     before = np.concatenate([[0], np.cumsum(total)])[row]

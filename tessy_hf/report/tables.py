@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tessy_hf.report.statistics import AUTHORS, PARTS, QUANTILES
+from tessy_hf.report.statistics import AUTHORS, PARTS, QUANTILES, share
 
 _NONE = "–"
 
@@ -30,14 +30,43 @@ class Table:
 
 def tables(summary: dict[str, Any]) -> dict[str, Table]:
     """Return all tables of one dataset by name."""
+    quantiles = tuple("median" if q == 0.5 else f"p{100 * q:.0f}" for q in QUANTILES)
+    shares, errors = summary["teacher_share"], summary["failures"]["errors"]
     made = {
-        "finish_reasons": _finish_reasons(summary),
-        "teacher_share": _teacher_share(summary),
+        "finish_reasons": Table(
+            "Rows by finish reason",
+            ("finish reason", "rows", "share"),
+            [
+                (reason, count(n), percent(share(n, summary["rows"])))
+                for reason, n in summary["finish_reasons"].items()
+            ],
+        ),
+        "teacher_share": Table(
+            "Teacher's share of the tokens",
+            ("of the", "mean", *quantiles),
+            [
+                (name, percent(shares[part]["mean"]), *map(percent, shares[part]["quantiles"].values()))
+                for name, part in (("whole row", "row"), ("thinking", "thinking"))
+            ],
+            "Share of the kept tokens, counted with the student's tokenizer. The rest is the student's.",
+        ),
         "tokens": _tokens(summary),
-        "lengths": _lengths(summary),
-        "spans": _spans(summary),
+        "lengths": Table(
+            "Lengths in tokens",
+            ("", "rows", "mean", *quantiles, "longest"),
+            [(part, *_measured(summary["lengths"][part])) for part in ("row", *PARTS)],
+        ),
+        "spans": Table(
+            "Span lengths in the thinking, in tokens",
+            ("author", "spans", "mean", *quantiles, "longest"),
+            [(author, *_measured(summary["spans"][author])) for author in AUTHORS],
+        ),
     }
-    return {**made, "errors": _errors(summary)} if summary["failures"]["errors"] else made
+    if errors:
+        lines = [(one["error"], count(one["rows"])) for one in errors]
+        note = "Names and numbers in the messages are left out."
+        made["errors"] = Table("Errors", ("error", "rows"), lines, note)
+    return made
 
 
 def comparison(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Table:
@@ -54,24 +83,6 @@ def comparison(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Tab
     ]
     lines = [(label, *(tell(summary) for summary in summaries)) for label, tell in rows]
     return Table("Side by side", ("", *names), lines)
-
-
-def _finish_reasons(summary: dict[str, Any]) -> Table:
-    lines = [
-        (reason, count(rows), percent(share(rows, summary["rows"])))
-        for reason, rows in summary["finish_reasons"].items()
-    ]
-    return Table("Rows by finish reason", ("finish reason", "rows", "share"), lines)
-
-
-def _teacher_share(summary: dict[str, Any]) -> Table:
-    measured = [("whole row", summary["teacher_share"]["row"]), ("thinking", summary["teacher_share"]["thinking"])]
-    lines = [
-        (part, percent(shares["mean"]), *(percent(shares["quantiles"][str(q)]) for q in QUANTILES))
-        for part, shares in measured
-    ]
-    note = "Share of the kept tokens, counted with the student's tokenizer. The rest is the student's."
-    return Table("Teacher's share of the tokens", ("of the", "mean", *_QUANTILE_NAMES), lines, note)
 
 
 def _tokens(summary: dict[str, Any]) -> Table:
@@ -92,33 +103,8 @@ def _tokens(summary: dict[str, Any]) -> Table:
     return Table("Tokens", head, lines, note)
 
 
-def _lengths(summary: dict[str, Any]) -> Table:
-    lines = [(part, *_measured(summary["lengths"][part])) for part in ("row", *PARTS)]
-    return Table("Lengths in tokens", ("", "rows", "mean", *_QUANTILE_NAMES, "longest"), lines)
-
-
-def _spans(summary: dict[str, Any]) -> Table:
-    lines = [(author, *_measured(summary["spans"][author])) for author in AUTHORS]
-    head = ("author", "spans", "mean", *_QUANTILE_NAMES, "longest")
-    return Table("Span lengths in the thinking, in tokens", head, lines)
-
-
-def _errors(summary: dict[str, Any]) -> Table:
-    lines = [(one["error"], count(one["rows"])) for one in summary["failures"]["errors"]]
-    return Table("Errors", ("error", "rows"), lines, "Names and numbers in the messages are left out.")
-
-
 def _measured(tally: dict[str, Any]) -> list[str]:
-    quantiles = [count(tally["quantiles"][str(q)]) for q in QUANTILES]
-    return [count(tally["count"]), count(tally["mean"]), *quantiles, count(tally["max"])]
-
-
-_QUANTILE_NAMES = tuple("median" if q == 0.5 else f"p{100 * q:.0f}" for q in QUANTILES)
-
-
-def share(part: float, whole: float) -> float | None:
-    """Return ``part / whole``, or ``None`` if the whole is 0."""
-    return part / whole if whole else None
+    return [count(tally["count"]), count(tally["mean"]), *map(count, tally["quantiles"].values()), count(tally["max"])]
 
 
 def count(value: float | None) -> str:

@@ -1,7 +1,7 @@
-"""The viewer of ``tessy report``: datasets go in, one self-contained HTML file with rows colored by author comes out.
+"""Pack the rows of a report's page: rows go in; an index and texts, by author, come out for the page's script.
 
 Texts of prompts and models are stored deflated and in base64, so that nothing in them can end the element that holds
-them; the page's script shows them as text nodes only. Knows nothing of where datasets come from.
+them; the script shows them as text nodes only. Knows nothing of where rows come from.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import base64
 import json
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from tessy_hf.report import figures
-from tessy_hf.report.html import inline, render
 from tessy_hf.report.statistics import AUTHORS, PARTS
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
 
@@ -38,95 +35,51 @@ Shown = tuple[int, int, int, str]
 """Author, part, tokens and text of a span or a marker, as the page's script reads them."""
 
 
-def write(
-    out: Path, title: str, rows: Iterable[tuple[int, Mapping[str, Any]]], summary: dict[str, Any],
-    *, against: tuple[str, Dataset] | None = None, head: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """Write the report.
+def pack(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], names: Sequence[str], against: Dataset | None = None
+) -> tuple[str, list[str]]:
+    """Pack rows for the page's script.
 
     Args:
-        out: The HTML file.
-        title: The dataset's name.
         rows: The rows to show, each with its index in the dataset, with the columns of :mod:`tessy_hf.rows.columns`.
-        summary: The statistics of the whole dataset, from which the figures are drawn.
-        against: Name and rows of a second dataset; rows of the same prompt are shown side by side.
-        head: Further fields of the template: ``subtitle``, ``tiles``, ``tables``.
+        names: The name of the dataset, and of the second one where there is one.
+        against: The second one's rows; those of the same prompt are shown side by side.
+
+    Returns:
+        The index of the rows, and their texts in chunks.
     """
-    partner = _partners(against[1]) if against else None
-    index = Index([title, against[0] if against else None])
-    texts = list(_packed_chunks(rows, index, partner))
-    drawn = [
-        {"svg": inline(figures.image(name, summary)), "description": figures.describe(name, summary), "wide": False}
-        for name in figures.NAMES
-    ]
-    page = render("viewer.html", script="viewer.js", title=title, index=_pack(index.columns()), figures=drawn, **head)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
-        file.write(page)
-        _write_chunks(file, texts)
-        file.write("</body>\n</html>\n")
-
-
-class Index:
-    """The columns that the page's list, search and filters need of every row."""
-
-    def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = list(names)
-        self.reasons: dict[str, int] = {}
-        self.chunks: list[int] = []
-        self.rows: list[tuple[Any, ...]] = []
-
-    def add(self, number: int, row: Mapping[str, Any], prompt: str) -> None:
-        """Add a row."""
-        reason = self.reasons.setdefault(str(row.get("finish_reason") or "unknown"), len(self.reasons))
-        name = next((str(row[column]) for column in _IDS if row.get(column) is not None), None)
-        self.rows.append((number, name, " ".join(prompt.split())[:SNIPPET], reason, _permille(row), _tokens(row)))
-
-    def columns(self) -> dict[str, Any]:
-        """Return the index as the page's script reads it."""
-        numbers, names, prompts, reasons, shares, tokens = zip(*self.rows, strict=True) if self.rows else ((),) * 6
-        return {
-            "names": self.names,
-            "reasons": list(self.reasons),
-            "chunks": self.chunks,
-            "number": numbers,
-            "id": names if all(name is not None for name in names) and names else None,
-            "prompt": prompts,
-            "reason": reasons,
-            "share": shares,
-            "tokens": tokens,
-        }
-
-
-def _packed_chunks(
-    rows: Iterable[tuple[int, Mapping[str, Any]]], index: Index, partner: Callable[[str], Any] | None
-) -> Iterator[str]:
-    """Yield the packed texts of the rows, many rows in a chunk, and fill the index."""
-    chunk: list[Any] = []
-    size = 0
+    index: dict[str, Any] = {"names": [*names, None][:2], "reasons": [], "chunks": []}
+    columns: dict[str, list[Any]] = {name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens")}
+    partner = _partners(against) if against is not None else lambda key: None
+    texts, chunk, size = list[str](), list[Any](), 0
     for number, row in rows:
-        turns = _prompt(row)
+        turns, spans = _prompt(row), shown(row)
+        other = partner(_key(turns))
         if not chunk:
-            index.chunks.append(len(index.rows))
-        index.add(number, row, turns[-1][1] if turns else "")
-        shown = _shown(row)
-        other = partner(_key(turns)) if partner else None
-        chunk.append([turns, shown, row.get("error"), _details(row, turns), other])
-        size += sum(len(text) for _, text in turns)
-        size += sum(len(text) for *_, text in [*shown, *(other[0] if other else [])])
+            index["chunks"].append(len(columns["number"]))
+        for column, value in zip(columns.values(), _entry(number, row, turns, index["reasons"]), strict=True):
+            column.append(value)
+        chunk.append([turns, spans, row.get("error"), details(row, turns), other])
+        size += sum(len(text) for *_, text in [*turns, *spans, *(other[0] if other else [])])
         if size > CHUNK_CHARACTERS:
-            yield _pack(chunk)
+            texts.append(_packed(chunk))
             chunk, size = [], 0
-    if chunk:
-        yield _pack(chunk)
+    texts += [_packed(chunk)] if chunk else []
+    named = bool(columns["id"]) and None not in columns["id"]
+    return _packed({**index, **columns, "id": columns["id"] if named else None}), texts
 
 
-def _write_chunks(file: TextIO, texts: Iterable[str]) -> None:
-    for at, text in enumerate(texts):
-        file.write(f'<script type="text/plain" id="rows-{at}">{text}</script>\n')
+def _entry(number: int, row: Mapping[str, Any], turns: Sequence[tuple[str, str]], reasons: list[str]) -> list[Any]:
+    """Return what the page's list, search and filters need of a row: number, id, prompt, reason, share and tokens."""
+    reason = str(row.get("finish_reason") or "unknown")
+    if reason not in reasons:
+        reasons.append(reason)
+    name = next((str(row[column]) for column in _IDS if row.get(column) is not None), None)
+    prompt = " ".join(turns[-1][1].split())[:SNIPPET] if turns else ""
+    return [number, name, prompt, reasons.index(reason), _permille(row), _tokens(row)]
 
 
-def _pack(value: Any) -> str:
+def _packed(value: Any) -> str:
     return base64.b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 6)).decode()
 
 
@@ -157,26 +110,24 @@ def _partners(dataset: Dataset) -> Callable[[str], Any]:
         if not left:
             return None
         row = dataset[left.popleft()]
-        return [_shown(row), row.get("error"), _permille(row), _tokens(row), row.get("finish_reason")]
+        return [shown(row), row.get("error"), _permille(row), _tokens(row), row.get("finish_reason")]
 
     return partner
 
 
-def _shown(row: Mapping[str, Any]) -> list[Shown]:
+def shown(row: Mapping[str, Any]) -> list[Shown]:
     """Return the spans of a row with the markers around the thinking apart; text that no spans cover has no author."""
-    shown: list[Shown] = []
+    found: list[Shown] = []
     for piece in pieces(row):
         part = PARTS.index(piece.part)
-        shown += [(_MARK, part, 0, piece.before)] if piece.before else []
-        shown.append((_AUTHORS.get(piece.author, _UNKNOWN), part, piece.tokens, piece.text))
-        shown += [(_MARK, part, 0, piece.after)] if piece.after else []
-    if shown:
-        return shown
+        found += [(_MARK, part, 0, piece.before)] if piece.before else []
+        found.append((_AUTHORS.get(piece.author, _UNKNOWN), part, piece.tokens, piece.text))
+        found += [(_MARK, part, 0, piece.after)] if piece.after else []
     whole, _ = assistant_text(row)
-    return [(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else []
+    return found or ([(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else [])
 
 
-def _details(row: Mapping[str, Any], turns: Sequence[tuple[str, str]]) -> dict[str, str]:
+def details(row: Mapping[str, Any], turns: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return the other columns as text, without those that repeat the prompt."""
     prompts = {text for _, text in turns}
     details = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
 from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
+from tessy_hf.text.vocabulary import owners
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
 if TYPE_CHECKING:
@@ -297,7 +298,6 @@ def _spans(trajectory: Trajectory, vocabulary: Vocabulary, thinking_format: Thin
 def _count(trajectory: Trajectory, vocabulary: Vocabulary, part: str) -> list[int]:
     """Count each span's tokens in a tokenisation of the whole part; a token belongs to the span it ends in."""
     spans = [span for span in trajectory.spans if span.part == part]
-    ends = [end for _, end in vocabulary.encode("".join(span.text for span in spans)).offsets]
-    span_ends = accumulate(len(span.text) for span in spans)
-    upto = [bisect_right(ends, end) for end in span_ends]
-    return [now - before for before, now in pairwise([0, *upto])]
+    ends = list(accumulate(len(span.text) for span in spans))
+    counts = Counter(owners(vocabulary.encode("".join(span.text for span in spans)).offsets, ends))
+    return [counts[at] for at in range(len(spans))]

@@ -10,7 +10,8 @@ import codecs
 import copy
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -227,6 +228,11 @@ class Vocabulary:
     def chat_text(self, messages: Sequence[Any], **options: Any) -> str:
         """Render ``messages`` through the tokenizer's chat template as text."""
         return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+def owners(offsets: Iterable[tuple[int, int]], ends: Sequence[int]) -> list[int]:
+    """Return for each token the index of the piece of text it ends in, from the character at which each piece ends."""
+    return [bisect_left(ends, end) for _, end in offsets]
 
 
 def words(text: str) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from tessy_hf.boundary.predictor import SHIPPED, is_shipped
 from tessy_hf.boundary_training.readings import read
 from tessy_hf.boundary_training.segments import read_segments
 from tessy_hf.boundary_training.train import train_boundary
+from tests.boundary_training.bases import make_base
 from tests.worlds import make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -32,10 +33,10 @@ def predictor(tmp_path_factory):
     else:
         torch.set_num_threads(1)
         found = read_segments(ROOT / "dataset_cards" / "style-spans" / "train.jsonl")
-        base = {"vocabulary": 2000, "hidden_size": 64, "layers": 1, "heads": 2, "intermediate_size": 128, "steps": 30}
-        options = {"base": base, "epochs": 3, "learning_rate": 3e-3, "aligned_copies": 0}
         out = tmp_path_factory.mktemp("small")
-        made = train_boundary(found, out, texts=[segment.text for segment in found], **options)
+        shape = {"vocabulary": 2000, "hidden_size": 64, "intermediate_size": 128, "block": 128, "steps": 30}
+        base = make_base([segment.text for segment in found], out / "base", **shape)
+        made = train_boundary(found, out, base=base, epochs=3, learning_rate=3e-3, aligned_copies=0)
         assert made.evaluation.char_f1 > 0.6
         model = str(made.folder)
     predictor = BoundaryPredictor.from_pretrained(model)

@@ -18,7 +18,7 @@ from tessy_hf.boundary_training.annotate import annotate
 from tessy_hf.boundary_training.answers import locate
 from tessy_hf.boundary_training.sampling import draw
 from tessy_hf.boundary_training.segments import Segment, span_starts
-from tessy_hf.boundary_training.settings import AnnotationSettings, Drawing
+from tessy_hf.boundary_training.settings import AnnotationSettings
 from tessy_hf.errors import BoundaryError, EngineDeadError, RequestError, SettingsError
 from tests.worlds import CHATML, make_tokenizer
 
@@ -87,7 +87,7 @@ def run(folder, rows, answer=mark, template_options=None, fault=None, tokenizer=
 
 def test_what_is_drawn_stands_in_the_thinking_and_does_not_overlap():
     rows = traces(20)
-    drawn = list(draw(rows, Drawing(per_trace=3, words=20)))
+    drawn = list(draw(rows, AnnotationSettings(per_trace=3, words=20)))
     assert len(drawn) == 60 and len({segment.id for segment in drawn}) == 60
     lengths = Counter((segment.aligned, len(segment.text.split())) for segment in drawn)
     assert set(lengths) == {(False, 20), (True, 30)} and 15 < lengths[True, 30] < 45
@@ -102,15 +102,15 @@ def test_what_is_drawn_stands_in_the_thinking_and_does_not_overlap():
 
 def test_the_draw_depends_on_trace_and_seed_alone():
     rows = traces(10)
-    once = {s.id: s for s in draw(rows, Drawing(seed=3))}
-    again = {s.id: s for s in draw(reversed(rows), Drawing(seed=3, limit=7))}
+    once = {s.id: s for s in draw(rows, AnnotationSettings(seed=3))}
+    again = {s.id: s for s in draw(reversed(rows), AnnotationSettings(seed=3, limit=7))}
     assert len(once) == 10 and len(again) == 7 and again.items() <= once.items()
-    assert {s.id for s in draw(rows, Drawing(seed=4))} != set(once)
+    assert {s.id for s in draw(rows, AnnotationSettings(seed=4))} != set(once)
 
 
 def test_short_traces_are_taken_whole_and_the_shortest_not_at_all():
     rows = [{"thinking": "one two " * 12}, {"thinking": "too short"}, {"thinking": None}, {"other": "column"}]
-    (only,) = draw(rows, Drawing(aligned_share=0))
+    (only,) = draw(rows, AnnotationSettings(aligned_share=0))
     assert only.text == ("one two " * 12).strip() and only.problem_id == only.trace_id
 
 
@@ -127,7 +127,7 @@ def test_rows_of_one_question_are_one_problem():
             ],
         },
     ]
-    problems = [segment.problem_id for segment in draw(rows, Drawing())]
+    problems = [segment.problem_id for segment in draw(rows, AnnotationSettings())]
     assert problems[0] == problems[1] != problems[2] and all(problems)
 
 
@@ -165,7 +165,7 @@ def test_half_a_character_becomes_a_question_mark(tmp_path):
     found, _ = run(tmp_path, [broken, {"thinking": "\udfff " + trace(2)}], words=20, aligned_share=0.0, seed=2)
     rows = load_dataset(str(tmp_path), split="train")
     assert found.counts == {"accepted": 2} and (rows[0]["trace_id"], rows[0]["problem_id"]) == ("t?", "p?")
-    assert {segment.text for segment in draw([broken], Drawing(words=200))} == {"? " + trace(1)}
+    assert {segment.text for segment in draw([broken], AnnotationSettings(words=200))} == {"? " + trace(1)}
 
 
 def test_an_annotator_is_let_think_unless_its_template_closes_thinking(tmp_path):
@@ -306,7 +306,7 @@ def test_a_folder_of_other_settings_is_refused_but_limit_and_speed_may_change(tm
 
 
 def test_settings_that_cannot_be_used_are_refused(tmp_path):
-    for settings, told in [({"word": 3}, "Known settings: .*words"), ({"words": 3}, "greater than or equal to 10")]:
+    for settings, told in [({"word": 3}, "Known: .*words"), ({"words": 3}, "greater than or equal to 10")]:
         with pytest.raises(SettingsError, match=told):
             AnnotationSettings.check(**settings)
     (tmp_path / "p.jinja").write_text("Mark style.")

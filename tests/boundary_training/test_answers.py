@@ -224,7 +224,7 @@ def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, da
     answers = AnswerLog(path)
     for order, answer in enumerate(said):
         told = {"answer": answer, "finished": answer is not None, "error": "gone" if answer is None else None}
-        answers.add(Drawn(f"t:{order}", text, aligned, "t", "p", "m", "f"), order, told)
+        answers.add(Drawn(f"t:{order}", text, aligned, "t", "p", "m", "f"), order, **told)
     answers.close()
     again = AnswerLog(path)
     again.close()
@@ -241,7 +241,7 @@ def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, da
 def test_a_segment_of_white_space_is_kept_as_it_is(tmp_path, aligned):
     answers = AnswerLog(tmp_path / "answers.jsonl")
     told = {"answer": "[]", "finished": True, "error": None}
-    answers.add(Drawn("t:0", " \n", aligned, "t", "p", "m", "f"), 0, told)
+    answers.add(Drawn("t:0", " \n", aligned, "t", "p", "m", "f"), 0, **told)
     answers.close()
     [row], counts = collect(answers, AnnotationSettings(words=10))
     assert counts == {"accepted": 1} and row["text"] == " \n" and row["style_spans"] == []

@@ -19,16 +19,16 @@ from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings
 from tessy_hf.boundary_training.readings import Reading
 from tessy_hf.boundary_training.segments import Segment, read_segments, word_kinds
 from tessy_hf.boundary_training.settings import AnnotationSettings, TrainingSettings
-from tessy_hf.boundary_training.train import read_recipe, train_boundary
-from tessy_hf.boundary_training.warm_up import WarmUp, warm_up
+from tessy_hf.boundary_training.train import train_boundary
 from tessy_hf.errors import BoundaryError, DatasetError, SettingsError
+from tessy_hf.recipe import read_annotation, read_training
 from tessy_hf.text.vocabulary import words
+from tests.boundary_training.bases import PATH, make_base
 from tests.boundary_training.test_annotate import STYLE, mark, trace
 from tests.rules import ids_of, vocabulary
 from tests.worlds import TEXT, TOKENIZERS, make_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
-BASE = {"vocabulary": 400, "hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 64, "block": 32}
 QUICK = {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3, "validation_share": 0.2, "test_share": 0.2}
 
 
@@ -55,8 +55,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A small base model, made of the segments' text."""
-    settings = WarmUp(**BASE, steps=40, batch_size=8)
-    return str(warm_up([s.text for s in segments()], tmp_path_factory.mktemp("base"), settings))
+    return make_base([s.text for s in segments()], tmp_path_factory.mktemp("base"), steps=40, batch_size=8)
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["own token", "next token"])
@@ -203,7 +202,7 @@ def test_the_bias_goes_where_the_character_f1_is_best():
 
 def test_extra_segments_on_held_out_problems_are_left_out(base, tmp_path):
     held = segments(6)
-    extra = [{**s.to_row(), "weight": 0.2} for s in segments(20)]
+    extra = [{"text": s.text, "style_spans": s.marked(), "problem_id": s.problem, "weight": 0.2} for s in segments(20)]
     options = {**QUICK, "epochs": 1}
     made = train_boundary(
         segments()[20:], tmp_path, extra=extra, test=held[:3], validation=held[3:], base=base, **options
@@ -226,18 +225,27 @@ def test_any_token_classifier_can_be_the_base(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_base_model_is_made_where_one_is_described(tmp_path):
+def test_a_base_model_is_made_once_of_enough_text(tmp_path):
     texts = [s.text for s in segments()]
-    settings = {**QUICK, "epochs": 1, "base": {**BASE, "steps": 3}}
-    made = train_boundary(segments(), tmp_path, texts=texts, **settings)
-    weights = (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns
-    assert json.loads((made.folder / "report.json").read_text())["settings"]["base"]["steps"] == 3
-    train_boundary(segments(), tmp_path, texts=iter(texts), **settings)
-    assert (tmp_path / "base" / "model.safetensors").stat().st_mtime_ns == weights
-    with pytest.raises(SettingsError, match="no texts to train the base model on"):
-        train_boundary(segments(), tmp_path / "other", **settings)
+    weights = tmp_path / "base" / "model.safetensors"
+    make_base(texts, tmp_path / "base", steps=3)
+    made = weights.stat().st_mtime_ns
+    make_base(iter(texts), tmp_path / "base", steps=3)
+    assert weights.stat().st_mtime_ns == made
+    make_base(texts, tmp_path / "base", steps=4)
+    assert weights.stat().st_mtime_ns != made
     with pytest.raises(DatasetError, match="pass more thinking"):
-        warm_up(["Okay."], tmp_path / "short")
+        make_base(["Okay."], tmp_path / "short")
+
+
+@pytest.mark.slow
+def test_a_base_model_is_made_by_a_command(tmp_path):
+    rows = ({"text": s.text} if i % 2 else {"thinking": s.text} for i, s in enumerate(segments()))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [tmp_path / "texts.jsonl", "--out", tmp_path / "base", "--vocabulary", "300", "--steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, PATH, *arguments], check=True, env=environment, timeout=200)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "base")) == 300
 
 
 def test_the_tokenizer_of_a_made_base_is_exact(base):
@@ -249,9 +257,10 @@ def test_the_tokenizer_of_a_made_base_is_exact(base):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"epoch": 3}, "Known settings: base"),
+        ({"epoch": 3}, "Known: base"),
+        ({"epoch": 3}, "Did you mean 'epochs'?"),
         ({"label_shift": 2}, "label_shift"),
-        ({"base": {"step": 3}}, "base.WarmUp.step"),
+        ({"base": {"steps": 3}}, "valid string"),
         ({"learning_rate": -1}, "greater than 0"),
     ],
 )
@@ -309,14 +318,12 @@ def test_the_shipped_segments_are_whole():
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "boundary").glob("*.yaml")), ids=lambda path: path.name)
 def test_recipes_can_be_read(recipe):
-    given = read_recipe(recipe)
+    given = read_training(recipe)
     if "annotator" in given:
-        from tessy_hf.recipe import read_annotation
-
         annotator, settings = read_annotation(recipe)
         assert annotator.engine.model and AnnotationSettings.check(**settings)
     else:
-        TrainingSettings.check(**{k: v for k, v in given.items() if k not in ("data", "extra", "texts")})
+        TrainingSettings.check(**{k: v for k, v in given.items() if k not in ("data", "extra")})
 
 
 def test_ids_are_those_of_the_vocabulary():

@@ -14,9 +14,10 @@ from datasets import load_dataset
 from tessy_hf import demo
 from tessy_hf.boundary.predictor import is_shipped
 from tessy_hf.cli import main as cli
+from tests.boundary_training.bases import make_base
 from tests.engines.servers import FakeServer
 from tests.test_transform import prompts, scripted
-from tests.worlds import make_tokenizer
+from tests.worlds import TEXT, make_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "miniature" / "tessy.yaml"
 
@@ -94,10 +95,8 @@ def some_spans(folder, n):
 
 @pytest.mark.slow
 def test_a_predictor_is_trained_and_measured_by_two_commands(tessy, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        "base: {vocabulary: 400, hidden_size: 32, layers: 1, heads: 2, intermediate_size: 64, steps: 2}\n"
-        f"data: {some_spans(tmp_path, 60)}\ntexts: {tmp_path / 'spans.jsonl'}\nepochs: 1\n"
-    )
+    make_base([TEXT] * 9, tmp_path / "base", steps=2)
+    (tmp_path / "recipe.yaml").write_text(f"base: {tmp_path / 'base'}\ndata: {some_spans(tmp_path, 60)}\nepochs: 1\n")
     code, printed = tessy("train-boundary", tmp_path / "recipe.yaml", tmp_path / "model")
     assert code == 0 and "The predictor is in" in printed and "gpt-oss" in printed
     code, printed = tessy(

@@ -16,7 +16,8 @@ from tessy_hf.boundary_training.card import render_card
 from tessy_hf.boundary_training.train import train_boundary
 from tessy_hf.errors import BoundaryError
 from tessy_hf.hub.boundary_models import push_boundary
-from tests.boundary_training.test_train import BASE, QUICK, segments
+from tests.boundary_training.bases import make_base
+from tests.boundary_training.test_train import QUICK, segments
 from tests.hub_server import READ_TOKEN, HubServer, clients_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
@@ -43,8 +44,8 @@ def folder(tmp_path_factory):
     """A trained predictor, with its base model beside it."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("trained") / "tiny"
-    texts, base = [segment.text for segment in segments()], {**BASE, "steps": 5}
-    return train_boundary(segments(), out, texts=texts, base=base, label_shift=1, window=120, **QUICK).folder
+    base = make_base([segment.text for segment in segments()], out / "base", steps=5)
+    return train_boundary(segments(), out, base=base, label_shift=1, window=120, **QUICK).folder
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def tessy(tmp_path):
 
 def test_columns_of_lists_stand_among_a_row_s_details(rows):
     tests = [["assert True"], []] * 20
-    details = [viewer._details(row, [("user", row["prompt"])]) for row in rows.add_column("tests", tests)]
+    details = [viewer.details(row, [("user", row["prompt"])]) for row in rows.add_column("tests", tests)]
     assert details[0]["tests"] == '["assert True"]' and "tests" not in details[1] and "prompt" not in details[0]
 
 
@@ -114,7 +114,7 @@ def test_rows_of_other_origin_can_stand_beside(tmp_path, rows):
 
 def test_pieces_lie_end_to_end_over_the_text(rows):
     for row in rows:
-        pieces = viewer._shown(row)
+        pieces = viewer.shown(row)
         chat = row["messages"][-1]["content"] if row["spans"] else ""
         assert "".join(text for *_, text in pieces) == chat
         mine = [(author, tokens) for author, _, tokens, _ in pieces if author < 2]
@@ -124,7 +124,7 @@ def test_pieces_lie_end_to_end_over_the_text(rows):
 def test_a_harmony_row_is_shown_with_its_channels():
     for answer, closed in (((("student", "It is **5**."),), True), ((), False)):
         row = as_row(trajectory(answer=answer, closed=closed), "harmony", HARMONY)
-        pieces = viewer._shown(row)
+        pieces = viewer.shown(row)
         marks = [text for author, *_, text in pieces if author == 2]
         assert marks == [HARMONY.open, HARMONY.close][: 1 + closed]
         assert "".join(text for author, *_, text in pieces if author < 2) == row["thinking"] + row["answer"]
@@ -133,8 +133,8 @@ def test_a_harmony_row_is_shown_with_its_channels():
 def test_spans_that_do_not_fit_the_text_name_nobody(rows):
     row = dict(next(row for row in rows if row["spans"]))
     row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": "edited"}]
-    assert viewer._shown(row) == [(3, 1, 0, "edited")]
-    assert viewer._shown({**row, "spans": None}) == [(3, 1, 0, "edited")]
+    assert viewer.shown(row) == [(3, 1, 0, "edited")]
+    assert viewer.shown({**row, "spans": None}) == [(3, 1, 0, "edited")]
     assert set(schema(True)) >= {"messages", "spans"}
 
 

@@ -180,8 +180,7 @@ def test_memory_does_not_grow_with_the_rows():
 
 
 def test_a_tally_of_one_number():
-    tally = Tally()
-    tally.add(np.array([7, 7]))
+    tally = Tally([7, 7])
     assert tally.summary() == {
         "count": 2, "total": 14, "mean": 7, "min": 7, "max": 7, "quantiles": dict.fromkeys(map(str, QUANTILES), 7)
     }  # fmt: skip

@@ -31,9 +31,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from base import train_tokenizer
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lexical import LexicalTeacher
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -55,7 +56,6 @@ log = logging.getLogger("small")
 
 HERE = Path(__file__).parent
 MARKED, HELD_OUT = HERE.parents[2] / "dataset_cards" / "style-spans" / "train.jsonl", HERE / "held_out.jsonl"
-END = "<|endoftext|>"
 PRE_TOKENS = (
     r"'(?:s|t|re|ve|m|ll|d)(?!\p{L})|’(?:s|t|re|ve|m|ll|d)(?!\p{L})| ?\p{L}+| ?\p{N}|[ ]?[^\s\p{L}\p{N}]+|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -85,26 +85,14 @@ def read_traces(paths: Sequence[Path], held_out: set[str]) -> list[Trace]:
 # --- 1. tokenizer
 
 
-def train_tokenizer(traces: Sequence[Trace]) -> PreTrainedTokenizerFast:
+def make_tokenizer(traces: Sequence[Trace]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: words with the space before them, single digits, runs of signs, line ends."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    # So that the spans of a stock pipeline begin at a letter.
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     times = {"gpt-oss-120b": 3, "gpt-oss-20b": 2}  # their traces are shorter
     texts = (trace.text for trace in traces for _ in range(times.get(trace.source_model, 1)))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    tokenizer = train_tokenizer(texts, VOCABULARY, PRE_TOKENS)
+    # So that the spans of a stock pipeline begin at a letter.
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    return tokenizer
 
 
 # --- 2. language model
@@ -387,7 +375,7 @@ def build(args: argparse.Namespace) -> Evaluation:
         marked = [segment for segment in marked if fold_of(segment.problem) not in args.fold]
     base = args.work / f"base-{args.steps}"
     if not (base / "tokenizer.json").is_file():
-        tokenizer = train_tokenizer(traces)
+        tokenizer = make_tokenizer(traces)
         train_language_model(traces, Vocabulary(tokenizer, "new"), args.steps, seed=0).save_pretrained(base)
         tokenizer.save_pretrained(base)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
