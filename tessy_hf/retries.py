@@ -3,33 +3,12 @@
 A function goes in; its result, or its last error, comes out. Knows nothing of what the function does. Built on
 tenacity.
 
-The Hub: blocking, for some seconds after the first failure, with a message before each pause; ``412`` besides, where
-the step looks again at what is there::
+Shared storage, a number of attempts; an engine, asynchronous and with its own rule for when to give up; a row, whose
+loop also looks it up in the journal, only the pause::
 
-    policy = RetryPolicy(timeout=60, first_pause=1)
-    policy.call(
-        functools.partial(api.create_tag, repo_id, tag=tag),
-        retry_on=lambda error: is_transient(error) or status_of(error) == 412,
-        notify=lambda failures: say(f"{failures.error} Trying again in {failures.pause:.0f} s."),
-    )
-
-Shared storage: a number of attempts::
-
-    STORAGE = RetryPolicy(attempts=6, first_pause=0.2, longest_pause=5)
-    table = STORAGE.call(lambda: read(path))
-
-An engine: asynchronous, and its own rule for when to give up (``stop``)::
-
-    await RetryPolicy(timeout=retry_timeout).call_async(attempt, stop=self.gives_up)
-
-A row that failed, in a loop that also looks it up in the journal: only the pause::
-
+    table = RetryPolicy(attempts=6, first_pause=0.2, longest_pause=5).call(lambda: read(path))
+    answer = await RetryPolicy(timeout=retry_timeout).call_async(attempt, stop=self.gives_up)
     await asyncio.sleep(RetryPolicy(first_pause=0.2).pause(attempt))
-
-A process that is started again when it died, a few times::
-
-    policy = RetryPolicy(attempts=1 + MOST_RESTARTS, first_pause=0)
-    await policy.call_async(ask, retry_on=lambda error: isinstance(error, EngineDeadError), notify=restart)
 """
 
 from __future__ import annotations
@@ -90,19 +69,12 @@ class TransientError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """The failures of one call so far.
+    """The failures of one call so far."""
 
-    Attributes:
-        error: The last one.
-        count: How many there were.
-        elapsed: Seconds from the first to the last.
-        pause: Seconds until the next attempt.
-    """
-
-    error: BaseException
+    error: BaseException  # the last one
     count: int
-    elapsed: float
-    pause: float
+    elapsed: float  # seconds from the first to the last
+    pause: float  # seconds until the next attempt
 
 
 @dataclass(frozen=True)
@@ -153,13 +125,7 @@ class RetryPolicy:
         Raises:
             BaseException: The last error of ``function``.
         """
-        hooks = _Hooks(self, retry_on or is_transient, stop or self.exhausted)
-
-        def before_sleep(_: tenacity.RetryCallState) -> None:
-            if notify is not None:
-                notify(hooks.failures)
-
-        return tenacity.Retrying(before_sleep=before_sleep, **hooks.options)(function)
+        return tenacity.Retrying(**self._hooks(retry_on, notify, stop))(function)
 
     async def call_async(
         self,
@@ -173,48 +139,49 @@ class RetryPolicy:
         try:
             return await function()  # most calls succeed, and tenacity costs more than some of them
         except Exception as error:  # noqa: BLE001 - it is raised again, by tenacity where it is not transient
-            first: Exception | None = error
+            failed = [error]
 
         async def again() -> T:
-            nonlocal first
-            if first is not None:
-                error, first = first, None
-                raise error
+            if failed:
+                raise failed.pop()
             return await function()
 
-        async def before_sleep(_: tenacity.RetryCallState) -> None:
-            if notify is not None and inspect.isawaitable(told := notify(hooks.failures)):
+        async def before_sleep(state: tenacity.RetryCallState) -> None:
+            if inspect.isawaitable(told := hooks["before_sleep"](state)):
                 await told
 
-        hooks = _Hooks(self, retry_on or is_transient, stop or self.exhausted)
-        return await tenacity.AsyncRetrying(before_sleep=before_sleep, **hooks.options)(again)
+        hooks = self._hooks(retry_on, notify, stop)
+        return await tenacity.AsyncRetrying(**{**hooks, "before_sleep": before_sleep})(again)
 
+    def _hooks(
+        self,
+        retry_on: Callable[[BaseException], bool] | None,
+        notify: Callable[[Failures], Any] | None,
+        stop: Callable[[Failures], bool] | None,
+    ) -> dict[str, Any]:
+        """Return tenacity's hooks for one call; its own clock begins with the call, ours with the first failure."""
+        began = 0.0
+        failures: Failures
 
-class _Hooks:
-    """Tenacity's hooks for one call, which does not keep when the first failure came."""
+        def wait(state: tenacity.RetryCallState) -> float:
+            nonlocal began, failures
+            error = state.outcome.exception() if state.outcome is not None else None
+            assert error is not None, "tenacity waits after failures only"
+            began = began or time.monotonic()
+            elapsed, pause = time.monotonic() - began, self.pause(state.attempt_number, error)
+            if _asked_pause(error) is None:  # the last attempt is at the end of the time
+                pause = min(pause, max(0.0, self.timeout - elapsed))
+            failures = Failures(error, state.attempt_number, elapsed, pause)
+            return pause
 
-    failures: Failures
-
-    def __init__(
-        self, policy: RetryPolicy, retry_on: Callable[[BaseException], bool], stop: Callable[[Failures], bool]
-    ) -> None:
-        self._policy, self._count, self._since = policy, 0, 0.0
-        self.options: dict[str, Any] = {
-            "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and retry_on(error)),
-            "wait": self._wait,
-            "stop": lambda _: stop(self.failures),
+        passes = retry_on or is_transient
+        return {
+            "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and passes(error)),
+            "wait": wait,
+            "stop": lambda _: (stop or self.exhausted)(failures),
+            "before_sleep": lambda _: notify and notify(failures),
             "reraise": True,
         }
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome is not None else None
-        assert error is not None, "tenacity waits after failures only"
-        self._count, self._since = self._count + 1, self._since or time.monotonic()
-        elapsed, pause = time.monotonic() - self._since, self._policy.pause(self._count, error)
-        if _asked_pause(error) is None:  # the last attempt is at the end of the time
-            pause = min(pause, max(0.0, self._policy.timeout - elapsed))
-        self.failures = Failures(error, self._count, elapsed, pause)
-        return pause
 
 
 def is_transient(error: BaseException) -> bool:
