@@ -14,7 +14,6 @@ loop also looks it up in the journal, only the pause::
 from __future__ import annotations
 
 import errno
-import inspect
 import math
 import random
 import re
@@ -25,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx2
 import tenacity
@@ -53,12 +52,7 @@ _WORDS = 300
 
 
 class TransientError(Exception):
-    """A failure after which the same call may succeed.
-
-    Args:
-        message: What was seen.
-        retry_after: Seconds to wait before the next attempt; ``None`` leaves them to the policy.
-    """
+    """A failure after which the same call may succeed, in so many seconds; ``None`` leaves them to the policy."""
 
     retryable = True
 
@@ -77,21 +71,22 @@ class Failures:
     pause: float  # seconds until the next attempt
 
 
+class Rules(TypedDict, total=False):
+    """What one call does otherwise than its policy says."""
+
+    retry_on: Callable[[BaseException], bool]  # which errors to try again after; by default is_transient
+    notify: Callable[[Failures], Any]  # called before each pause
+    stop: Callable[[Failures], bool]  # when to give up; by default RetryPolicy.exhausted
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long a call is tried again: exponential pauses with jitter, or as long as the server asks.
+    """How often and how long a call is tried again: exponential pauses with jitter, or as long as the server asks."""
 
-    Attributes:
-        timeout: Seconds from the first failure in which a further attempt may begin.
-        attempts: Most attempts.
-        first_pause: Seconds before the second attempt; each further pause is twice as long.
-        longest_pause: Most seconds of a pause that no server asked for.
-    """
-
-    timeout: float = math.inf
+    timeout: float = math.inf  # seconds from the first failure in which a further attempt may begin
     attempts: float = math.inf
-    first_pause: float = 0.1
-    longest_pause: float = 30.0
+    first_pause: float = 0.1  # seconds before the second attempt; each further pause is twice as long
+    longest_pause: float = 30.0  # most seconds of a pause that no server asked for
 
     def pause(self, failures: int, error: BaseException | None = None) -> float:
         """Return the seconds to wait after so many failures, of which ``error`` was the last."""
@@ -106,36 +101,17 @@ class RetryPolicy:
         late = failures.elapsed + failures.pause > self.timeout + 1e-6
         return late or failures.count >= self.attempts
 
-    def call(
-        self,
-        function: Callable[[], T],
-        *,
-        retry_on: Callable[[BaseException], bool] | None = None,
-        notify: Callable[[Failures], Any] | None = None,
-        stop: Callable[[Failures], bool] | None = None,
-    ) -> T:
-        """Call a function until it returns or fails for good.
+    def call(self, function: Callable[[], T], **rules: Unpack[Rules]) -> T:
+        """Call a function until it returns or fails for good; then its last error is raised.
 
         Args:
             function: May be called several times.
-            retry_on: Which errors to try again after; by default :func:`is_transient`.
-            notify: Called before each pause.
-            stop: When to give up; by default :meth:`exhausted`.
-
-        Raises:
-            BaseException: The last error of ``function``.
+            **rules: What to try again after, what to do before each pause, and when to give up.
         """
-        return tenacity.Retrying(**self._hooks(retry_on, notify, stop))(function)
+        return tenacity.Retrying(**self._hooks(**rules))(function)
 
-    async def call_async(
-        self,
-        function: Callable[[], Awaitable[T]],
-        *,
-        retry_on: Callable[[BaseException], bool] | None = None,
-        notify: Callable[[Failures], Any] | None = None,
-        stop: Callable[[Failures], bool] | None = None,
-    ) -> T:
-        """Await a function until it returns or fails for good; see :meth:`call`. ``notify`` may be asynchronous."""
+    async def call_async(self, function: Callable[[], Awaitable[T]], **rules: Unpack[Rules]) -> T:
+        """Await a function until it returns or fails for good; see :meth:`call`."""
         try:
             return await function()  # most calls succeed, and tenacity costs more than some of them
         except Exception as error:  # noqa: BLE001 - it is raised again, by tenacity where it is not transient
@@ -146,20 +122,11 @@ class RetryPolicy:
                 raise failed.pop()
             return await function()
 
-        async def before_sleep(state: tenacity.RetryCallState) -> None:
-            if inspect.isawaitable(told := hooks["before_sleep"](state)):
-                await told
+        return await tenacity.AsyncRetrying(**self._hooks(**rules))(again)
 
-        hooks = self._hooks(retry_on, notify, stop)
-        return await tenacity.AsyncRetrying(**{**hooks, "before_sleep": before_sleep})(again)
-
-    def _hooks(
-        self,
-        retry_on: Callable[[BaseException], bool] | None,
-        notify: Callable[[Failures], Any] | None,
-        stop: Callable[[Failures], bool] | None,
-    ) -> dict[str, Any]:
+    def _hooks(self, **rules: Unpack[Rules]) -> dict[str, Any]:
         """Return tenacity's hooks for one call; its own clock begins with the call, ours with the first failure."""
+        retry_on, stop = rules.get("retry_on", is_transient), rules.get("stop", self.exhausted)
         began = 0.0
         failures: Failures
 
@@ -174,12 +141,11 @@ class RetryPolicy:
             failures = Failures(error, state.attempt_number, elapsed, pause)
             return pause
 
-        passes = retry_on or is_transient
         return {
-            "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and passes(error)),
+            "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and retry_on(error)),
             "wait": wait,
-            "stop": lambda _: (stop or self.exhausted)(failures),
-            "before_sleep": lambda _: notify and notify(failures),
+            "stop": lambda _: stop(failures),
+            "before_sleep": lambda _: "notify" in rules and rules["notify"](failures),
             "reraise": True,
         }
 
