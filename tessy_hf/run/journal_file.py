@@ -63,14 +63,10 @@ COMMIT;
 
 
 class JournalFile:
-    """One journal's connection: opened when first used, closed before a fork.
+    """One journal's connection: opened when first used, the file made if need be; closed before a fork.
 
     SQLite's locks belong to the process and do not cross a fork, but what it remembers of them does: a child that used
-    the file after its parent had it open would believe that it holds locks it has not. So no connection is open while
-    the process forks.
-
-    Args:
-        path: The file. Made with mode 0600 at its first use, missing folders with 0700.
+    the file after its parent had it open would believe that it holds locks it has not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +116,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         if not path.exists():
             _create(path)
-    except JournalError:
+    except JournalError:  # an OSError too
         raise
     except OSError as error:
         raise JournalError(
@@ -152,11 +148,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _create(path: Path) -> None:
     """Create a journal elsewhere and link it into place, so that nobody ever sees half of one."""
-    wal = Path(f"{path}-wal")
-    if wal.exists() and not path.exists():
+    if Path(f"{path}-wal").exists() and not path.exists():
         raise JournalError(
-            f"The journal {path} is gone, but {wal.name} with its last writes is there. Both or neither are expected; "
-            f"put {path.name} back, or move {wal.name} away to start anew."
+            f"The journal {path} is gone, but {path.name}-wal with its last writes is there. Both or neither are "
+            f"expected; put {path.name} back, or move {path.name}-wal away to start anew."
         )
     for folder in reversed([path.parent, *path.parent.parents]):
         if not folder.exists():

@@ -35,11 +35,7 @@ _WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
 
 
 def file_system(folder: str) -> tuple[Any, str]:
-    """Return the file system of a folder and its path there.
-
-    Raises:
-        PartsError: fsspec does not know it.
-    """
+    """Return the file system of a folder and its path there; a :class:`PartsError` where fsspec knows none."""
     import fsspec
 
     try:
@@ -52,31 +48,8 @@ def file_system(folder: str) -> tuple[Any, str]:
     return system, str(path).rstrip("/")
 
 
-def names_in(system: Any, path: str) -> list[str]:
-    """Return the names of the files in a folder, sorted; none where there is no such folder.
-
-    Raises:
-        PartsError: The folder cannot be read.
-    """
-    system.invalidate_cache()
-    try:
-        found = RETRIES.call(lambda: system.ls(path, detail=False))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise PartsError(
-            f"The folder {path} cannot be read: {error}. One that this user may read is expected; check its address "
-            "and the credentials in the environment."
-        ) from error
-    return sorted({str(name).rpartition("/")[2] for name in found})
-
-
 def put(system: Any, path: str, content: bytes) -> None:
-    """Write a file, whole or not at all. Object storage does so by itself; on disks it is renamed into place.
-
-    Raises:
-        OSError: The storage refuses, or failed again and again.
-    """
+    """Write a file, whole or not at all. Object storage does so by itself; on disks it is renamed into place."""
     RETRIES.call(lambda: _put(system, path, content))
 
 
@@ -109,10 +82,9 @@ class Place(NamedTuple):
 
 
 class ParquetRows:
-    """Finished rows in Parquet files of one file system, read by place, a few row groups in memory.
+    """Finished rows in Parquet files of one file system of fsspec, read by place, a few row groups in memory.
 
-    Args:
-        system: The file system, of fsspec.
+    What cannot be read is a :class:`PartsError`.
     """
 
     def __init__(self, system: Any) -> None:
@@ -128,10 +100,7 @@ class ParquetRows:
     ) -> Iterator[tuple[RowKey, str | None, Place]]:
         """Iterate over key, run and place of a file's rows. Reads no text where the file has prompt hashes.
 
-        Args:
-            path: The file.
-            id_column: The column with the rows' ids.
-            hashed: The columns that decide a row besides its prompt, where the file has no prompt hashes.
+        Where it has none, the columns ``hashed`` decide a row besides its prompt.
         """
 
         def read(file: Any) -> list[pa.Table]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tessy_hf.errors import PromptError, RequestError
@@ -40,7 +40,7 @@ class Synthesis:
         student: The model to be trained, metered.
         settings: The run's settings.
         fingerprint: The run's fingerprint.
-        meter: What rows wait for.
+        meter: Where the verifier's time counts.
         commits: The journal, where there is one.
         outbox: The shared rows, where there are any.
     """
@@ -113,14 +113,14 @@ class Synthesis:
 
     def unusable(self, error: PromptError) -> dict[str, Any]:
         """Return the columns of a row whose prompt cannot be used."""
-        return self._columns(Trajectory("", finish_reason="error", error=str(error)), [])
+        return self._columns(Trajectory("", finish_reason="error", error=str(error)), ())
 
     def _columns(
-        self, trajectory: Trajectory, messages: Iterable[Message], draft: Draft | None = None
+        self, trajectory: Trajectory, messages: Sequence[Message], draft: Draft | None = None
     ) -> dict[str, Any]:
         return columns.row(
             trajectory,
-            list(messages),
+            messages,
             self._student.vocabulary,
             self._student.thinking_format,
             method=self._settings.method,
@@ -159,7 +159,7 @@ class Synthesis:
                 commits.journal.append(key, [piece] if piece is not None and piece.text else [], draft.state())
                 commits.soon()
 
-        verify = self._verifier and verify_with(self._verifier, prompt.key, inputs, self._meter)
+        verify = self._verifier and self._verify_with(self._verifier, prompt.key, inputs)
         plan = self._settings.plan(prompt.key)
         try:
             written = await methods.write(
@@ -175,33 +175,25 @@ class Synthesis:
             commits.soon()
         return row, written.retryable
 
+    def _verify_with(self, verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any]) -> methods.Verify:
+        """Return a function that judges finished texts of one row, in a thread."""
 
-def verify_with(verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any], meter: Meter) -> methods.Verify:
-    """Return a function that judges finished texts of one row.
-
-    Args:
-        verifier: Run in a thread.
-        key: The row's id, for errors.
-        inputs: The row's input columns.
-        meter: Where the verifier's time counts.
-    """
-
-    async def verify(written: Mapping[str, Any]) -> float:
-        answer = asyncio.to_thread(verifier, {**inputs, **written})
-        try:
-            verdict = await meter.wait(answer, "the verifier", of="verifier", row=key)
-        except RequestError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a verifier may be anybody's code
+        async def verify(written: Mapping[str, Any]) -> float:
+            answer = asyncio.to_thread(verifier, {**inputs, **written})
+            try:
+                verdict = await self._meter.wait(answer, "the verifier", of="verifier", row=key)
+            except RequestError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a verifier may be anybody's code
+                raise RequestError(
+                    f"Row {key!r}: the verifier raised {type(error).__name__}: {error}. Fix the verifier or the "
+                    "column it reads."
+                ) from error
+            if isinstance(verdict, (bool, int, float)) and math.isfinite(verdict):
+                return float(verdict)
             raise RequestError(
-                f"Row {key!r}: the verifier raised {type(error).__name__}: {error}. Fix the verifier or the column it "
-                "reads."
-            ) from error
-        if isinstance(verdict, (bool, int, float)) and math.isfinite(verdict):
-            return float(verdict)
-        raise RequestError(
-            f"Row {key!r}: the verifier returned {verdict!r} ({type(verdict).__name__}). True, False or a finite "
-            "number is expected, where 1 means right."
-        )
+                f"Row {key!r}: the verifier returned {verdict!r} ({type(verdict).__name__}). True, False or a finite "
+                "number is expected, where 1 means right."
+            )
 
-    return verify
+        return verify
