@@ -33,15 +33,12 @@ KEY_STATUSES = frozenset({401, 402, 403})
 
 
 class Client:
-    """Asks one server: what it offers, and for completions.
+    """Asks one server: what it offers, and for completions. The arguments are those of a ``ServerEngine``.
 
-    Args:
-        model: The name under which the servers offer the model.
-        tokenizer: Its tokenizer.
-        api_key_env: The environment variable that holds the key.
-        timeout: Seconds a step of a request may take.
-        context_length: Most tokens of prompt and completion, where servers do not say or less is wanted.
-        protocols: How servers may be asked, best first.
+    Raises:
+        ReplicaError: There is no answer now.
+        RequestError: The server refuses the request.
+        EngineDeadError: It refuses the key, serves something else, or its certificate is not trusted.
     """
 
     def __init__(
@@ -61,20 +58,14 @@ class Client:
         self.close = self._connections.close
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
-        """Ask for a completion.
-
-        Raises:
-            ReplicaError: There is none now.
-            RequestError: The server refuses the request.
-            EngineDeadError: It refuses the key, or its certificate is not trusted.
-        """
+        """Ask for a completion."""
         url = _url(server, protocol)
         text = await self._send(server, "POST", url, self._api.body(protocol, request))
         with self._reading(server, url):
             return self._api.completion(protocol, api.parse(text), request)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
-        """Ask for one stream; what arrives at once is one piece. Raises as :meth:`complete` does."""
+        """Ask for one stream; what arrives at once is one piece."""
         url, left = _url(server, protocol), request.max_tokens
         body = self._api.body(protocol, request, stream=True)
         async with self._connections.request(server, "POST", url, body) as reply:
@@ -94,12 +85,7 @@ class Client:
             raise ReplicaError(f"The server at {server} ended its stream early.", "lost")
 
     async def inspect(self, server: str) -> Service:
-        """Find out what a server offers.
-
-        Raises:
-            ReplicaError: It cannot be told now.
-            EngineDeadError: It serves something else, or cannot be used.
-        """
+        """Find out what a server offers."""
         length = await self._context_length(server)
         await self._check_tokenizer(server)
         protocol = await self._find_protocol(server)

@@ -55,12 +55,9 @@ _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 
 
 class AnswerError(Exception):
-    """An answer under status 200 that cannot be used.
+    """An answer under status 200 that cannot be used: what is wrong, as in "the server" ``sent 2 choices, not one``.
 
-    Args:
-        message: What is wrong with it, to stand after "the server": ``sent 2 choices, not one``.
-        status: The HTTP status the answer claims in its ``error`` object, or ``None``.
-        words: What the server says in its ``error`` object.
+    Of an ``error`` object in it, ``status`` is the HTTP status it claims, if any, and ``words`` what it says.
     """
 
     def __init__(self, message: str, status: int | None = None, words: str = "") -> None:
@@ -90,9 +87,7 @@ class EncodedPrompt:
 class CompletionsAPI:
     """Builds bodies and reads answers for one model, in each of :data:`PROTOCOLS`.
 
-    Args:
-        model: The name under which servers offer the model.
-        tokenizer: Its tokenizer.
+    What cannot be read is an :class:`AnswerError`.
     """
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -167,21 +162,13 @@ class CompletionsAPI:
     # --- answers
 
     def completion(self, protocol: Protocol, answer: Any, request: Request) -> Completion:
-        """Read a completion from the JSON of an answer.
-
-        Raises:
-            AnswerError: There is none in it.
-        """
+        """Read a completion from the JSON of an answer."""
         read = self._ids if protocol in EXACT else self._text_ids
         ids, stop_id = read(_choice(answer), request, request.max_tokens)
         return Completion(ids, stop_id, uncached_tokens(answer))
 
     def piece(self, events: Sequence[Any], request: Request, most: int) -> Completion | None:
-        """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing.
-
-        Raises:
-            AnswerError: They cannot be used.
-        """
+        """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing."""
         choices = [_choice(event) for event in events if _list(event, "choices")]
         ids = [i for choice in choices for i in _list(choice, "token_ids")]
         if not ids:  # the last event may have nothing but the reason
@@ -226,11 +213,7 @@ class CompletionsAPI:
 
 
 def parse(text: str) -> Any:
-    """Parse the text of an answer or event.
-
-    Raises:
-        AnswerError: It is not JSON, or an ``error`` object under status 200, as OpenRouter and llama.cpp send.
-    """
+    """Parse the text of an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send."""
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -32,11 +32,8 @@ _LOGGERS = [
 class ReplicaError(TransientError):
     """A server failed a request that may succeed later, or at another server.
 
-    Args:
-        message: What was seen.
-        kind: ``down``: nothing serves there now; ``busy``: it wants fewer requests; ``lost``: the answer did not
-            arrive; ``invalid``: the answer cannot be used.
-        retry_after: Seconds the server asked to wait, or ``None``.
+    Its ``kind`` is ``down``: nothing serves there now; ``busy``: it wants fewer requests; ``lost``: the answer did not
+    arrive; or ``invalid``: the answer cannot be used.
     """
 
     def __init__(self, message: str, kind: Kind, retry_after: float | None = None) -> None:
@@ -93,12 +90,6 @@ class Connections:
     @asynccontextmanager
     async def request(self, server: str, method: str, url: str, content: bytes | None = None) -> AsyncIterator[Reply]:
         """Send a request and wait for the headers of the answer; redirects are not followed.
-
-        Args:
-            server: The server's address, for messages.
-            method: ``GET`` or ``POST``.
-            url: Where to.
-            content: The JSON to post.
 
         Raises:
             ReplicaError: No answer arrived: kind ``down`` or ``lost``.
@@ -175,11 +166,7 @@ class Connections:
 
 
 def read_key(variable: str) -> str:
-    """Read a key from an environment variable; empty where there is none.
-
-    Raises:
-        EngineDeadError: No HTTP header can carry it.
-    """
+    """Read a key from an environment variable, empty where there is none; refuse one that no HTTP header can carry."""
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
         raise EngineDeadError(

@@ -33,9 +33,6 @@ class Membership:
         replicas: The servers to change.
         inspect: Finds out what the server at an address offers; raises where it cannot be used.
         most: Most requests at once per server.
-
-    Attributes:
-        context_length: Most tokens of prompt and completion, of the servers that were there first; 0 before.
     """
 
     def __init__(
@@ -49,7 +46,7 @@ class Membership:
         self._model, self._addresses, self._replicas = model, addresses, replicas
         self._inspect, self._most = inspect, most
         self._refused: dict[str, str] = {}
-        self.context_length = 0
+        self.context_length = 0  # of the servers that were there first
 
     def start(self, found: Mapping[str, Service]) -> None:
         """Begin with these servers, by address."""
