@@ -13,7 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from tessy_hf.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Protocol = Literal["generate", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
@@ -169,8 +170,8 @@ class CompletionsAPI:
 
     def piece(self, events: Sequence[Any], request: Request, most: int) -> Completion | None:
         """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing."""
-        choices = [_choice(event) for event in events if _list(event, "choices")]
-        ids = [i for choice in choices for i in _list(choice, "token_ids")]
+        choices = [_choice(event) for event in events if _get(event, "choices", list)]
+        ids = [i for choice in choices for i in _get(choice, "token_ids", list)]
         if not ids:  # the last event may have nothing but the reason
             return None
         together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
@@ -178,7 +179,7 @@ class CompletionsAPI:
 
     def other_tokens(self, answer: Any) -> str | None:
         """Return where the tokens of `/tokenize` differ from the local tokenizer's, for people; else ``None``."""
-        tokens, expected = _list(answer, "tokens"), self._vocabulary.encode_template(self._probe_text)
+        tokens, expected = _get(answer, "tokens", list), self._vocabulary.encode_template(self._probe_text)
         if not tokens or tokens == expected:
             return None
         at = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), 0)
@@ -238,8 +239,8 @@ def uncached_tokens(answer: Any) -> int | None:
     vLLM does with ``--enable-prompt-tokens-details``, SGLang with ``--enable-cache-report``; of a stream only at its
     end, which the row does not wait for.
     """
-    usage = _mapping(answer, "usage")
-    tokens, cached = usage.get("prompt_tokens"), _mapping(usage, "prompt_tokens_details").get("cached_tokens")
+    usage = _get(answer, "usage", dict)
+    tokens, cached = usage.get("prompt_tokens"), _get(usage, "prompt_tokens_details", dict).get("cached_tokens")
     if type(tokens) is not int or type(cached) is not int or not 0 <= cached <= tokens:
         return None
     return tokens - cached
@@ -248,7 +249,7 @@ def uncached_tokens(answer: Any) -> int | None:
 def served(answer: Any) -> dict[str, int | None]:
     """Return the models of `/v1/models` and the context length of each, where it is told."""
     models: dict[str, int | None] = {}
-    for entry in _list(answer, "data"):
+    for entry in _get(answer, "data", list):
         if isinstance(entry, Mapping):
             length = entry.get("max_model_len")
             models[str(entry.get("id"))] = length if type(length) is int and length > 0 else None
@@ -277,7 +278,7 @@ def _check(answer: Any) -> None:
 
 
 def _choice(answer: Any) -> Mapping[str, Any]:
-    choices = _list(answer, "choices")
+    choices = _get(answer, "choices", list)
     if len(choices) != 1 or not isinstance(choices[0], Mapping):
         raise AnswerError(f"sent {len(choices)} choices, not one")
     _check(choices[0])
@@ -290,11 +291,7 @@ def _reason(choice: Mapping[str, Any]) -> str:
     return str(reason.get("type") if isinstance(reason, Mapping) else reason).lower()
 
 
-def _list(value: Any, key: str) -> list[Any]:
+def _get(value: Any, key: str, kind: type[T]) -> T:
+    """Return what an answer has by a key, or an empty value where that is of another kind."""
     found = value.get(key) if isinstance(value, Mapping) else None
-    return found if isinstance(found, list) else []
-
-
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
-    found = value.get(key) if isinstance(value, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+    return found if isinstance(found, kind) else kind()

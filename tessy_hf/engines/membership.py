@@ -25,14 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class Membership:
-    """Keeps the servers as the addresses say while a run goes on.
+    """Keeps the servers of a model, each with ``most`` requests at once, as the addresses say while a run goes on.
 
-    Args:
-        model: The model's name, for messages.
-        addresses: Where the servers are.
-        replicas: The servers to change.
-        inspect: Finds out what the server at an address offers; raises where it cannot be used.
-        most: Most requests at once per server.
+    ``inspect`` finds out what the server at an address offers, and raises where it cannot be used.
     """
 
     def __init__(

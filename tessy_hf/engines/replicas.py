@@ -166,12 +166,7 @@ class Turn:
 class Replicas:
     """The servers there are now, and which of them has which row.
 
-    Args:
-        outage_seconds: So long may none of them answer, once one was down or busy, before rows are given up.
-
-    Attributes:
-        answered_at: When any of them last answered, by ``time.monotonic()``; 0 before.
-        missed: Set when one is found to be down.
+    Once all are down or busy, none of them may answer for ``outage_seconds`` before rows are given up.
     """
 
     def __init__(self, outage_seconds: float) -> None:
@@ -179,8 +174,8 @@ class Replicas:
         self._homes: dict[str, Replica] = {}
         self._outage_seconds = outage_seconds
         self._idle_until = 0.0
-        self.answered_at = 0.0
-        self.missed = asyncio.Event()
+        self.answered_at = 0.0  # when any of them last answered, by time.monotonic()
+        self.missed = asyncio.Event()  # set when one is found to be down
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._all)
@@ -248,8 +243,11 @@ class Replicas:
             home.rows.discard(row)
 
     async def _enter(self, row: str) -> tuple[Replica, int]:
+        """Wait for a turn at the row's server, or at another where it has none, or one that went or is left alone."""
         while True:
-            replica = self._route(row)
+            replica = self._homes.get(row)
+            if replica is None or replica not in self._all or self._away(replica):
+                replica = self._place(row)
             if replica.error is not None and replica.pause and self.given_up:
                 raise ReplicaError(str(replica.error), replica.error.kind, 0.0)
             if (number := await replica.enter()) is not None:
@@ -280,11 +278,6 @@ class Replicas:
             replica.turn_away()
         if replica.down and not was_down and not all(each.down for each in self._all):
             logger.warning("%s Its rows go to the other servers until it serves again.", error)
-
-    def _route(self, row: str) -> Replica:
-        """Return the row's server, or another where it has none, or one that went or is left alone."""
-        home = self._homes.get(row)
-        return home if home is not None and home in self._all and not self._away(home) else self._place(row)
 
     def _away(self, replica: Replica) -> bool:
         """Whether a server's rows had better go to another one."""

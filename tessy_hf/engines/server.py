@@ -19,7 +19,7 @@ from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tessy_hf.engines.addresses import Addresses
@@ -95,26 +95,19 @@ class ServerEngine:
         self.retry_timeout = retry_timeout if patience is None else patience
         self.given_context_length = context_length
         self.tokenizer_name, self._revision = str(tokenizer or model), revision
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._session: _Session | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model and its tokenizer; where it is served does not change what it writes."""
-        return {
-            "engine": "server",
-            "model": self.model,
-            "tokenizer": self.tokenizer_name,
-            "revision": self._revision,
-        }
+        tokenizer = {"tokenizer": self.tokenizer_name, "revision": self._revision}
+        return {"engine": "server", "model": self.model, **tokenizer}
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        if self._tokenizer is None:
-            hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
-            self._tokenizer = load_tokenizer(self.tokenizer_name, self._revision, hint)
-        return self._tokenizer
+        hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
+        return load_tokenizer(self.tokenizer_name, self._revision, hint)
 
     @property
     def context_length(self) -> int:
@@ -184,7 +177,7 @@ class ServerEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
-        return {**self.__dict__, "_session": None, "_tokenizer": None}
+        return {name: value for name, value in vars(self).items() if name != "tokenizer"} | {"_session": None}
 
     def __repr__(self) -> str:
         return f"ServerEngine({self.model!r}, base_url={self.addresses!r})"

@@ -22,9 +22,6 @@ class Commits:
 
     A row's text is committed before the engine has done any work on what follows it, unless a commit was made just
     before.
-
-    Args:
-        journal: The journal.
     """
 
     def __init__(self, journal: Journal) -> None:

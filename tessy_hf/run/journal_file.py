@@ -86,8 +86,10 @@ class JournalFile:
                 if self._db is None:
                     self._db = _open(self.path)
                 yield self._db
-            except sqlite3.Error as error:
-                raise _explained(error, self.path) from error
+            except sqlite3.Error as error:  # SQLite's own words are fixed, so they serve as codes
+                unknown = f"cannot be used: {error}. A working SQLite file on a local disk is expected; look at it,"
+                why = _EXPLANATIONS.get(str(error), f"{unknown} {_ELSEWHERE}")
+                raise JournalError(f"The journal {self.path} {why}") from error
 
     def close(self) -> None:
         """Close the connection. The next use opens another."""
@@ -212,9 +214,3 @@ _EXPLANATIONS = {
     "database is locked": f"has been locked by another process for {BUSY_SECONDS:.0f} seconds. Locks of milliseconds "
     "are expected; end the process that holds it (a database browser?) and run again.",
 }
-
-
-def _explained(error: sqlite3.Error, path: Path) -> JournalError:
-    """Say what was seen, what was expected and what to do. SQLite's own words are fixed, so they serve as codes."""
-    unknown = f"cannot be used: {error}. A working SQLite file on a local disk is expected; look at it, {_ELSEWHERE}"
-    return JournalError(f"The journal {path} {_EXPLANATIONS.get(str(error), unknown)}")

@@ -62,18 +62,11 @@ class _Wait:
 
 
 class Meter:
-    """All requests that a run waits for.
-
-    Args:
-        deadline: Seconds that a request may take; ``None`` for any time.
-
-    Attributes:
-        recomputed_tokens: Tokens of rows that engines computed once more, as their caches had evicted them.
-    """
+    """All requests that a run waits for, each for ``deadline`` seconds at most; ``None`` for any time."""
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
-        self.recomputed_tokens = 0
+        self.recomputed_tokens = 0  # those of rows that engines computed once more, as their caches had evicted them
         self._waits: dict[_Wait, None] = {}  # the oldest first
         self._usage: dict[str, _Usage] = {}
 
@@ -137,11 +130,6 @@ class MeteredEngine:
     """An engine whose requests are metered; all else is the engine's own.
 
     Each request, and each piece of a stream, may fail with a :class:`RequestError` as its deadline passes.
-
-    Args:
-        engine: The engine.
-        author: Whose it is.
-        meter: Where requests count.
     """
 
     def __init__(self, engine: Engine, author: Author, meter: Meter) -> None:
@@ -182,13 +170,7 @@ class MeteredEngine:
 
 
 class MeteredPredictor:
-    """A boundary predictor whose requests are metered; all else is the predictor's own.
-
-    Args:
-        predictor: The predictor.
-        author: Whose text it reads.
-        meter: Where requests count.
-    """
+    """A boundary predictor whose requests are metered; all else is the predictor's own."""
 
     def __init__(self, predictor: BoundaryPredictor, author: Author, meter: Meter) -> None:
         self._predictor, self._meter = predictor, meter

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,7 +88,7 @@ class ParquetRows:
 
     def __init__(self, system: Any) -> None:
         self._system = system
-        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._cache: dict[tuple[str, int], pa.Table] = {}  # what was used last is last
 
     def schema(self, path: str) -> pa.Schema:
         """Return a file's schema."""
@@ -122,15 +121,15 @@ class ParquetRows:
 
     def row(self, place: Place) -> dict[str, Any]:
         """Read what a run added to a row: the values of :data:`tessy_hf.rows.columns.COLUMNS`."""
-        at = (place.path, place.group)
-        if at not in self._cache:
-            names = list(columns.COLUMNS)
-            self._cache[at] = self._read(place.path, lambda file: file.read_row_group(place.group, columns=names))
-            while len(self._cache) > 1 and sum(one.nbytes for one in self._cache.values()) > CACHE_BYTES:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(at)
-        (row,) = self._cache[at].slice(place.number, 1).to_pylist()
-        return {name: row[name] for name in columns.COLUMNS}
+        at, names = (place.path, place.group), list(columns.COLUMNS)
+        found = self._cache.pop(at, None)
+        if found is None:
+            found = self._read(place.path, lambda file: file.read_row_group(place.group, columns=names))
+        self._cache[at] = found
+        while len(self._cache) > 1 and sum(one.nbytes for one in self._cache.values()) > CACHE_BYTES:
+            del self._cache[next(iter(self._cache))]
+        (row,) = found.slice(place.number, 1).to_pylist()
+        return {name: row[name] for name in names}
 
     def _read(self, path: str, read: Callable[[Any], Any]) -> Any:
         import pyarrow as pa

@@ -18,7 +18,6 @@ from tessy_hf.method.speaker import Speaker
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.run.commits import Commits
-from tessy_hf.run.journal import Claim
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.settings import Settings
@@ -35,14 +34,8 @@ BUSY_SECONDS = 0.2
 class Synthesis:
     """Writes the rows of a run. Used by one event loop.
 
-    Args:
-        teacher: The strong model, metered.
-        student: The model to be trained, metered.
-        settings: The run's settings.
-        fingerprint: The run's fingerprint.
-        meter: Where the verifier's time counts.
-        commits: The journal, where there is one.
-        outbox: The shared rows, where there are any.
+    The speakers are metered; the verifier's time counts in ``meter``. ``commits`` has the journal, ``outbox`` the
+    shared rows, where there are any.
     """
 
     def __init__(
@@ -61,12 +54,10 @@ class Synthesis:
         self._writing: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def check(self) -> None:
-        """Check what can be checked before anything heavy is loaded.
+        """Check that the chat templates keep the thinking and that the verifier works, before anything is loaded.
 
         Raises:
-            TemplateError: A chat template would lose the thinking.
-            SettingsError: The verifier does not work.
-            SandboxError: The verifier needs more than this system permits.
+            TessyError: One does not.
         """
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
@@ -80,11 +71,7 @@ class Synthesis:
             self._commits.journal.enroll(keys)
 
     async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a row, written if need be.
-
-        Args:
-            prompt: The row's question.
-            inputs: The input columns that its verifier may read.
+        """Return the columns of a row, written if need be; ``inputs`` are the columns that its verifier may read.
 
         Raises:
             TessyError: The run cannot go on.
@@ -103,8 +90,7 @@ class Synthesis:
         """Wait until all rows written so far are durable.
 
         Raises:
-            JournalError: The journal cannot be written.
-            PartsError: The shared rows cannot be written.
+            TessyError: The journal or the shared rows cannot be written.
         """
         if self._commits is not None:
             self._commits.journal.flush()
@@ -134,7 +120,9 @@ class Synthesis:
         attempts = 0
         while True:
             if self._commits is not None:
-                claim = await self._claim(prompt.row_key, self._commits)
+                journal = self._commits.journal  # other processes send no event when they have finished a row
+                while (claim := journal.claim(prompt.row_key)).status == "busy":  # noqa: ASYNC110
+                    await asyncio.sleep(BUSY_SECONDS)
                 if claim.status == "finished":
                     return claim.columns
                 draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
@@ -144,11 +132,6 @@ class Synthesis:
             if not retryable or attempts >= self._settings.max_attempts:
                 return row
             await asyncio.sleep(RETRIES.pause(attempts))
-
-    async def _claim(self, key: RowKey, commits: Commits) -> Claim:
-        while (claim := commits.journal.claim(key)).status == "busy":  # noqa: ASYNC110 - other processes send no event
-            await asyncio.sleep(BUSY_SECONDS)
-        return claim
 
     async def _attempt(self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft) -> tuple[dict[str, Any], bool]:
         """Write a row, on from its draft; return its columns, and whether another attempt may help."""
