@@ -3,39 +3,17 @@
 A function goes in; its result, or its last error, comes out. Knows nothing of what the function does. Built on
 tenacity.
 
-The Hub: blocking, for some seconds after the first failure, with a message before each pause; ``412`` besides, where
-the step looks again at what is there::
+Shared storage, a number of attempts; an engine, asynchronous and with its own rule for when to give up; a row, whose
+loop also looks it up in the journal, only the pause::
 
-    policy = RetryPolicy(timeout=60, first_pause=1)
-    policy.call(
-        functools.partial(api.create_tag, repo_id, tag=tag),
-        retry_on=lambda error: is_transient(error) or status_of(error) == 412,
-        notify=lambda failures: say(f"{failures.error} Trying again in {failures.pause:.0f} s."),
-    )
-
-Shared storage: a number of attempts::
-
-    STORAGE = RetryPolicy(attempts=6, first_pause=0.2, longest_pause=5)
-    table = STORAGE.call(lambda: read(path))
-
-An engine: asynchronous, and its own rule for when to give up (``stop``)::
-
-    await RetryPolicy(timeout=retry_timeout).call_async(attempt, stop=self.gives_up)
-
-A row that failed, in a loop that also looks it up in the journal: only the pause::
-
+    table = RetryPolicy(attempts=6, first_pause=0.2, longest_pause=5).call(lambda: read(path))
+    answer = await RetryPolicy(timeout=retry_timeout).call_async(attempt, stop=self.gives_up)
     await asyncio.sleep(RetryPolicy(first_pause=0.2).pause(attempt))
-
-A process that is started again when it died, a few times::
-
-    policy = RetryPolicy(attempts=1 + MOST_RESTARTS, first_pause=0)
-    await policy.call_async(ask, retry_on=lambda error: isinstance(error, EngineDeadError), notify=restart)
 """
 
 from __future__ import annotations
 
 import errno
-import inspect
 import math
 import random
 import re
@@ -46,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx2
 import tenacity
@@ -74,12 +52,7 @@ _WORDS = 300
 
 
 class TransientError(Exception):
-    """A failure after which the same call may succeed.
-
-    Args:
-        message: What was seen.
-        retry_after: Seconds to wait before the next attempt; ``None`` leaves them to the policy.
-    """
+    """A failure after which the same call may succeed, in so many seconds; ``None`` leaves them to the policy."""
 
     retryable = True
 
@@ -90,36 +63,30 @@ class TransientError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """The failures of one call so far.
+    """The failures of one call so far."""
 
-    Attributes:
-        error: The last one.
-        count: How many there were.
-        elapsed: Seconds from the first to the last.
-        pause: Seconds until the next attempt.
-    """
-
-    error: BaseException
+    error: BaseException  # the last one
     count: int
-    elapsed: float
-    pause: float
+    elapsed: float  # seconds from the first to the last
+    pause: float  # seconds until the next attempt
+
+
+class Rules(TypedDict, total=False):
+    """What one call does otherwise than its policy says."""
+
+    retry_on: Callable[[BaseException], bool]  # which errors to try again after; by default is_transient
+    notify: Callable[[Failures], Any]  # called before each pause
+    stop: Callable[[Failures], bool]  # when to give up; by default RetryPolicy.exhausted
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long a call is tried again: exponential pauses with jitter, or as long as the server asks.
+    """How often and how long a call is tried again: exponential pauses with jitter, or as long as the server asks."""
 
-    Attributes:
-        timeout: Seconds from the first failure in which a further attempt may begin.
-        attempts: Most attempts.
-        first_pause: Seconds before the second attempt; each further pause is twice as long.
-        longest_pause: Most seconds of a pause that no server asked for.
-    """
-
-    timeout: float = math.inf
+    timeout: float = math.inf  # seconds from the first failure in which a further attempt may begin
     attempts: float = math.inf
-    first_pause: float = 0.1
-    longest_pause: float = 30.0
+    first_pause: float = 0.1  # seconds before the second attempt; each further pause is twice as long
+    longest_pause: float = 30.0  # most seconds of a pause that no server asked for
 
     def pause(self, failures: int, error: BaseException | None = None) -> float:
         """Return the seconds to wait after so many failures, of which ``error`` was the last."""
@@ -134,87 +101,53 @@ class RetryPolicy:
         late = failures.elapsed + failures.pause > self.timeout + 1e-6
         return late or failures.count >= self.attempts
 
-    def call(
-        self,
-        function: Callable[[], T],
-        *,
-        retry_on: Callable[[BaseException], bool] | None = None,
-        notify: Callable[[Failures], Any] | None = None,
-        stop: Callable[[Failures], bool] | None = None,
-    ) -> T:
-        """Call a function until it returns or fails for good.
+    def call(self, function: Callable[[], T], **rules: Unpack[Rules]) -> T:
+        """Call a function until it returns or fails for good; then its last error is raised.
 
         Args:
             function: May be called several times.
-            retry_on: Which errors to try again after; by default :func:`is_transient`.
-            notify: Called before each pause.
-            stop: When to give up; by default :meth:`exhausted`.
-
-        Raises:
-            BaseException: The last error of ``function``.
+            **rules: What to try again after, what to do before each pause, and when to give up.
         """
-        hooks = _Hooks(self, retry_on or is_transient, stop or self.exhausted)
+        return tenacity.Retrying(**self._hooks(**rules))(function)
 
-        def before_sleep(_: tenacity.RetryCallState) -> None:
-            if notify is not None:
-                notify(hooks.failures)
-
-        return tenacity.Retrying(before_sleep=before_sleep, **hooks.options)(function)
-
-    async def call_async(
-        self,
-        function: Callable[[], Awaitable[T]],
-        *,
-        retry_on: Callable[[BaseException], bool] | None = None,
-        notify: Callable[[Failures], Any] | None = None,
-        stop: Callable[[Failures], bool] | None = None,
-    ) -> T:
-        """Await a function until it returns or fails for good; see :meth:`call`. ``notify`` may be asynchronous."""
+    async def call_async(self, function: Callable[[], Awaitable[T]], **rules: Unpack[Rules]) -> T:
+        """Await a function until it returns or fails for good; see :meth:`call`."""
         try:
             return await function()  # most calls succeed, and tenacity costs more than some of them
         except Exception as error:  # noqa: BLE001 - it is raised again, by tenacity where it is not transient
-            first: Exception | None = error
+            failed = [error]
 
         async def again() -> T:
-            nonlocal first
-            if first is not None:
-                error, first = first, None
-                raise error
+            if failed:
+                raise failed.pop()
             return await function()
 
-        async def before_sleep(_: tenacity.RetryCallState) -> None:
-            if notify is not None and inspect.isawaitable(told := notify(hooks.failures)):
-                await told
+        return await tenacity.AsyncRetrying(**self._hooks(**rules))(again)
 
-        hooks = _Hooks(self, retry_on or is_transient, stop or self.exhausted)
-        return await tenacity.AsyncRetrying(before_sleep=before_sleep, **hooks.options)(again)
+    def _hooks(self, **rules: Unpack[Rules]) -> dict[str, Any]:
+        """Return tenacity's hooks for one call; its own clock begins with the call, ours with the first failure."""
+        retry_on, stop = rules.get("retry_on", is_transient), rules.get("stop", self.exhausted)
+        began = 0.0
+        failures: Failures
 
+        def wait(state: tenacity.RetryCallState) -> float:
+            nonlocal began, failures
+            error = state.outcome.exception() if state.outcome is not None else None
+            assert error is not None, "tenacity waits after failures only"
+            began = began or time.monotonic()
+            elapsed, pause = time.monotonic() - began, self.pause(state.attempt_number, error)
+            if _asked_pause(error) is None:  # the last attempt is at the end of the time
+                pause = min(pause, max(0.0, self.timeout - elapsed))
+            failures = Failures(error, state.attempt_number, elapsed, pause)
+            return pause
 
-class _Hooks:
-    """Tenacity's hooks for one call, which does not keep when the first failure came."""
-
-    failures: Failures
-
-    def __init__(
-        self, policy: RetryPolicy, retry_on: Callable[[BaseException], bool], stop: Callable[[Failures], bool]
-    ) -> None:
-        self._policy, self._count, self._since = policy, 0, 0.0
-        self.options: dict[str, Any] = {
+        return {
             "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and retry_on(error)),
-            "wait": self._wait,
-            "stop": lambda _: stop(self.failures),
+            "wait": wait,
+            "stop": lambda _: stop(failures),
+            "before_sleep": lambda _: "notify" in rules and rules["notify"](failures),
             "reraise": True,
         }
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome is not None else None
-        assert error is not None, "tenacity waits after failures only"
-        self._count, self._since = self._count + 1, self._since or time.monotonic()
-        elapsed, pause = time.monotonic() - self._since, self._policy.pause(self._count, error)
-        if _asked_pause(error) is None:  # the last attempt is at the end of the time
-            pause = min(pause, max(0.0, self._policy.timeout - elapsed))
-        self.failures = Failures(error, self._count, elapsed, pause)
-        return pause
 
 
 def is_transient(error: BaseException) -> bool:

@@ -240,16 +240,6 @@ def test_what_to_retry_and_when_to_stop_can_be_told(call):
     assert told == [("'a'", 1, 0.0), ("'b'", 2, 0.0)]
 
 
-def test_an_asynchronous_notification_is_awaited():
-    told = []
-
-    async def notify(failures):
-        await asyncio.sleep(0)
-        told.append(failures.count)
-
-    assert asynchronous(RetryPolicy(**AT_ONCE), Failing(TransientError("1")), notify=notify) == "done" and told == [1]
-
-
 def test_the_timeout_counts_from_the_first_failure():
     policy, error = RetryPolicy(timeout=60.0), TransientError("x")
     assert not policy.exhausted(Failures(error, 1, elapsed=0.0, pause=30.0))

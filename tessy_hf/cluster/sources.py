@@ -71,7 +71,7 @@ class Sources:
 
     def _add_files(self, source: str, *, glob: bool) -> None:
         system, path = file_system(source)
-        found = sorted(map(str, system.glob(path))) if glob else list_shared(system, path)
+        found = sorted(map(str, system.glob(path))) if glob else list(list_shared(system, path))
         if not found:
             raise PartsError(
                 f"There are no rows at {source!r}. A folder with parts, .parquet files with rows, or journals are "

@@ -20,19 +20,13 @@ FILE, DNS = "file://", "dns+http://"
 class Addresses:
     """The addresses of a model's servers.
 
-    Args:
-        given: ``http://host:port/v1`` or a list of such, which is fixed; ``file:///path``, a text file with one
-            address a line (``#`` begins a comment); or ``dns+http://host:port/v1``, all hosts the name resolves to.
-
-    Attributes:
-        fixed: The fixed list; empty where the addresses may change.
-
-    Raises:
-        SettingsError: An address cannot be used.
+    Given is ``http://host:port/v1`` or a list of such, which is fixed; ``file:///path``, a text file with one address
+    a line (``#`` begins a comment); or ``dns+http://host:port/v1``, all hosts the name resolves to. An address that
+    cannot be used is a :class:`SettingsError`.
     """
 
     def __init__(self, given: str | Sequence[str]) -> None:
-        self.fixed: list[str] = []
+        self.fixed: list[str] = []  # empty where the addresses may change
         self._file: Path | None = None
         self._name: str | None = None
         if isinstance(given, str) and given.startswith(FILE):
@@ -56,12 +50,7 @@ class Addresses:
         return not self.fixed
 
     async def read(self) -> list[str]:
-        """Return the current addresses, each once; the list may be empty.
-
-        Raises:
-            SettingsError: The file contains something else.
-            OSError: The file cannot be read, or the name does not resolve.
-        """
+        """Return the current addresses, each once, if any; an ``OSError`` means that they cannot be read now."""
         if self._file is not None:
             text = await asyncio.to_thread(self._file.read_text, encoding="utf-8")
             lines = (line.partition("#")[0].strip() for line in text.splitlines())
@@ -83,11 +72,7 @@ class Addresses:
 
 
 def check_url(url: str) -> str:
-    """Return an address without its last slash.
-
-    Raises:
-        SettingsError: It is not http(s), has no host, or contains what may be a secret.
-    """
+    """Return an http(s) address without its last slash; refuse one without a host, or with what may be a secret."""
     shown = str(url).rpartition("@")[2].partition("?")[0].partition("#")[0]
     expected = "An address such as http://127.0.0.1:8000/v1 is expected."
     if "@" in str(url) or "?" in str(url) or "#" in str(url):

@@ -16,7 +16,7 @@ from tessy_hf.engines.base import Completion, Request
 from tessy_hf.engines.completions_api import EXACT, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
 from tessy_hf.engines.replicas import Service
-from tessy_hf.errors import EngineDeadError, RequestError
+from tessy_hf.errors import EngineDeadError, EngineError, RequestError
 from tessy_hf.retries import TRANSIENT_STATUSES, retry_after
 
 if TYPE_CHECKING:
@@ -33,22 +33,18 @@ KEY_STATUSES = frozenset({401, 402, 403})
 
 
 class Client:
-    """Asks one server: what it offers, and for completions.
+    """Asks one server: what it offers, and for completions. The arguments are those of a ``ServerEngine``.
 
-    Args:
-        model: The name under which the servers offer the model.
-        tokenizer: Its tokenizer.
-        api_key_env: The environment variable that holds the key.
-        timeout: Seconds a step of a request may take.
-        context_length: Most tokens of prompt and completion, where servers do not say or less is wanted.
-        protocols: How servers may be asked, best first.
+    Raises:
+        ReplicaError: There is no answer now.
+        RequestError: The server refuses the request.
+        EngineDeadError: It refuses the key, serves something else, or its certificate is not trusted.
     """
 
     def __init__(
         self,
         model: str,
         tokenizer: PreTrainedTokenizerBase,
-        *,
         api_key_env: str,
         timeout: float,
         context_length: int | None,
@@ -56,37 +52,29 @@ class Client:
     ) -> None:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
         self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
-        self.api = CompletionsAPI(model, tokenizer)
+        self._api = CompletionsAPI(model, tokenizer)
         self._connections = Connections(read_key(api_key_env), timeout)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._connections.close()
+        self.release = self._api.release
+        self.close = self._connections.close
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
-        """Ask for a completion.
-
-        Raises:
-            ReplicaError: There is none now.
-            RequestError: The server refuses the request.
-            EngineDeadError: It refuses the key, or its certificate is not trusted.
-        """
+        """Ask for a completion."""
         url = _url(server, protocol)
-        text = await self._send(server, "POST", url, self.api.body(protocol, request))
+        text = await self._send(server, "POST", url, self._api.body(protocol, request))
         with self._reading(server, url):
-            return self.api.completion(protocol, api.parse(text), request)
+            return self._api.completion(protocol, api.parse(text), request)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
-        """Ask for one stream; what arrives at once is one piece. Raises as :meth:`complete` does."""
+        """Ask for one stream; what arrives at once is one piece."""
         url, left = _url(server, protocol), request.max_tokens
-        body = self.api.body(protocol, request, stream=True)
+        body = self._api.body(protocol, request, stream=True)
         async with self._connections.request(server, "POST", url, body) as reply:
             if reply.status != 200:
                 raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
             async with aclosing(reply.events()) as batches:
                 async for events in batches:
                     with self._reading(server, url):
-                        piece = self.api.piece([api.parse(event) for event in events], request, left)
+                        piece = self._api.piece(list(map(api.parse, events)), request, left)
                     if piece is None:
                         continue
                     left -= len(piece.token_ids)
@@ -97,12 +85,7 @@ class Client:
             raise ReplicaError(f"The server at {server} ended its stream early.", "lost")
 
     async def inspect(self, server: str) -> Service:
-        """Find out what a server offers.
-
-        Raises:
-            ReplicaError: It cannot be told now.
-            EngineDeadError: It serves something else, or cannot be used.
-        """
+        """Find out what a server offers."""
         length = await self._context_length(server)
         await self._check_tokenizer(server)
         protocol = await self._find_protocol(server)
@@ -115,8 +98,7 @@ class Client:
                 f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "
                 "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
             )
-        known = (models[self._model], self._context)
-        lengths = [length for length in known if isinstance(length, int) and length > 0]
+        lengths = [length for length in (models[self._model], self._context) if length and length > 0]
         if not lengths:
             raise EngineDeadError(
                 f"The server at {server} does not say how long a context {self._model!r} has. "
@@ -127,14 +109,12 @@ class Client:
     async def _check_tokenizer(self, server: str) -> None:
         """Compare the server's tokenizer with the local one, where the server shows it, as vLLM does."""
         try:
-            answer = await self._json(server, "POST", _root(server) + "/tokenize", self.api.tokenize_body())
-        except (RequestError, EngineDeadError):
-            return
-        except ReplicaError as error:
-            if error.kind != "invalid":
+            answer = await self._json(server, "POST", _root(server) + "/tokenize", self._api.tokenize_body())
+        except (ReplicaError, EngineError) as error:
+            if _is_transient(error):
                 raise
             return
-        if (difference := self.api.other_tokens(answer)) is not None:
+        if (difference := self._api.other_tokens(answer)) is not None:
             raise EngineDeadError(
                 f"The server at {server} does not tokenize as {self._tokenizer_name!r} does: {difference}. "
                 "Pass ServerEngine(..., tokenizer=) with the tokenizer of the served model."
@@ -142,24 +122,19 @@ class Client:
 
     async def _find_protocol(self, server: str) -> Protocol:
         """Return the first protocol in which the server answers a small request."""
-        failure: Exception | None = None
         for protocol in self._protocols:
             try:
-                await self.complete(server, protocol, self.api.probe())
+                await self.complete(server, protocol, self._api.probe())
                 return protocol
-            except ReplicaError as error:
-                if error.kind != "invalid":
+            except (ReplicaError, EngineError) as error:  # some gateways answer 401 to paths they do not know
+                if _is_transient(error) or protocol == self._protocols[-1]:
                     raise
-                failure = error
-            except (RequestError, EngineDeadError) as error:  # some gateways answer 401 to paths they do not know
-                failure = error
-        assert failure is not None, "an engine has protocols"
-        raise failure
+        raise AssertionError("an engine has protocols")
 
     async def _cache_tokens(self, server: str) -> int | None:
         try:
             return api.cache_tokens(await self._send(server, "GET", _root(server) + "/metrics"))
-        except (ReplicaError, RequestError, EngineDeadError):
+        except (ReplicaError, EngineError):
             return None
 
     async def _json(self, server: str, method: str, url: str, content: bytes | None = None) -> Any:
@@ -200,6 +175,11 @@ class Client:
             "An OpenAI-compatible completions server is expected; check base_url, which mostly ends in /v1, and the "
             "server's log."
         )
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether a server may offer what it was asked for, though it did not answer now."""
+    return isinstance(error, ReplicaError) and error.kind != "invalid"
 
 
 def _root(server: str) -> str:

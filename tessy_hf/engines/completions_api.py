@@ -13,7 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from tessy_hf.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 Protocol = Literal["generate", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
@@ -49,17 +50,15 @@ _STOPPED = frozenset({"stop", "eos", "eos_token", "stop_token", "stop_sequence",
 _OUT_OF_TOKENS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "model_length", "limit"})
 """What servers write as ``finish_reason``: OpenAI, TGI, Together, Mistral, Cohere, Anthropic and llama.cpp."""
 
+_sorted_ids = lru_cache(maxsize=64)(sorted)
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell but no text can hold
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 
 
 class AnswerError(Exception):
-    """An answer under status 200 that cannot be used.
+    """An answer under status 200 that cannot be used: what is wrong, as in "the server" ``sent 2 choices, not one``.
 
-    Args:
-        message: What is wrong with it, to stand after "the server": ``sent 2 choices, not one``.
-        status: The HTTP status the answer claims in its ``error`` object, or ``None``.
-        words: What the server says in its ``error`` object.
+    Of an ``error`` object in it, ``status`` is the HTTP status it claims, if any, and ``words`` what it says.
     """
 
     def __init__(self, message: str, status: int | None = None, words: str = "") -> None:
@@ -71,12 +70,13 @@ class EncodedPrompt:
     """A row's token ids as a JSON list of which only the new end is encoded: rows grow by a span at a time."""
 
     def __init__(self) -> None:
-        self._ids = array("i")
-        self._json = bytearray()  # a comma before each id
+        self._ids, self._json = array("i"), bytearray()  # a comma before each id
 
     def update(self, ids: Sequence[int]) -> bytes:
         """Return the JSON of ``ids``, reusing that of the longest common prefix with the ids before."""
-        common = self._common(ids)
+        most = min(len(ids), len(self._ids))
+        differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
+        common = int(differ[0]) if differ.size else most
         for _ in range(len(self._ids) - common):
             del self._json[self._json.rfind(b",") :]
         new = array("i", ids[common:])
@@ -84,18 +84,11 @@ class EncodedPrompt:
         self._json += "".join(f",{i}" for i in new).encode()
         return b"".join((b"[", memoryview(self._json)[1:], b"]"))
 
-    def _common(self, ids: Sequence[int]) -> int:
-        most = min(len(ids), len(self._ids))
-        differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
-        return int(differ[0]) if differ.size else most
-
 
 class CompletionsAPI:
     """Builds bodies and reads answers for one model, in each of :data:`PROTOCOLS`.
 
-    Args:
-        model: The name under which servers offer the model.
-        tokenizer: Its tokenizer.
+    What cannot be read is an :class:`AnswerError`.
     """
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,6 +96,8 @@ class CompletionsAPI:
         self._vocabulary = Vocabulary(tokenizer, model)
         self._last_id = max(tokenizer.get_vocab().values())
         self._prefix: list[int] = tokenizer("").input_ids  # what servers' tokenizers put before each text too
+        template = str(tokenizer.chat_template)
+        self._probe_text = PROBE + "".join(token for token in tokenizer.get_added_vocab() if token in template)
         self._prompts: OrderedDict[str, EncodedPrompt] = OrderedDict()
         self._stop_texts = lru_cache(maxsize=64)(self._decode_stops)
 
@@ -118,7 +113,7 @@ class CompletionsAPI:
         if request.temperature:
             options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
         if protocol in EXACT:
-            options["stop_token_ids"] = _sorted(request.stop_ids)
+            options["stop_token_ids"] = _sorted_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
             options["stop"] = stops
         if protocol == "generate":
@@ -142,13 +137,9 @@ class CompletionsAPI:
         return Request("", 0, "thinking", ids, 8, 0.0, 1.0, 0, self._vocabulary.special_ids)
 
     def tokenize_body(self) -> bytes:
-        """Return the body that asks vLLM's `/tokenize` for the tokens of :meth:`_probe_text`."""
-        body = {"model": self._model, "prompt": self._probe_text(), "add_special_tokens": False}
+        """Return the body that asks vLLM's `/tokenize` for the tokens of :data:`PROBE` and the template's markers."""
+        body = {"model": self._model, "prompt": self._probe_text, "add_special_tokens": False}
         return json.dumps(body).encode()
-
-    def _probe_text(self) -> str:
-        template = str(self._tokenizer.chat_template)
-        return PROBE + "".join(token for token in self._tokenizer.get_added_vocab() if token in template)
 
     def _id_prompt(self, request: Request) -> bytes:
         prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
@@ -160,9 +151,8 @@ class CompletionsAPI:
     def _text_prompt(self, request: Request) -> bytes:
         """Return the prompt as text, without what the server's tokenizer puts before each text."""
         ids, prefix = list(request.prompt_ids), self._prefix
-        return json.dumps(
-            self._vocabulary.decode(ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids)
-        ).encode()
+        own = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+        return json.dumps(self._vocabulary.decode(own)).encode()
 
     def _decode_stops(self, stop_ids: frozenset[int]) -> list[str]:
         """Return the stop ids as text, the end of thinking first. A server knows its own end of sequence."""
@@ -173,23 +163,15 @@ class CompletionsAPI:
     # --- answers
 
     def completion(self, protocol: Protocol, answer: Any, request: Request) -> Completion:
-        """Read a completion from the JSON of an answer.
-
-        Raises:
-            AnswerError: There is none in it.
-        """
+        """Read a completion from the JSON of an answer."""
         read = self._ids if protocol in EXACT else self._text_ids
         ids, stop_id = read(_choice(answer), request, request.max_tokens)
         return Completion(ids, stop_id, uncached_tokens(answer))
 
     def piece(self, events: Sequence[Any], request: Request, most: int) -> Completion | None:
-        """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing.
-
-        Raises:
-            AnswerError: They cannot be used.
-        """
-        choices = [_choice(event) for event in events if _list(event, "choices")]
-        ids = [i for choice in choices for i in _list(choice, "token_ids")]
+        """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing."""
+        choices = [_choice(event) for event in events if _get(event, "choices", list)]
+        ids = [i for choice in choices for i in _get(choice, "token_ids", list)]
         if not ids:  # the last event may have nothing but the reason
             return None
         together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
@@ -197,7 +179,7 @@ class CompletionsAPI:
 
     def other_tokens(self, answer: Any) -> str | None:
         """Return where the tokens of `/tokenize` differ from the local tokenizer's, for people; else ``None``."""
-        tokens, expected = _list(answer, "tokens"), self._vocabulary.encode_template(self._probe_text())
+        tokens, expected = _get(answer, "tokens", list), self._vocabulary.encode_template(self._probe_text)
         if not tokens or tokens == expected:
             return None
         at = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), 0)
@@ -217,30 +199,22 @@ class CompletionsAPI:
     def _text_ids(self, choice: Mapping[str, Any], request: Request, most: int) -> tuple[list[int], int | None]:
         text, reason = choice.get("text"), _reason(choice)
         if not isinstance(text, str) or _SURROGATE.search(text) or reason not in _STOPPED | _OUT_OF_TOKENS:
-            raise AnswerError(
-                f"answered without text (finish_reason {first_words(str(choice.get('finish_reason')))!r})"
-            )
+            shown = first_words(str(choice.get("finish_reason")))
+            raise AnswerError(f"answered without text (finish_reason {shown!r})")
         found = [at for at in map(text.find, self._stop_texts(request.stop_ids)) if at >= 0]  # some send what stopped
         stopped = bool(found) or reason in _STOPPED
         text = text[: min(found)] if found else text.rstrip("\ufffd")  # part of a character that was cut
         if not text and not stopped:
             raise AnswerError("answered with an empty text")
         ids = self._vocabulary.encode(text, request.prompt_ids[-1]).ids
-        if len(ids) > most:
+        if len(ids) > most or not stopped:
             return ids[:most], None
-        return ids, self._any_stop(request) if stopped else None
-
-    def _any_stop(self, request: Request) -> int | None:
-        eos = self._tokenizer.eos_token_id
-        return int(eos) if eos is not None else min(request.stop_ids, default=None)
+        eos = self._tokenizer.eos_token_id  # any stop will do: which one it was is not told
+        return ids, int(eos) if eos is not None else min(request.stop_ids, default=None)
 
 
 def parse(text: str) -> Any:
-    """Parse the text of an answer or event.
-
-    Raises:
-        AnswerError: It is not JSON, or an ``error`` object under status 200, as OpenRouter and llama.cpp send.
-    """
+    """Parse the text of an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send."""
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -252,12 +226,9 @@ def parse(text: str) -> Any:
 def server_words(text: str) -> str:
     """Return what a server says in the body of an error, in one line: its message, else the first words."""
     try:
-        answer = json.loads(text)
-        _check(answer)
+        answer = parse(text)
     except AnswerError as error:
-        return error.words
-    except (ValueError, RecursionError):
-        return first_words(text)
+        return error.words or first_words(text)
     found = [answer.get(key) for key in ("detail", "message")] if isinstance(answer, Mapping) else []
     return first_words(next((words for words in found if isinstance(words, str) and words), text))
 
@@ -268,8 +239,8 @@ def uncached_tokens(answer: Any) -> int | None:
     vLLM does with ``--enable-prompt-tokens-details``, SGLang with ``--enable-cache-report``; of a stream only at its
     end, which the row does not wait for.
     """
-    usage = _mapping(answer, "usage")
-    tokens, cached = usage.get("prompt_tokens"), _mapping(usage, "prompt_tokens_details").get("cached_tokens")
+    usage = _get(answer, "usage", dict)
+    tokens, cached = usage.get("prompt_tokens"), _get(usage, "prompt_tokens_details", dict).get("cached_tokens")
     if type(tokens) is not int or type(cached) is not int or not 0 <= cached <= tokens:
         return None
     return tokens - cached
@@ -277,10 +248,12 @@ def uncached_tokens(answer: Any) -> int | None:
 
 def served(answer: Any) -> dict[str, int | None]:
     """Return the models of `/v1/models` and the context length of each, where it is told."""
-    models = [entry for entry in _list(answer, "data") if isinstance(entry, Mapping)]
-    lengths = [entry.get("max_model_len") for entry in models]
-    known = [length if type(length) is int and length > 0 else None for length in lengths]
-    return dict(zip((str(entry.get("id")) for entry in models), known, strict=True))
+    models: dict[str, int | None] = {}
+    for entry in _get(answer, "data", list):
+        if isinstance(entry, Mapping):
+            length = entry.get("max_model_len")
+            models[str(entry.get("id"))] = length if type(length) is int and length > 0 else None
+    return models
 
 
 def cache_tokens(metrics: str) -> int | None:
@@ -305,7 +278,7 @@ def _check(answer: Any) -> None:
 
 
 def _choice(answer: Any) -> Mapping[str, Any]:
-    choices = _list(answer, "choices")
+    choices = _get(answer, "choices", list)
     if len(choices) != 1 or not isinstance(choices[0], Mapping):
         raise AnswerError(f"sent {len(choices)} choices, not one")
     _check(choices[0])
@@ -318,16 +291,7 @@ def _reason(choice: Mapping[str, Any]) -> str:
     return str(reason.get("type") if isinstance(reason, Mapping) else reason).lower()
 
 
-@lru_cache(maxsize=64)
-def _sorted(ids: frozenset[int]) -> list[int]:
-    return sorted(ids)
-
-
-def _list(value: Any, key: str) -> list[Any]:
+def _get(value: Any, key: str, kind: type[T]) -> T:
+    """Return what an answer has by a key, or an empty value where that is of another kind."""
     found = value.get(key) if isinstance(value, Mapping) else None
-    return found if isinstance(found, list) else []
-
-
-def _mapping(value: Any, key: str) -> Mapping[str, Any]:
-    found = value.get(key) if isinstance(value, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+    return found if isinstance(found, kind) else kind()

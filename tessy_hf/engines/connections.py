@@ -9,9 +9,8 @@ import asyncio
 import logging
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Literal
 
 import httpx2
@@ -21,21 +20,20 @@ from tessy_hf.retries import TransientError, causes, own_words
 
 Kind = Literal["down", "busy", "lost", "invalid"]
 
-POOL = 8
-"""Requests that share a pool of connections: httpcore2 looks at each idle connection of a pool for each request."""
-
 CONNECT_SECONDS = 10.0
 """Most seconds to wait for a connection."""
+
+_LOGGERS = [
+    logging.getLogger(name)
+    for name in ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
+]
 
 
 class ReplicaError(TransientError):
     """A server failed a request that may succeed later, or at another server.
 
-    Args:
-        message: What was seen.
-        kind: ``down``: nothing serves there now; ``busy``: it wants fewer requests; ``lost``: the answer did not
-            arrive; ``invalid``: the answer cannot be used.
-        retry_after: Seconds the server asked to wait, or ``None``.
+    Its ``kind`` is ``down``: nothing serves there now; ``busy``: it wants fewer requests; ``lost``: the answer did not
+    arrive; or ``invalid``: the answer cannot be used.
     """
 
     def __init__(self, message: str, kind: Kind, retry_after: float | None = None) -> None:
@@ -60,31 +58,21 @@ class Reply:
 
     async def events(self) -> AsyncGenerator[list[str], None]:
         """Yield the data of server-sent events, of those that arrive together in one list."""
-        batches = self._batches()
+        texts, rest = self._response.aiter_text(), ""
         while True:
+            events: list[str] = []
             async with self._connections.limits(self._server):
-                batch = await anext(batches, None)
-            if batch is None:
-                return
-            yield batch
-
-    async def _batches(self) -> AsyncGenerator[list[str], None]:
-        rest = ""
-        async for text in self._response.aiter_text():
-            *lines, rest = (rest + text).split("\n")
-            data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
-            if events := [self._connections.redact(event) for event in data if event != "[DONE]"]:
-                yield events
-
-
-@dataclass
-class _Pool:
-    client: httpx2.AsyncClient
-    requests: int = 0
+                while not events:
+                    if (text := await anext(texts, None)) is None:
+                        return
+                    *lines, rest = (rest + text).split("\n")
+                    data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
+                    events = [self._connections.redact(event) for event in data if event != "[DONE]"]
+            yield events
 
 
 class Connections:
-    """Connection pools for any number of servers, used by one event loop.
+    """Connections to any number of servers, used by one event loop.
 
     Args:
         key: Sent as a bearer token and kept out of all that is read, raised and logged; may be empty.
@@ -93,26 +81,23 @@ class Connections:
 
     def __init__(self, key: str, timeout: float) -> None:
         self._key, self._timeout = key, timeout
-        self._log_filter = _KeyFilter(key)
         self._ssl = httpx2.create_ssl_context()
-        self._pools: list[_Pool] = []
+        self._clients: list[httpx2.AsyncClient] = []
+        self._idle: list[httpx2.AsyncClient] = []
+        for logger in _LOGGERS if key else ():
+            logger.addFilter(self._redact_record)
 
     @asynccontextmanager
     async def request(self, server: str, method: str, url: str, content: bytes | None = None) -> AsyncIterator[Reply]:
         """Send a request and wait for the headers of the answer; redirects are not followed.
-
-        Args:
-            server: The server's address, for messages.
-            method: ``GET`` or ``POST``.
-            url: Where to.
-            content: The JSON to post.
 
         Raises:
             ReplicaError: No answer arrived: kind ``down`` or ``lost``.
             EngineDeadError: The server's certificate is not trusted.
         """
         headers = {} if content is None else {"Content-Type": "application/json"}
-        with self._client() as client:
+        client = self._idle.pop() if self._idle else self._open()
+        try:
             async with self.limits(server):
                 request = client.build_request(method, url, content=content, headers=headers)
                 response = await client.send(request, stream=True)
@@ -120,6 +105,8 @@ class Connections:
                 yield Reply(self, server, response)
             finally:
                 await response.aclose()
+        finally:
+            self._idle.append(client)
 
     def redact(self, text: str) -> str:
         """Return a text without the key: servers and proxies may send it back."""
@@ -127,31 +114,22 @@ class Connections:
 
     async def close(self) -> None:
         """Close all connections."""
-        for pool in self._pools:
-            await pool.client.aclose()
-        self._log_filter.remove()
-
-    @contextmanager
-    def _client(self) -> Iterator[httpx2.AsyncClient]:
-        """Lend the client of the first pool that has room, until the answer has been read."""
-        pool = next((pool for pool in self._pools if pool.requests < POOL), None)
-        if pool is None:
-            pool = _Pool(self._open())
-            self._pools.append(pool)
-        pool.requests += 1
-        try:
-            yield pool.client
-        finally:
-            pool.requests -= 1
+        for client in self._clients:
+            await client.aclose()
+        for logger in _LOGGERS:
+            logger.removeFilter(self._redact_record)
 
     def _open(self) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(  # httpx 0.28 looks through all connections, squared, for each request
+        """Open a client for one request at a time: httpcore2 looks through all idle connections for each request."""
+        client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(self._timeout, connect=min(CONNECT_SECONDS, self._timeout)),
             # uvicorn closes idle connections after 5 s: a request must not cross with that
             limits=httpx2.Limits(max_keepalive_connections=None, keepalive_expiry=3.0),
             verify=self._ssl,
         )
+        self._clients.append(client)
+        return client
 
     @asynccontextmanager
     async def limits(self, server: str) -> AsyncIterator[None]:
@@ -179,35 +157,16 @@ class Connections:
             words = f"no connection within {min(CONNECT_SECONDS, self._timeout):g} s"
         return ReplicaError(f"The server at {server} cannot be reached: {words}.", "down")
 
-
-class _KeyFilter(logging.Filter):
-    """Takes the key out of what the HTTP library logs: a server may send it back in its headers."""
-
-    _LOGGERS = ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
-
-    def __init__(self, key: str) -> None:
-        super().__init__()
-        self._key = key
-        for name in self._LOGGERS if key else ():
-            logging.getLogger(name).addFilter(self)
-
-    def remove(self) -> None:
-        for name in self._LOGGERS:
-            logging.getLogger(name).removeFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
+    def _redact_record(self, record: logging.LogRecord) -> bool:
+        """Take the key out of what the HTTP library logs: a server may send it back in its headers."""
         message = record.getMessage()
         if self._key in message:
-            record.msg, record.args = message.replace(self._key, "[key]"), ()
+            record.msg, record.args = self.redact(message), ()
         return True
 
 
 def read_key(variable: str) -> str:
-    """Read a key from an environment variable; empty where there is none.
-
-    Raises:
-        EngineDeadError: No HTTP header can carry it.
-    """
+    """Read a key from an environment variable, empty where there is none; refuse one that no HTTP header can carry."""
     key = os.environ.get(variable, "").strip()
     if not key.isascii() or not key.isprintable():
         raise EngineDeadError(

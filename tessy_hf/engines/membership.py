@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 
 from tessy_hf.engines.addresses import Addresses
@@ -25,17 +25,9 @@ logger = logging.getLogger(__name__)
 
 
 class Membership:
-    """Keeps the servers as the addresses say while a run goes on.
+    """Keeps the servers of a model, each with ``most`` requests at once, as the addresses say while a run goes on.
 
-    Args:
-        model: The model's name, for messages.
-        addresses: Where the servers are.
-        replicas: The servers to change.
-        inspect: Finds out what the server at an address offers; raises where it cannot be used.
-        most: Most requests at once per server.
-
-    Attributes:
-        context_length: Most tokens of prompt and completion, of the servers that were there first; 0 before.
+    ``inspect`` finds out what the server at an address offers, and raises where it cannot be used.
     """
 
     def __init__(
@@ -49,12 +41,12 @@ class Membership:
         self._model, self._addresses, self._replicas = model, addresses, replicas
         self._inspect, self._most = inspect, most
         self._refused: dict[str, str] = {}
-        self.context_length = 0
+        self.context_length = 0  # of the servers that were there first
 
-    def start(self, found: Sequence[tuple[str, Service]]) -> None:
-        """Begin with these servers."""
-        self.context_length = min(service.context_length for _, service in found)
-        self._replicas.change([Replica(url, service, self._most) for url, service in found])
+    def start(self, found: Mapping[str, Service]) -> None:
+        """Begin with these servers, by address."""
+        self.context_length = min(service.context_length for service in found.values())
+        self._replicas.change([Replica(url, service, self._most) for url, service in found.items()])
 
     async def watch(self) -> None:
         """Look again and again, soon where a server is missed."""
@@ -77,33 +69,29 @@ class Membership:
             EngineDeadError: There is none yet, and those that are listed serve something else.
             SettingsError: The list holds something else than addresses.
         """
-        urls = await self._read()
-        there = {replica.url: replica for replica in self._replicas}
-        new = [url for url in urls if url not in there]
-        results = dict(zip(new, await asyncio.gather(*map(self._join, new)), strict=True))
-        came = {url: result for url, result in results.items() if isinstance(result, Service)}
-        failed = {url: result for url, result in results.items() if not isinstance(result, Service)}
-        if not came and there.keys().isdisjoint(urls):
-            raise next((error for error in failed.values() if isinstance(error, TessyError)), failed[new[0]])
-        self._log(list(came), [url for url in there if url not in urls], failed)
-        if there:
-            self._replicas.change(
-                [
-                    *(there[url] for url in urls if url in there),
-                    *(Replica(url, service, self._most) for url, service in came.items()),
-                ]
-            )
-        else:
-            self.start(list(came.items()))
-
-    async def _read(self) -> list[str]:
         try:
             urls = await self._addresses.read()
         except (OSError, UnicodeError) as error:
             raise ReplicaError(f"{self._addresses} cannot be read: {error}.", "down") from error
         if not urls:
             raise ReplicaError(f"{self._addresses} lists no server.", "down")
-        return urls
+        there = {replica.url: replica for replica in self._replicas}
+        new = [url for url in urls if url not in there]
+        came: dict[str, Service] = {}
+        failed: dict[str, ReplicaError | TessyError] = {}
+        for url, result in zip(new, await asyncio.gather(*map(self._join, new)), strict=True):
+            if isinstance(result, Service):
+                came[url] = result
+            else:
+                failed[url] = result
+        if not came and there.keys().isdisjoint(urls):
+            raise next((error for error in failed.values() if isinstance(error, TessyError)), failed[new[0]])
+        self._log(came, there.keys() - urls, failed)
+        if not there:
+            self.start(came)
+            return
+        kept = [there[url] for url in urls if url in there]
+        self._replicas.change([*kept, *(Replica(url, service, self._most) for url, service in came.items())])
 
     async def _join(self, url: str) -> Service | ReplicaError | TessyError:
         """Inspect a server that came; return what it offers, or why it cannot take part."""
@@ -113,18 +101,15 @@ class Membership:
             return error
         except TimeoutError:
             return ReplicaError(f"The server at {url} could not be inspected within {JOIN_SECONDS:g} s.", "down")
-        if service.context_length >= self.context_length and (service.exact or not self._replicas.exact):
-            return service
-        return (
-            service
-            if not len(self._replicas)
-            else EngineDeadError(
+        less = service.context_length < self.context_length or self._replicas.exact > service.exact
+        if len(self._replicas) and less:
+            return EngineDeadError(
                 f"The server at {url} takes {service.context_length} tokens, by {service.protocol}. At least the "
                 f"{self.context_length} of the others, and ids where they take ids, are expected; start it like them."
             )
-        )
+        return service
 
-    def _log(self, came: Sequence[str], went: Sequence[str], failed: Mapping[str, Exception]) -> None:
+    def _log(self, came: Iterable[str], went: Iterable[str], failed: Mapping[str, Exception]) -> None:
         for url, error in failed.items():
             if self._refused.get(url) != str(error):  # once
                 logger.warning("The server at %s is not used yet: %s", url, error)

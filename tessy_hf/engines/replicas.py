@@ -40,54 +40,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Service:
-    """What a server was found to offer.
+    """What a server was found to offer."""
 
-    Attributes:
-        protocol: How it is asked.
-        exact: Whether ids go in and come out, so that it can stream.
-        context_length: Most tokens of prompt and completion.
-        cache_tokens: How many tokens its cache holds, where it tells.
-    """
-
-    protocol: Protocol
-    exact: bool
-    context_length: int
-    cache_tokens: int | None
+    protocol: Protocol  # how it is asked
+    exact: bool  # whether ids go in and come out, so that it can stream
+    context_length: int  # most tokens of prompt and completion
+    cache_tokens: int | None  # how many its cache holds, where it tells
 
 
 @dataclass(eq=False)
 class Replica:
-    """One server: its rows, its turns, and until when it is left alone.
-
-    Attributes:
-        url: Its address.
-        service: What it offers.
-        most: Most requests at once.
-        rows: The rows it has.
-        down: Whether nothing served there when it was last asked.
-        error: How it was found to be down or busy when it was last asked, or ``None``.
-        failing_since: When it began to be so, by ``time.monotonic()``.
-    """
+    """One server: its rows, its turns, and until when it is left alone."""
 
     url: str
     service: Service
-    most: int
+    most: int  # requests at once
     rows: set[str] = field(default_factory=set)
-    down: bool = False
-    error: ReplicaError | None = None
-    failing_since: float = 0.0
-    _limit: float = field(init=False)
-    _running: int = 0
-    _probing: bool = False
-    _waiting: deque[asyncio.Future[int | None]] = field(default_factory=deque)
-    _failures: int = 0
-    _turns: int = 0
-    _turns_at_failure: int = 0
-    _closed_until: float = 0.0
-    _timer: asyncio.TimerHandle | None = None
+    down: bool = False  # whether nothing served there when it was last asked
+    error: ReplicaError | None = None  # how it was found to be down or busy when it was last asked
+    failing_since: float = 0.0  # when it began to be so, by time.monotonic()
 
     def __post_init__(self) -> None:
-        self._limit = float(self.most)
+        self._waiting: deque[asyncio.Future[int | None]] = deque()
+        self._running = self._turns = self._turns_at_failure = self._failures = 0
+        self._limit, self._closed_until, self._probing = float(self.most), 0.0, False
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def pause(self) -> float:
@@ -95,11 +72,7 @@ class Replica:
         return max(0.0, self._closed_until - time.monotonic())
 
     async def enter(self) -> int | None:
-        """Wait for a turn.
-
-        Returns:
-            Its number; ``None`` where the row is to be routed again.
-        """
+        """Wait for a turn; return its number, or ``None`` where the row is to be routed again."""
         if not self._waiting and self._open:
             return self._begin()
         turn: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
@@ -140,7 +113,7 @@ class Replica:
         self.down, self._probing = error.kind == "down", False
         pause = BACKOFF.pause(self._failures, error)
         self._closed_until = time.monotonic() + pause
-        self._set_timer(pause, self._reopen)
+        self._after(pause, self._reopen)
 
     def turn_away(self) -> None:
         """Let the rows that wait for a turn be routed again."""
@@ -149,34 +122,29 @@ class Replica:
             if not turn.done():
                 turn.set_result(None)
 
-    def stop_timer(self) -> None:
-        """Forget the end of the pause."""
-        if self._timer is not None:
-            self._timer.cancel()
-
     @property
     def _open(self) -> bool:
-        most = self._running < max(1, int(self._limit)) and not (self.down and self._probing)
-        return most and not self.pause
+        return self._running < max(1, int(self._limit)) and not (self.pause or (self.down and self._probing))
 
     def _begin(self) -> int:
         self._running, self._turns = self._running + 1, self._turns + 1
         self._probing = self.down  # one request finds out whether it serves again
         if self._probing:
-            self._set_timer(PROBE_SECONDS, self._serves)
+            self._after(PROBE_SECONDS, self._serves)
         return self._turns
+
+    def _after(self, seconds: float, then: Callable[[], None]) -> None:
+        """Do something later, in place of what was to be done."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, then)
 
     def _serves(self) -> None:
         self.down = self._probing = False
         self._admit()
 
-    def _set_timer(self, seconds: float, then: Callable[[], None]) -> None:
-        self.stop_timer()
-        self._timer = asyncio.get_running_loop().call_later(seconds, then)
-
     def _reopen(self) -> None:
         self._closed_until = 0.0
-        self.stop_timer()
         self._admit()
 
     def _admit(self) -> None:
@@ -192,19 +160,13 @@ class Turn:
 
     url: str
     service: Service
-    answered: Callable[[], None]
-    """To be called while parts of the answer arrive; the end of the turn tells by itself."""
+    answered: Callable[[], None]  # to be called while parts of the answer arrive; the turn's end tells by itself
 
 
 class Replicas:
     """The servers there are now, and which of them has which row.
 
-    Args:
-        outage_seconds: So long may none of them answer, once one was down or busy, before rows are given up.
-
-    Attributes:
-        answered_at: When any of them last answered, by ``time.monotonic()``; 0 before.
-        missed: Set when one is found to be down.
+    Once all are down or busy, none of them may answer for ``outage_seconds`` before rows are given up.
     """
 
     def __init__(self, outage_seconds: float) -> None:
@@ -212,8 +174,8 @@ class Replicas:
         self._homes: dict[str, Replica] = {}
         self._outage_seconds = outage_seconds
         self._idle_until = 0.0
-        self.answered_at = 0.0
-        self.missed = asyncio.Event()
+        self.answered_at = 0.0  # when any of them last answered, by time.monotonic()
+        self.missed = asyncio.Event()  # set when one is found to be down
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._all)
@@ -227,17 +189,11 @@ class Replicas:
         return min((replica.pause for replica in self._all), default=0.0)
 
     @property
-    def all_down(self) -> bool:
-        """Whether none serves."""
-        return all(replica.down for replica in self._all)
-
-    @property
     def given_up(self) -> bool:
         """Whether all of them are down or busy and have been for too long, pauses that have begun included."""
-        if not all(replica.error for replica in self._all):
-            return False
         since = max(self.answered_at, self._idle_until, *(replica.failing_since for replica in self._all))
-        return time.monotonic() + self.pause - since > self._outage_seconds
+        too_long = time.monotonic() + self.pause - since > self._outage_seconds
+        return too_long and all(replica.error for replica in self._all)
 
     def idle(self) -> None:
         """Note that no row has been asking: the time until now was no outage."""
@@ -251,8 +207,8 @@ class Replicas:
     @property
     def cache_tokens(self) -> int | None:
         """How many tokens their caches hold together, where all of them tell."""
-        known = [replica.service.cache_tokens for replica in self._all]
-        return sum(one or 0 for one in known) if known and all(known) else None
+        known = [replica.service.cache_tokens or 0 for replica in self._all]
+        return sum(known) if known and all(known) else None
 
     def change(self, replicas: Sequence[Replica]) -> None:
         """Replace the servers: those that are gone finish what they have; rows that wait are routed again."""
@@ -283,18 +239,15 @@ class Replicas:
 
     def release(self, row: str) -> None:
         """Forget which server has a row."""
-        home = self._homes.pop(row, None)
-        if home is not None:
+        if (home := self._homes.pop(row, None)) is not None:
             home.rows.discard(row)
 
-    def close(self) -> None:
-        """End all pauses."""
-        for replica in self._all:
-            replica.stop_timer()
-
     async def _enter(self, row: str) -> tuple[Replica, int]:
+        """Wait for a turn at the row's server, or at another where it has none, or one that went or is left alone."""
         while True:
-            replica = self._route(row)
+            replica = self._homes.get(row)
+            if replica is None or replica not in self._all or self._away(replica):
+                replica = self._place(row)
             if replica.error is not None and replica.pause and self.given_up:
                 raise ReplicaError(str(replica.error), replica.error.kind, 0.0)
             if (number := await replica.enter()) is not None:
@@ -323,13 +276,8 @@ class Replicas:
                 each.turn_away()
         elif self._away(replica):
             replica.turn_away()
-        if replica.down and not was_down and not self.all_down:
+        if replica.down and not was_down and not all(each.down for each in self._all):
             logger.warning("%s Its rows go to the other servers until it serves again.", error)
-
-    def _route(self, row: str) -> Replica:
-        """Return the row's server, or another where it has none, or one that went or is left alone."""
-        home = self._homes.get(row)
-        return home if home is not None and home in self._all and not self._away(home) else self._place(row)
 
     def _away(self, replica: Replica) -> bool:
         """Whether a server's rows had better go to another one."""

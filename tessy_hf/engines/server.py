@@ -16,10 +16,10 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tessy_hf.engines.addresses import Addresses
@@ -95,26 +95,19 @@ class ServerEngine:
         self.retry_timeout = retry_timeout if patience is None else patience
         self.given_context_length = context_length
         self.tokenizer_name, self._revision = str(tokenizer or model), revision
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._session: _Session | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """The model and its tokenizer; where it is served does not change what it writes."""
-        return {
-            "engine": "server",
-            "model": self.model,
-            "tokenizer": self.tokenizer_name,
-            "revision": self._revision,
-        }
+        tokenizer = {"tokenizer": self.tokenizer_name, "revision": self._revision}
+        return {"engine": "server", "model": self.model, **tokenizer}
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        if self._tokenizer is None:
-            hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
-            self._tokenizer = load_tokenizer(self.tokenizer_name, self._revision, hint)
-        return self._tokenizer
+        hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
+        return load_tokenizer(self.tokenizer_name, self._revision, hint)
 
     @property
     def context_length(self) -> int:
@@ -184,7 +177,7 @@ class ServerEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
-        return {**self.__dict__, "_session": None, "_tokenizer": None}
+        return {name: value for name, value in vars(self).items() if name != "tokenizer"} | {"_session": None}
 
     def __repr__(self) -> str:
         return f"ServerEngine({self.model!r}, base_url={self.addresses!r})"
@@ -199,17 +192,17 @@ class _Session:
         self._client = Client(
             engine.model,
             engine.tokenizer,
-            api_key_env=engine.api_key_env,
-            timeout=engine.timeout,
-            context_length=engine.given_context_length,
-            protocols=engine.protocols,
+            engine.api_key_env,
+            engine.timeout,
+            engine.given_context_length,
+            engine.protocols,
         )
         self.replicas = Replicas(engine.retry_timeout)
-        self._asking = 0  # rows
         self.membership = Membership(
             engine.model, engine.addresses, self.replicas, self._client.inspect, engine.max_connections
         )
-        self._notices = _Notices(engine, lambda: self.replicas.answered_at)
+        self._asking = 0  # rows
+        self._notices = _Notices(engine, self.replicas)
         self._watching: asyncio.Task[None] | None = None
         self.ready = asyncio.ensure_future(self._start())
 
@@ -218,29 +211,31 @@ class _Session:
         if self._watching is not None:
             self._watching.cancel()
         self._notices.stop()
-        self.replicas.close()
         await self._client.close()
 
     def release(self, row: str) -> None:
         self.replicas.release(row)
-        self._client.api.release(row)
+        self._client.release(row)
 
     async def _start(self) -> None:
         """Inspect each server, of those that may change at least one. See :meth:`ServerEngine.start`."""
         addresses = self._engine.addresses
         self._notices.wait(f"No answer yet from {addresses}.")
-        try:
-            if addresses.dynamic:
-                await self._first(self.membership.look)
-                self._watching = asyncio.create_task(self.membership.watch())
-            else:
-                inspected = [self._first(partial(self._client.inspect, url)) for url in addresses.fixed]
-                found = await _all(inspected)
-                self.membership.start(list(zip(addresses.fixed, found, strict=True)))
-        finally:
-            self._notices.stop()
+        if addresses.dynamic:
+            await self._first(self.membership.look)
+            self._watching = asyncio.create_task(self.membership.watch())
+        else:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    inspected = [
+                        group.create_task(self._first(partial(self._client.inspect, url))) for url in addresses.fixed
+                    ]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0]  # noqa: B904 - it has a cause of its own
+            self.membership.start({url: task.result() for url, task in zip(addresses.fixed, inspected, strict=True)})
+        self._notices.stop()
 
-    async def _first(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _first(self, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
             return await self._retry(attempt, "its first request", self._policy.exhausted)
         except RequestError as error:
@@ -292,7 +287,13 @@ class _Session:
         try:
             return await self._policy.call_async(attempt, stop=stop, notify=self._note)
         except ReplicaError as error:
-            raise self._failure(error, what, begin) from error
+            message = (
+                f"{self._engine.model!r} did not answer {what} within {time.monotonic() - begin:.1f} s: {error} "
+                "Look at the server's log; timeout= and retry_timeout= of ServerEngine set how long it may take."
+            )
+            if self.replicas.given_up or self.replicas.answered_at < begin:  # nobody was answered since
+                raise EngineDeadError(message) from error
+            raise RequestError(message, retryable=True) from error
         finally:
             self._asking -= 1
 
@@ -307,62 +308,35 @@ class _Session:
             return self._policy.exhausted(failures)
         return self.replicas.given_up or failures.count >= MOST_REFUSALS and self._policy.exhausted(failures)
 
-    def _failure(self, error: ReplicaError, what: str, begin: float) -> EngineDeadError | RequestError:
-        """Return the row's failure, or the engine's where no server has answered anybody since."""
-        message = (
-            f"{self._engine.model!r} did not answer {what} within {time.monotonic() - begin:.1f} s: {error} "
-            "Look at the server's log; timeout= and retry_timeout= of ServerEngine set how long it may take."
-        )
-        dead = self.replicas.given_up or self.replicas.answered_at < begin
-        return EngineDeadError(message) if dead else RequestError(message, retryable=True)
-
 
 class _Notices:
     """Logs what a run waits for, once for all rows: after a few seconds, then again and again."""
 
-    def __init__(self, engine: ServerEngine, answered_at: Callable[[], float]) -> None:
-        self._engine, self._answered_at = engine, answered_at
-        self._since, self._words = 0.0, ""
-        self._timer: asyncio.TimerHandle | None = None
+    def __init__(self, engine: ServerEngine, replicas: Replicas) -> None:
+        self._engine, self._replicas, self._words = engine, replicas, ""
+        self._task: asyncio.Task[None] | None = None
 
     def wait(self, words: str) -> None:
         """Note that an answer is waited for, and why."""
         self._words = words
-        if self._timer is None or self._answered_at() > self._since:
-            self.stop()
-            self._since = time.monotonic()
-            self._timer = asyncio.get_running_loop().call_later(FIRST_NOTICE, self._log)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._log())
 
     def stop(self) -> None:
         """Log no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._task is not None:
+            self._task.cancel()
 
-    def _log(self) -> None:
-        self._timer = None
-        if self._answered_at() <= self._since:
-            waited, most = time.monotonic() - self._since, self._engine.retry_timeout
-            logger.warning(
-                "%s: no answer for %.0f s. %s Giving up after %g s (retry_timeout).",
-                self._engine.model,
-                waited,
-                self._words,
-                most,
-            )
-            self._timer = asyncio.get_running_loop().call_later(NEXT_NOTICE, self._log)
-
-
-async def _all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
-    """Await all; where one fails, cancel the others and raise its error."""
-    tasks = [asyncio.ensure_future(each) for each in awaitables]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+    async def _log(self) -> None:
+        begin, pause = time.monotonic(), FIRST_NOTICE
+        while True:
+            await asyncio.sleep(pause)
+            if self._replicas.answered_at > begin:
+                return
+            words = "%s: no answer for %.0f s. %s Giving up after %g s (retry_timeout)."
+            waited, most = time.monotonic() - begin, self._engine.retry_timeout
+            logger.warning(words, self._engine.model, waited, self._words, most)
+            pause = NEXT_NOTICE
 
 
 def _kind(error: BaseException) -> Kind | None:

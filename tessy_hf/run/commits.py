@@ -22,13 +22,10 @@ class Commits:
 
     A row's text is committed before the engine has done any work on what follows it, unless a commit was made just
     before.
-
-    Args:
-        journal: The journal.
     """
 
     def __init__(self, journal: Journal) -> None:
-        self.journal = journal
+        self.journal, self.close = journal, journal.close
         self._error: JournalError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._pauses_until = 0.0
@@ -42,7 +39,7 @@ class Commits:
         if self._error is not None:
             raise self._error
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(self._pauses_until, self._flush, False)
+            self._timer = asyncio.get_running_loop().call_at(self._pauses_until, self._flush)
 
     async def sync_regularly(self) -> None:
         """Sync finished rows to disk until cancelled, or until the journal fails."""
@@ -50,27 +47,11 @@ class Commits:
             await asyncio.sleep(SYNC_SECONDS)
             self._flush(sync=True)
 
-    def close(self) -> None:
-        """Commit all that is left and close the journal.
-
-        Raises:
-            JournalError: It cannot be written.
-        """
-        self._stop_timer()
-        self.journal.close()
-
-    def _flush(self, sync: bool) -> None:
-        loop = asyncio.get_running_loop()
-        self._stop_timer()
+    def _flush(self, sync: bool = False) -> None:
+        loop, self._timer = asyncio.get_running_loop(), None
         begin = loop.time()
         try:
             self.journal.flush(sync=sync)
         except JournalError as error:
             self._error = error
-        end = loop.time()
-        self._pauses_until = end + min(PAUSE_FACTOR * (end - begin), LONGEST_PAUSE)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._pauses_until = loop.time() + min(PAUSE_FACTOR * (loop.time() - begin), LONGEST_PAUSE)

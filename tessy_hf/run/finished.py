@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, Features, IterableDataset, Value
 
 from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.rows import columns, parquet
 from tessy_hf.rows.datasets_internals import table
 from tessy_hf.run.journal import Journal
-from tessy_hf.run.journal_reader import JournalReader
+from tessy_hf.run.journal_reader import Counts, JournalReader
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset, Features, IterableDataset
 
 TRAINERS_OWN = frozenset(
     "prompt completion chosen rejected conversations input_ids labels completion_mask assistant_masks seq_lengths "
@@ -50,93 +51,75 @@ class Rows:
         run: str | None = None,
         max_attempts: int = 1,
     ) -> None:
-        from datasets import Dataset, IterableDataset
-
         self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
-            self._features: Features = journal_features(self.given)
+            features: Features | None = journal_features(self.given)
         elif isinstance(self.given, (Dataset, IterableDataset)):
-            self._features = _features(self.given)
+            features = self.given.features
         else:
             kind = type(rows).__name__
             hint = " Pass one split of it." if kind.endswith("Dict") else ""
             raise DatasetError(
                 f"push_to_hub got a {kind}. A Dataset, an IterableDataset or a journal is expected.{hint}"
             )
-        missing = [name for name in columns.COLUMNS if name not in self._features]
+        if features is None:
+            raise DatasetError(
+                "The stream has no schema, so it cannot be written without guessing types. Pass it to map: "
+                "prompts.map(transform, batched=True, features=transform.features(prompts))."
+            )
+        missing = [name for name in columns.COLUMNS if name not in features]
         if missing:
             raise DatasetError(
-                f"The rows have no {', '.join(missing)}. Columns: {', '.join(self._features)}. Expected are rows that "
+                f"The rows have no {', '.join(missing)}. Columns: {', '.join(features)}. Expected are rows that "
                 "a TessyTransform has written, with all columns it adds; for other rows use their own push_to_hub()."
             )
-        self.features = _released(self._features)
+        self._features, self.features = features, _released(features)
 
     @property
     def count(self) -> int | None:
         """How many rows there are, where that is known beforehand."""
-        from datasets import Dataset
-
-        if isinstance(self.given, Journal):
-            return self.given.fingerprints()[self.given.fingerprint].done
-        return len(self.given) if isinstance(self.given, Dataset) else None
+        if isinstance(self.given, IterableDataset):
+            return None
+        return _counts(self.given).done if isinstance(self.given, Journal) else len(self.given)
 
     @property
     def unfinished(self) -> int:
         """How many rows a journal holds that are not done."""
-        if not isinstance(self.given, Journal):
-            return 0
-        counts = self.given.fingerprints()[self.given.fingerprint]
-        return counts.to_continue + counts.to_do + counts.failed_before
+        return sum(_counts(self.given)[1:]) if isinstance(self.given, Journal) else 0
 
     def fingerprints(self) -> set[str] | None:
         """Return the runs the rows are of, where that is known without generating any; ``None`` for streams."""
-        from datasets import Dataset
-
+        if isinstance(self.given, IterableDataset):
+            return None
         if isinstance(self.given, Journal):
             return {self.given.fingerprint}
-        if isinstance(self.given, Dataset):
-            return {value for value in self.given.unique("run_fingerprint") if value is not None}
-        return None
+        return {value for value in self.given.unique("run_fingerprint") if value is not None}
 
     def dataset(self) -> Dataset:
         """Return all rows as one dataset in memory."""
         import pyarrow as pa
-        from datasets import Dataset
 
         empty = self.features.arrow_schema.empty_table()
         return Dataset(pa.concat_tables([empty, *self.tables()]))
 
     def tables(self) -> Iterator[pa.Table]:
-        """Iterate over the rows, in order, a bounded number at a time."""
+        """Iterate over the rows, in order, a bounded number at a time, each table with exactly the same schema."""
         for part in self._tables():
-            yield _typed(part.rename_columns(list(self.features)), self.features)
+            typed = part.rename_columns(list(self.features)).cast(self.features.arrow_schema)
+            yield typed.combine_chunks()
 
     def _tables(self) -> Iterator[pa.Table]:
-        from datasets import Dataset
-
         if isinstance(self.given, Dataset):
-            rows = self.given.with_format("arrow").select_columns(list(self._features))
-            for start in range(0, len(rows), parquet.BATCH_ROWS):
-                yield rows[start : start + parquet.BATCH_ROWS]
+            found = self.given.with_format("arrow").select_columns(list(self._features))
+            for start in range(0, len(found), parquet.BATCH_ROWS):
+                yield found[start : start + parquet.BATCH_ROWS]
             return
-        rows = iter(self._rows())
+        if isinstance(self.given, Journal):
+            rows = ({"key": key, **row} for key, row in self.given.finished())
+        else:
+            rows = iter(self.given.with_format(None))
         while batch := list(islice(rows, parquet.BATCH_ROWS)):
             yield table(batch, self._features)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if isinstance(self.given, Journal):
-            yield from ({"key": key, **row} for key, row in self.given.finished())
-        else:
-            yield from self.given.with_format(None)
-
-
-def _features(rows: Dataset | IterableDataset) -> Features:
-    if rows.features is None:
-        raise DatasetError(
-            "The stream has no schema, so it cannot be written without guessing types. Pass it to map: "
-            "prompts.map(transform, batched=True, features=transform.features(prompts))."
-        )
-    return rows.features
 
 
 def _released(features: Features) -> Features:
@@ -148,11 +131,6 @@ def _released(features: Features) -> Features:
             f"{twice.removeprefix('source_')!r} as their own. Rename or remove one of the two."
         )
     return type(features)({names[name]: kind for name, kind in features.items()})
-
-
-def _typed(table: pa.Table, features: Features) -> pa.Table:
-    """Return the table with exactly the schema of the features, and their description in its metadata."""
-    return table.select(list(features)).cast(features.arrow_schema).combine_chunks()
 
 
 # --- journals
@@ -167,6 +145,10 @@ def open_journal(path: Path) -> Journal:
     if not path.is_file():
         raise JournalError(f"There is no journal at {path}. A file that a run wrote is expected; check the path.")
     return Journal(path, "")
+
+
+def _counts(journal: Journal) -> Counts:
+    return journal.fingerprints()[journal.fingerprint]
 
 
 def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> Journal:
@@ -186,8 +168,6 @@ def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> 
 
 def journal_features(journal: JournalReader) -> Features:
     """Return the types of a journal's rows; whether thinking has a key of its own is read from them."""
-    from datasets import Features, Value
-
     keys: set[str] = set()
     for _, row in journal.finished():
         keys = {key for message in row["messages"] for key in message}

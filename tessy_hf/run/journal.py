@@ -54,20 +54,15 @@ _DESCRIPTIONS = "CREATE TABLE IF NOT EXISTS descriptions (fingerprint TEXT PRIMA
 class Claim:
     """The answer to :meth:`Journal.claim`.
 
-    Attributes:
-        status: ``finished``: take ``columns``. ``started``: write the row, on from ``spans`` and ``state``. ``busy``:
-            someone else, or this journal itself, is writing it; ask again later.
-        columns: The finished row, or the last failure of a row that is out of attempts.
-        attempts: How many attempts at the row failed so far, over all runs.
-        spans: The text kept so far; neighbors differ in author or part.
-        state: The mapping last given to :meth:`Journal.append`; empty if none was.
+    ``finished``: take ``columns``. ``started``: write the row, on from ``spans`` and ``state``. ``busy``: someone
+    else, or this journal itself, is writing it; ask again later.
     """
 
     status: Literal["finished", "started", "busy"]
-    columns: dict[str, Any] = field(default_factory=dict)
-    attempts: int = 0
-    spans: list[Span] = field(default_factory=list)
-    state: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)  # the last failure's where the row is out of attempts
+    attempts: int = 0  # how many failed so far, over all runs
+    spans: list[Span] = field(default_factory=list)  # kept so far; neighbors differ in author or part
+    state: dict[str, Any] = field(default_factory=dict)  # last given to append(); empty if none was
 
 
 @dataclass(slots=True)
@@ -80,12 +75,13 @@ class _Lease:
     state: Mapping[str, Any] | None = None
     columns: bytes | None = None
     finish_reason: str | None = None
-    failed: bool = False
     ended: bool = False
 
 
 class Journal(JournalReader):
     """The rows of one run in a journal file, for one thread at a time. Touches no file until used.
+
+    All methods may raise a :class:`JournalError`: the file cannot be used. What was buffered then stays buffered.
 
     Args:
         path: The file. Made with mode 0600 at its first use, missing folders with 0700.
@@ -100,40 +96,28 @@ class Journal(JournalReader):
 
     def _forget(self) -> None:
         """Start with no claims and an empty buffer, under a new token."""
-        self._token = uuid.uuid4().hex[:16]
+        self._token, self._renewed, self._unsynced = uuid.uuid4().hex[:16], 0.0, False
         self._held: dict[RowKey, _Lease] = {}
         self._unwritten: dict[RowKey, _Lease] = {}
-        self._renewed = 0.0
-        self._unsynced = False
 
     # --- one row
 
     def enroll(self, keys: Iterable[Key]) -> None:
-        """Give rows their places in the order of the run's rows, whichever of them is claimed first.
-
-        Raises:
-            JournalError: The file cannot be written.
-        """
+        """Give rows their places in the order of the run's rows, whichever of them is claimed first."""
         names = [self._name(key) for key in keys]
         with self._transaction() as db:
             db.executemany(_ENROLL, names)
 
     def claim(self, key: Key) -> Claim:
-        """Look a row up if it is finished; else ask to write it.
-
-        Raises:
-            JournalError: The file cannot be used.
-        """
+        """Look a row up if it is finished; else ask to write it."""
         key, name = row_key(key), self._name(key)
         if key in self._unwritten:
             self.flush()
         with self._file.use() as db:
-            done = self._done(db, key)
-        if done is not None:
-            return Claim("finished", *done)
+            if (done := self._done(db, key)) is not None:
+                return Claim("finished", *done)
         with self._transaction() as db:
-            done = self._done(db, key)  # another process may have been faster
-            if done is not None:
+            if (done := self._done(db, key)) is not None:  # another process was faster
                 return Claim("finished", *done)
             db.execute(_ENROLL, name)
             found = db.execute(f"SELECT id, owner, attempts, state FROM rows WHERE {ROW}", name)
@@ -152,8 +136,7 @@ class Journal(JournalReader):
         Args:
             key: The row.
             pieces: The text, in order.
-            state: JSON values needed to continue after it, in place of those given before. Read at the next flush, so
-                it must not change.
+            state: JSON values needed to continue after it, in place of those before. Not to change until flushed.
         """
         lease = self._lease(key)
         for piece in pieces:
@@ -170,19 +153,17 @@ class Journal(JournalReader):
 
     def fail(self, key: Key, columns: Mapping[str, Any]) -> None:
         """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt."""
-        self._end(key, columns, failed=True)
+        self._end(key, columns)
 
     def release(self, key: Key) -> None:
         """Buffer the end of the claim on an unfinished row. The text kept so far stays."""
-        self._end(key, None)
+        self._end(key)
 
-    def _end(
-        self, key: Key, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: bool = False
-    ) -> None:
+    def _end(self, key: Key, columns: Mapping[str, Any] | None = None, finish_reason: str | None = None) -> None:
         key, lease = row_key(key), self._lease(key)
         if columns is not None:
             lease.columns = _json(columns)
-        lease.finish_reason, lease.failed, lease.ended = finish_reason, failed, True
+        lease.finish_reason, lease.ended = finish_reason, True
         self._unwritten[key] = lease
         del self._held[key]
 
@@ -203,9 +184,6 @@ class Journal(JournalReader):
 
         Args:
             sync: Whether finished and failed rows must survive a power cut too. Without it they survive the process.
-
-        Raises:
-            JournalError: The file cannot be written. What was buffered stays buffered.
         """
         ended = self._unsynced or any(lease.columns is not None for lease in self._unwritten.values())
         if self._unwritten or (sync and ended) or (self._held and self._renewal_is_due()):
@@ -246,8 +224,9 @@ class Journal(JournalReader):
             db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
             try:
-                renewed = time.time() if self._renewal_is_due() else self._renewed
-                if renewed != self._renewed:
+                renewed = self._renewed
+                if self._renewal_is_due():
+                    renewed = time.time()
                     owner = (self._token, _host(), os.getpid(), renewed + LEASE_SECONDS)
                     db.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)", owner)
                 yield db
@@ -267,8 +246,9 @@ class Journal(JournalReader):
         db.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, CAST(? AS TEXT))", pieces)
         for lease in leases:
             if lease.ended:
+                failed = lease.columns is not None and lease.finish_reason is None
                 change = "UPDATE rows SET owner = NULL, finish_reason = ?, attempts = attempts + ? WHERE id = ?"
-                db.execute(change, (lease.finish_reason, lease.failed, lease.row))
+                db.execute(change, (lease.finish_reason, failed, lease.row))
             if lease.columns is not None:
                 db.execute("INSERT OR REPLACE INTO results VALUES (?, CAST(? AS TEXT))", (lease.row, lease.columns))
             if lease.finish_reason is not None:
@@ -303,10 +283,8 @@ def _runs(pid: int, token: str) -> bool:
         return any(journal._token == token for journal in _JOURNALS)
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is there, but another user's
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is there, but another user's
     return True
 
 

@@ -63,14 +63,10 @@ COMMIT;
 
 
 class JournalFile:
-    """One journal's connection: opened when first used, closed before a fork.
+    """One journal's connection: opened when first used, the file made if need be; closed before a fork.
 
     SQLite's locks belong to the process and do not cross a fork, but what it remembers of them does: a child that used
-    the file after its parent had it open would believe that it holds locks it has not. So no connection is open while
-    the process forks.
-
-    Args:
-        path: The file. Made with mode 0600 at its first use, missing folders with 0700.
+    the file after its parent had it open would believe that it holds locks it has not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,8 +86,10 @@ class JournalFile:
                 if self._db is None:
                     self._db = _open(self.path)
                 yield self._db
-            except sqlite3.Error as error:
-                raise _explained(error, self.path) from error
+            except sqlite3.Error as error:  # SQLite's own words are fixed, so they serve as codes
+                unknown = f"cannot be used: {error}. A working SQLite file on a local disk is expected; look at it,"
+                why = _EXPLANATIONS.get(str(error), f"{unknown} {_ELSEWHERE}")
+                raise JournalError(f"The journal {self.path} {why}") from error
 
     def close(self) -> None:
         """Close the connection. The next use opens another."""
@@ -120,7 +118,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         if not path.exists():
             _create(path)
-    except JournalError:
+    except JournalError:  # an OSError too
         raise
     except OSError as error:
         raise JournalError(
@@ -152,11 +150,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _create(path: Path) -> None:
     """Create a journal elsewhere and link it into place, so that nobody ever sees half of one."""
-    wal = Path(f"{path}-wal")
-    if wal.exists() and not path.exists():
+    if Path(f"{path}-wal").exists() and not path.exists():
         raise JournalError(
-            f"The journal {path} is gone, but {wal.name} with its last writes is there. Both or neither are expected; "
-            f"put {path.name} back, or move {wal.name} away to start anew."
+            f"The journal {path} is gone, but {path.name}-wal with its last writes is there. Both or neither are "
+            f"expected; put {path.name} back, or move {path.name}-wal away to start anew."
         )
     for folder in reversed([path.parent, *path.parent.parents]):
         if not folder.exists():
@@ -217,9 +214,3 @@ _EXPLANATIONS = {
     "database is locked": f"has been locked by another process for {BUSY_SECONDS:.0f} seconds. Locks of milliseconds "
     "are expected; end the process that holds it (a database browser?) and run again.",
 }
-
-
-def _explained(error: sqlite3.Error, path: Path) -> JournalError:
-    """Say what was seen, what was expected and what to do. SQLite's own words are fixed, so they serve as codes."""
-    unknown = f"cannot be used: {error}. A working SQLite file on a local disk is expected; look at it, {_ELSEWHERE}"
-    return JournalError(f"The journal {path} {_EXPLANATIONS.get(str(error), unknown)}")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
@@ -27,17 +28,11 @@ CACHE_GRAIN = 256
 
 
 class Load(NamedTuple):
-    """How much something was waited for.
+    """How much something was waited for."""
 
-    Attributes:
-        busy: Seconds in which anything waited for it.
-        waited: Seconds of waiting, summed over all requests.
-        times: Requests.
-    """
-
-    busy: float = 0.0
-    waited: float = 0.0
-    times: int = 0
+    busy: float = 0.0  # seconds in which anything waited for it
+    waited: float = 0.0  # seconds of waiting, summed over all requests
+    times: int = 0  # requests
 
     def __sub__(self, earlier: Load) -> Load:
         """Return what came since then."""
@@ -46,18 +41,16 @@ class Load(NamedTuple):
 
 @dataclass(slots=True)
 class _Usage:
-    """The requests that one thing has, and how long it had them."""
+    """The requests that one thing has, since when it has that many, and how long it was waited for before."""
 
     requests: int = 0
     at: float = 0.0
-    busy: float = 0.0
-    waited: float = 0.0
-    times: int = 0
+    load: Load = Load()
 
     def change(self, now: float, by: int) -> None:
-        self.times += by > 0
-        self.busy += (now - self.at) * (self.requests > 0)
-        self.waited += (now - self.at) * self.requests
+        busy, waited, times = self.load
+        more = (now - self.at) * self.requests
+        self.load = Load(busy + (now - self.at) * (more > 0), waited + more, times + (by > 0))
         self.requests, self.at = self.requests + by, now
 
 
@@ -67,24 +60,13 @@ class _Wait:
     row: str | None
     begin: float
 
-    @property
-    def who(self) -> str:
-        return "A row" if self.row is None else f"Row {self.row!r}"
-
 
 class Meter:
-    """All requests that a run waits for.
-
-    Args:
-        deadline: Seconds that a request may take; ``None`` for any time.
-
-    Attributes:
-        recomputed_tokens: Tokens of rows that engines computed once more, as their caches had evicted them.
-    """
+    """All requests that a run waits for, each for ``deadline`` seconds at most; ``None`` for any time."""
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
-        self.recomputed_tokens = 0
+        self.recomputed_tokens = 0  # those of rows that engines computed once more, as their caches had evicted them
         self._waits: dict[_Wait, None] = {}  # the oldest first
         self._usage: dict[str, _Usage] = {}
 
@@ -110,8 +92,9 @@ class Meter:
         except TimeoutError as error:
             if not limit.expired():
                 raise
+            who = "A row" if row is None else f"Row {row!r}"
             raise RequestError(
-                f"{wait.who} got nothing from {what} within {self.deadline:g} s. Look at its log; if it only needs "
+                f"{who} got nothing from {what} within {self.deadline:g} s. Look at its log; if it only needs "
                 "longer, raise request_timeout.",
                 retryable=True,
             ) from error
@@ -121,14 +104,12 @@ class Meter:
 
     def loads(self) -> dict[str, Load]:
         """Return how much each thing was waited for."""
-        return {name: Load(usage.busy, usage.waited, usage.times) for name, usage in self._usage.items()}
+        return {name: usage.load for name, usage in self._usage.items()}
 
     def stalled(self, seconds: float) -> str | None:
         """Return what is waited for, where nothing came for so many seconds; else ``None``."""
-        if not self._waits:
-            return None
         now = asyncio.get_running_loop().time()
-        if now - max(wait.begin for wait in self._waits) < seconds:
+        if now - max((wait.begin for wait in self._waits), default=float("inf")) < seconds:
             return None
         counts = Counter(wait.what for wait in self._waits)
         oldest = next(iter(self._waits))
@@ -148,47 +129,33 @@ class Meter:
 class MeteredEngine:
     """An engine whose requests are metered; all else is the engine's own.
 
-    Args:
-        engine: The engine.
-        author: Whose it is.
-        meter: Where requests count.
+    Each request, and each piece of a stream, may fail with a :class:`RequestError` as its deadline passes.
     """
 
     def __init__(self, engine: Engine, author: Author, meter: Meter) -> None:
-        self._engine, self._author, self._meter = engine, author, meter
-        self._what = f"the {author} {engine.model!r}"
+        self._engine, self._meter = engine, meter
+        self._wait = partial(meter.wait, what=f"the {author} {engine.model!r}", of=author)
         self._shown: dict[str, int] = {}  # how many ids of a row the engine has had
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     async def complete(self, request: Request) -> Completion:
-        """Ask the engine.
-
-        Raises:
-            RequestError: The deadline passed, or the engine says so.
-        """
+        """Ask the engine."""
         new = self._new_tokens(request)
-        return self._count(await self._wait(self._engine.complete(request), request), new)
+        return self._count(await self._wait(self._engine.complete(request), row=request.row), new)
 
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
-        """Ask the engine; the deadline is that of each piece.
-
-        Raises:
-            RequestError: The deadline passed, or the engine says so.
-        """
+        """Ask the engine; the deadline is that of each piece."""
         new = self._new_tokens(request)
         async with aclosing(self._engine.stream(request)) as pieces:
-            while (piece := await self._wait(anext(pieces, None), request)) is not None:
+            while (piece := await self._wait(anext(pieces, None), row=request.row)) is not None:
                 yield self._count(piece, new)
 
     def release(self, row: str) -> None:
         """Forget a row that has ended."""
         self._shown.pop(row, None)
         self._engine.release(row)
-
-    def _wait(self, answer: Awaitable[T], request: Request) -> Awaitable[T]:
-        return self._meter.wait(answer, self._what, of=self._author, row=request.row)
 
     def _new_tokens(self, request: Request) -> int:
         length = len(request.prompt_ids)
@@ -203,13 +170,7 @@ class MeteredEngine:
 
 
 class MeteredPredictor:
-    """A boundary predictor whose requests are metered; all else is the predictor's own.
-
-    Args:
-        predictor: The predictor.
-        author: Whose text it reads.
-        meter: Where requests count.
-    """
+    """A boundary predictor whose requests are metered; all else is the predictor's own."""
 
     def __init__(self, predictor: BoundaryPredictor, author: Author, meter: Meter) -> None:
         self._predictor, self._meter = predictor, meter
@@ -219,9 +180,5 @@ class MeteredPredictor:
         return getattr(self._predictor, name)
 
     async def labels(self, window: Sequence[int], since: int = 0) -> Sequence[bool]:
-        """Ask the predictor.
-
-        Raises:
-            RequestError: The deadline passed.
-        """
+        """Ask the predictor; raise a :class:`RequestError` as the deadline passes."""
         return await self._meter.wait(self._predictor.labels(window, since), self._what, of="predictors")

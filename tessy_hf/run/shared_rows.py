@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tessy_hf.errors import PartsError
 from tessy_hf.rows import columns
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.run.storage import PROMPT_HASH, ParquetRows, Place, file_system, names_in, put
+from tessy_hf.run.storage import PROMPT_HASH, RETRIES, ParquetRows, Place, file_system, put
 from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
@@ -33,12 +33,7 @@ _RECORD = b"tessy_run"
 
 
 class SharedRows:
-    """The shared rows of one run in a folder. Touches no file until used.
-
-    Args:
-        folder: Where, as fsspec names it. Made when the first file is written.
-        fingerprint: The run's.
-    """
+    """The shared rows of one run in a folder, which is made when the first file is written."""
 
     def __init__(self, folder: str, fingerprint: str) -> None:
         self.folder, self.fingerprint = str(folder), fingerprint
@@ -63,23 +58,20 @@ class SharedRows:
         Raises:
             PartsError: The folder cannot be read, or holds rows of another run.
         """
-        new = [path for path in self._listed() if path not in self._known]
-        with ThreadPoolExecutor(READERS) as pool:
-            for path, found in zip(new, pool.map(lambda path: list(self._files.keys(path)), new), strict=True):
-                self._known.add(path)
-                for key, _, place in found:
-                    self._place(key, place)
-
-    def _listed(self) -> list[str]:
         found = list_shared(self._system, self._path)
-        others = {str(run_of(path)) for path in found} - {self.fingerprint}
+        others = set(found.values()) - {self.fingerprint}
         if others:
             raise PartsError(
                 f"The folder {self.folder} holds parts of another run: {', '.join(sorted(others))}. Parts of this "
                 f"one, {self.fingerprint}, or none are expected: rows of different settings or models are not mixed. "
                 "Pass parts= with another folder, or the settings of that run."
             )
-        return found
+        new = [path for path in found if path not in self._known]
+        with ThreadPoolExecutor(READERS) as pool:
+            for path, rows in zip(new, pool.map(lambda path: list(self._files.keys(path)), new), strict=True):
+                self._known.add(path)
+                for key, _, place in rows:
+                    self._place(key, place)
 
     def _place(self, key: RowKey, place: Place) -> None:
         known = self._places.get(key)
@@ -119,19 +111,24 @@ class SharedRows:
             self._place(key, Place(path, 0, number, row["finish_reason"] == "error"))
 
 
-def list_shared(system: Any, path: str) -> list[str]:
-    """Return the paths of the files of shared rows in a folder, of whichever run.
+def list_shared(system: Any, path: str) -> dict[str, str]:
+    """Return the paths of the files of shared rows in a folder, sorted, and the run that each is of.
 
     Raises:
         PartsError: The folder cannot be read.
     """
-    return [f"{path}/{name}" for name in names_in(system, path) if run_of(name) is not None]
-
-
-def run_of(path: str) -> str | None:
-    """Return the run whose rows a file has, by its name; ``None`` for other files."""
-    found = _NAME.fullmatch(path.rpartition("/")[2])
-    return found["run"] if found else None
+    system.invalidate_cache()
+    try:
+        found = RETRIES.call(lambda: system.ls(path, detail=False))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise PartsError(
+            f"The folder {path} cannot be read: {error}. One that this user may read is expected; check its address "
+            "and the credentials in the environment."
+        ) from error
+    names = sorted({str(name).rpartition("/")[2] for name in found})
+    return {f"{path}/{name}": match["run"] for name in names if (match := _NAME.fullmatch(name))}
 
 
 def encode(rows: Mapping[RowKey, Mapping[str, Any]], features: Mapping[str, Any], record: str) -> bytes:

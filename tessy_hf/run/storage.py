@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,11 +34,7 @@ _WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
 
 
 def file_system(folder: str) -> tuple[Any, str]:
-    """Return the file system of a folder and its path there.
-
-    Raises:
-        PartsError: fsspec does not know it.
-    """
+    """Return the file system of a folder and its path there; a :class:`PartsError` where fsspec knows none."""
     import fsspec
 
     try:
@@ -52,31 +47,8 @@ def file_system(folder: str) -> tuple[Any, str]:
     return system, str(path).rstrip("/")
 
 
-def names_in(system: Any, path: str) -> list[str]:
-    """Return the names of the files in a folder, sorted; none where there is no such folder.
-
-    Raises:
-        PartsError: The folder cannot be read.
-    """
-    system.invalidate_cache()
-    try:
-        found = RETRIES.call(lambda: system.ls(path, detail=False))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise PartsError(
-            f"The folder {path} cannot be read: {error}. One that this user may read is expected; check its address "
-            "and the credentials in the environment."
-        ) from error
-    return sorted({str(name).rpartition("/")[2] for name in found})
-
-
 def put(system: Any, path: str, content: bytes) -> None:
-    """Write a file, whole or not at all. Object storage does so by itself; on disks it is renamed into place.
-
-    Raises:
-        OSError: The storage refuses, or failed again and again.
-    """
+    """Write a file, whole or not at all. Object storage does so by itself; on disks it is renamed into place."""
     RETRIES.call(lambda: _put(system, path, content))
 
 
@@ -109,15 +81,14 @@ class Place(NamedTuple):
 
 
 class ParquetRows:
-    """Finished rows in Parquet files of one file system, read by place, a few row groups in memory.
+    """Finished rows in Parquet files of one file system of fsspec, read by place, a few row groups in memory.
 
-    Args:
-        system: The file system, of fsspec.
+    What cannot be read is a :class:`PartsError`.
     """
 
     def __init__(self, system: Any) -> None:
         self._system = system
-        self._cache: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._cache: dict[tuple[str, int], pa.Table] = {}  # what was used last is last
 
     def schema(self, path: str) -> pa.Schema:
         """Return a file's schema."""
@@ -128,10 +99,7 @@ class ParquetRows:
     ) -> Iterator[tuple[RowKey, str | None, Place]]:
         """Iterate over key, run and place of a file's rows. Reads no text where the file has prompt hashes.
 
-        Args:
-            path: The file.
-            id_column: The column with the rows' ids.
-            hashed: The columns that decide a row besides its prompt, where the file has no prompt hashes.
+        Where it has none, the columns ``hashed`` decide a row besides its prompt.
         """
 
         def read(file: Any) -> list[pa.Table]:
@@ -153,15 +121,15 @@ class ParquetRows:
 
     def row(self, place: Place) -> dict[str, Any]:
         """Read what a run added to a row: the values of :data:`tessy_hf.rows.columns.COLUMNS`."""
-        at = (place.path, place.group)
-        if at not in self._cache:
-            names = list(columns.COLUMNS)
-            self._cache[at] = self._read(place.path, lambda file: file.read_row_group(place.group, columns=names))
-            while len(self._cache) > 1 and sum(one.nbytes for one in self._cache.values()) > CACHE_BYTES:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(at)
-        (row,) = self._cache[at].slice(place.number, 1).to_pylist()
-        return {name: row[name] for name in columns.COLUMNS}
+        at, names = (place.path, place.group), list(columns.COLUMNS)
+        found = self._cache.pop(at, None)
+        if found is None:
+            found = self._read(place.path, lambda file: file.read_row_group(place.group, columns=names))
+        self._cache[at] = found
+        while len(self._cache) > 1 and sum(one.nbytes for one in self._cache.values()) > CACHE_BYTES:
+            del self._cache[next(iter(self._cache))]
+        (row,) = found.slice(place.number, 1).to_pylist()
+        return {name: row[name] for name in names}
 
     def _read(self, path: str, read: Callable[[Any], Any]) -> Any:
         import pyarrow as pa

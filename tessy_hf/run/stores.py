@@ -32,14 +32,10 @@ def shared_rows_of(settings: Settings, fingerprint: str) -> SharedRows | None:
 
 
 def plan(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
-    """Count how a dataset's rows stand: done, to continue, to do, failed before.
-
-    Says on stderr which ids were seen before with another prompt.
+    """Count how a dataset's rows stand; say on stderr which ids were seen before with another prompt.
 
     Raises:
-        DatasetError: A column is missing.
-        JournalError: The journal cannot be read.
-        PartsError: The shared rows cannot be read.
+        TessyError: A column is missing, or the journal or the shared rows cannot be read.
     """
     names = [name for name in (settings.prompt_column, settings.id_column) if name is not None]
     reader = PromptReader(settings, list(dataset.column_names or next(iter(dataset), names)))

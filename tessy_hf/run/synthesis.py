@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tessy_hf.errors import PromptError, RequestError
@@ -18,7 +18,6 @@ from tessy_hf.method.speaker import Speaker
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.run.commits import Commits
-from tessy_hf.run.journal import Claim
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.settings import Settings
@@ -35,14 +34,8 @@ BUSY_SECONDS = 0.2
 class Synthesis:
     """Writes the rows of a run. Used by one event loop.
 
-    Args:
-        teacher: The strong model, metered.
-        student: The model to be trained, metered.
-        settings: The run's settings.
-        fingerprint: The run's fingerprint.
-        meter: What rows wait for.
-        commits: The journal, where there is one.
-        outbox: The shared rows, where there are any.
+    The speakers are metered; the verifier's time counts in ``meter``. ``commits`` has the journal, ``outbox`` the
+    shared rows, where there are any.
     """
 
     def __init__(
@@ -61,12 +54,10 @@ class Synthesis:
         self._writing: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def check(self) -> None:
-        """Check what can be checked before anything heavy is loaded.
+        """Check that the chat templates keep the thinking and that the verifier works, before anything is loaded.
 
         Raises:
-            TemplateError: A chat template would lose the thinking.
-            SettingsError: The verifier does not work.
-            SandboxError: The verifier needs more than this system permits.
+            TessyError: One does not.
         """
         self._teacher.check_templates(student=False)
         self._student.check_templates(student=True)
@@ -80,11 +71,7 @@ class Synthesis:
             self._commits.journal.enroll(keys)
 
     async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a row, written if need be.
-
-        Args:
-            prompt: The row's question.
-            inputs: The input columns that its verifier may read.
+        """Return the columns of a row, written if need be; ``inputs`` are the columns that its verifier may read.
 
         Raises:
             TessyError: The run cannot go on.
@@ -103,8 +90,7 @@ class Synthesis:
         """Wait until all rows written so far are durable.
 
         Raises:
-            JournalError: The journal cannot be written.
-            PartsError: The shared rows cannot be written.
+            TessyError: The journal or the shared rows cannot be written.
         """
         if self._commits is not None:
             self._commits.journal.flush()
@@ -113,14 +99,14 @@ class Synthesis:
 
     def unusable(self, error: PromptError) -> dict[str, Any]:
         """Return the columns of a row whose prompt cannot be used."""
-        return self._columns(Trajectory("", finish_reason="error", error=str(error)), [])
+        return self._columns(Trajectory("", finish_reason="error", error=str(error)), ())
 
     def _columns(
-        self, trajectory: Trajectory, messages: Iterable[Message], draft: Draft | None = None
+        self, trajectory: Trajectory, messages: Sequence[Message], draft: Draft | None = None
     ) -> dict[str, Any]:
         return columns.row(
             trajectory,
-            list(messages),
+            messages,
             self._student.vocabulary,
             self._student.thinking_format,
             method=self._settings.method,
@@ -134,7 +120,9 @@ class Synthesis:
         attempts = 0
         while True:
             if self._commits is not None:
-                claim = await self._claim(prompt.row_key, self._commits)
+                journal = self._commits.journal  # other processes send no event when they have finished a row
+                while (claim := journal.claim(prompt.row_key)).status == "busy":  # noqa: ASYNC110
+                    await asyncio.sleep(BUSY_SECONDS)
                 if claim.status == "finished":
                     return claim.columns
                 draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
@@ -145,11 +133,6 @@ class Synthesis:
                 return row
             await asyncio.sleep(RETRIES.pause(attempts))
 
-    async def _claim(self, key: RowKey, commits: Commits) -> Claim:
-        while (claim := commits.journal.claim(key)).status == "busy":  # noqa: ASYNC110 - other processes send no event
-            await asyncio.sleep(BUSY_SECONDS)
-        return claim
-
     async def _attempt(self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft) -> tuple[dict[str, Any], bool]:
         """Write a row, on from its draft; return its columns, and whether another attempt may help."""
         commits, key = self._commits, prompt.row_key
@@ -159,7 +142,7 @@ class Synthesis:
                 commits.journal.append(key, [piece] if piece is not None and piece.text else [], draft.state())
                 commits.soon()
 
-        verify = self._verifier and verify_with(self._verifier, prompt.key, inputs, self._meter)
+        verify = self._verifier and self._verify_with(self._verifier, prompt.key, inputs)
         plan = self._settings.plan(prompt.key)
         try:
             written = await methods.write(
@@ -175,33 +158,25 @@ class Synthesis:
             commits.soon()
         return row, written.retryable
 
+    def _verify_with(self, verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any]) -> methods.Verify:
+        """Return a function that judges finished texts of one row, in a thread."""
 
-def verify_with(verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any], meter: Meter) -> methods.Verify:
-    """Return a function that judges finished texts of one row.
-
-    Args:
-        verifier: Run in a thread.
-        key: The row's id, for errors.
-        inputs: The row's input columns.
-        meter: Where the verifier's time counts.
-    """
-
-    async def verify(written: Mapping[str, Any]) -> float:
-        answer = asyncio.to_thread(verifier, {**inputs, **written})
-        try:
-            verdict = await meter.wait(answer, "the verifier", of="verifier", row=key)
-        except RequestError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a verifier may be anybody's code
+        async def verify(written: Mapping[str, Any]) -> float:
+            answer = asyncio.to_thread(verifier, {**inputs, **written})
+            try:
+                verdict = await self._meter.wait(answer, "the verifier", of="verifier", row=key)
+            except RequestError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a verifier may be anybody's code
+                raise RequestError(
+                    f"Row {key!r}: the verifier raised {type(error).__name__}: {error}. Fix the verifier or the "
+                    "column it reads."
+                ) from error
+            if isinstance(verdict, (bool, int, float)) and math.isfinite(verdict):
+                return float(verdict)
             raise RequestError(
-                f"Row {key!r}: the verifier raised {type(error).__name__}: {error}. Fix the verifier or the column it "
-                "reads."
-            ) from error
-        if isinstance(verdict, (bool, int, float)) and math.isfinite(verdict):
-            return float(verdict)
-        raise RequestError(
-            f"Row {key!r}: the verifier returned {verdict!r} ({type(verdict).__name__}). True, False or a finite "
-            "number is expected, where 1 means right."
-        )
+                f"Row {key!r}: the verifier returned {verdict!r} ({type(verdict).__name__}). True, False or a finite "
+                "number is expected, where 1 means right."
+            )
 
-    return verify
+        return verify

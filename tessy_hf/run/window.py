@@ -34,13 +34,10 @@ class Window:
     Args:
         rows: How many, or ``"auto"``.
         guess: Tokens that a row is expected to have, before any has ended.
-
-    Attributes:
-        rows: Rows in flight.
     """
 
     def __init__(self, rows: int | Literal["auto"], guess: int) -> None:
-        self.rows = 0
+        self.rows = 0  # in flight
         self._fixed = None if rows == "auto" else rows
         self._engines: tuple[Engine, ...] = ()
         self._finished, self._sum, self._squares = float(GUESSES), float(GUESSES * guess), float(GUESSES * guess**2)
@@ -86,12 +83,7 @@ class Window:
         self._changed.set()
 
     def learn(self, tokens: int, recomputed: int) -> None:
-        """Learn from a row that ended.
-
-        Args:
-            tokens: Its length with its prompt.
-            recomputed: Tokens that engines had to compute again so far, for all rows.
-        """
+        """Learn from a row that ended: its tokens with its prompt, and those recomputed so far for all rows."""
         self._finished += 1
         self._sum += tokens
         self._squares += tokens**2
