@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import MergeError, PartsError
 from tessy_hf.manifest import RunRecord
+from tessy_hf.rows import run_record
 from tessy_hf.rows.prompt import hashed_columns
 from tessy_hf.run.finished import journal_features, open_journal
 from tessy_hf.run.journal_reader import JournalReader
-from tessy_hf.run.shared_rows import list_shared, record_of
+from tessy_hf.run.shared_rows import list_shared
 from tessy_hf.run.storage import ParquetRows, file_system
 from tessy_hf.settings import Settings
 from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
@@ -80,7 +81,7 @@ class Sources:
         files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            self._describe(record_of(schema), _keeps_marks(schema))
+            self._describe(run_record.of_schema(schema), _keeps_marks(schema))
             known = self._settings_known
             hashed = hashed_columns(known, schema.names) if known is not None else []
             hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
@@ -134,12 +135,7 @@ class Sources:
     @property
     def _settings_known(self) -> Settings | None:
         """The settings that tell the prompts' columns: those given, else those that a source has told."""
-        if self._given is not None or not self._record.get("settings"):
-            return self._given
-        told = self._record["settings"]
-        names = {name: told[name] for name in ("prompt_column", "id_column", "system_prompt")}
-        verifier = told.get("verifier")
-        return Settings.check(**names, verifier=_unknown if "function" in (verifier or {}) else verifier)
+        return self._given or run_record.prompt_settings(self._record)
 
     @cached_property
     def settings(self) -> Settings:
@@ -165,11 +161,6 @@ class Sources:
     def thinking_format(self) -> ThinkingFormat:
         """The format of the rows' messages."""
         return HARMONY if self._marks_in_content is False else THINK_TAGS
-
-
-def _unknown(row: Mapping[str, Any]) -> bool:
-    """Stand for a verifier that was a function: it is not called here, but may have read any column."""
-    raise NotImplementedError
 
 
 def _keeps_marks(schema: pa.Schema) -> bool:
