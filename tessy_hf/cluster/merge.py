@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tessy_hf.cluster.sources import Found, Sources
 from tessy_hf.errors import MergeError, PromptError
 from tessy_hf.manifest import RunRecord
-from tessy_hf.rows import columns
+from tessy_hf.rows import columns, prompt_source
 from tessy_hf.rows.output import Output, some
 from tessy_hf.rows.parquet import tables
 from tessy_hf.rows.prompt import read_prompts
@@ -103,8 +103,9 @@ class Merge:
 
     @property
     def record(self) -> RunRecord | None:
-        """The run's record, if a source has one, for ``push_to_hub(..., manifest=)``."""
-        return self._sources.record
+        """The run's record, if a source has one, with these prompts, for ``push_to_hub(..., manifest=)``."""
+        found = self._sources.record
+        return found and found.model_copy(update={"source": prompt_source.source(self._dataset)})
 
     # --- matched with the prompts
 

@@ -5,6 +5,7 @@ Ids are read first, texts one row group at a time, so that memory does not grow 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,8 +115,8 @@ class Sources:
     def _describe(self, record: Mapping[str, Any], marks_in_content: bool) -> None:
         if self._marks_in_content is None:
             self._marks_in_content = marks_in_content
-        if not self._record and (self._wanted in (None, record.get("fingerprint"))):
-            self._record = dict(record)
+        if record and self._wanted in (None, record.get("fingerprint")):  # of many hosts, the one that began first
+            self._record = min(filter(None, (self._record, dict(record))), key=_age)
 
     def _keep(self, key: RowKey, run: str | None, found: Found) -> None:
         if self._wanted in (None, run):
@@ -161,6 +162,10 @@ class Sources:
     def thinking_format(self) -> ThinkingFormat:
         """The format of the rows' messages."""
         return HARMONY if self._marks_in_content is False else THINK_TAGS
+
+
+def _age(record: Mapping[str, Any]) -> tuple[str, str]:
+    return str(record.get("begun") or "~"), json.dumps(record, sort_keys=True)
 
 
 def _keeps_marks(schema: pa.Schema) -> bool:

@@ -60,8 +60,10 @@ def read(path: Path) -> RunRecord | None:
             stored = json.loads(sidecar(path).read_text("utf-8")) if sidecar(path).is_file() else {}
         return RunRecord.model_validate(stored) if stored else None
     except (OSError, ValueError, pa.ArrowException) as error:
+        fault = error.errors()[0] if isinstance(error, ValidationError) else {}
+        why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else error
         raise DatasetError(
-            f"The run's record of {path} cannot be read: {error}. A file that tessy_hf wrote is expected; upgrade "
+            f"The run's record of {path} cannot be read: {why}. A file that tessy_hf wrote is expected; upgrade "
             "tessy_hf, or write the rows again."
         ) from error
 
@@ -72,8 +74,9 @@ def read_all(source: str) -> list[RunRecord]:
     Raises:
         DatasetError: One cannot be read.
     """
-    files = Path(source).glob("*.parquet") if Path(source).is_dir() else map(Path, glob.glob(source))
-    return [record for path in sorted(files) if (record := read(path)) is not None]
+    files = Path(source).iterdir() if Path(source).is_dir() else map(Path, glob.glob(source))
+    rows = sorted(path for path in files if path.suffix.lower() in (".parquet", ".jsonl"))
+    return [record for path in rows if (record := read(path)) is not None]
 
 
 # --- the cache
