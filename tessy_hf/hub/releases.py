@@ -23,6 +23,7 @@ from tessy_hf.hub.repository import Repository, read_tables
 from tessy_hf.hub.versions import read_manifest
 from tessy_hf.manifest import Manifest, ModelRecord, RunRecord, SourceRecord, SpeakerRecord
 from tessy_hf.rows import parquet as shards
+from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -275,7 +276,7 @@ def _shards(manifest: Manifest | None) -> list[Any]:
     return [shard for split in manifest.splits.values() for shard in split.shards] if manifest else []
 
 
-def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[Any, bytes]:
+def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[RowKey, bytes]:
     """Return a hash of each row by its key, except for rows in files that both releases have."""
     if manifest is None:
         return {}
@@ -284,13 +285,13 @@ def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[
     return {key: digest for table in read_tables(repo, paths, commit) for key, digest in _hashed(table, id_column)}
 
 
-def _hashed(table: pa.Table, id_column: str | None) -> Iterator[tuple[Any, bytes]]:
+def _hashed(table: pa.Table, id_column: str | None) -> Iterator[tuple[RowKey, bytes]]:
     for key, row in zip(shards.keys(table, id_column), table.to_pylist(), strict=True):
         yield key, hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=12).digest()
 
 
-def _some(keys: Iterator[Any]) -> tuple[list[Any], int]:
-    found = list(keys)
+def _some(keys: Iterator[RowKey]) -> tuple[list[Any], int]:
+    found = [key.id for key in keys]
     return found[:SHOWN], len(found)
 
 
