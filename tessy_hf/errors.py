@@ -8,6 +8,7 @@
     ├── JournalError       the journal cannot be read or written                     → nothing starts, or the run stops
     ├── PartsError         rows on shared storage cannot be read or written          → nothing starts, or the run stops
     ├── MergeError         rows are missing, or differ between hosts                 → nothing is written
+    ├── OutputError        a file for rows cannot be written, or would replace others → nothing starts, or is written
     ├── HubError           the Hub refuses or does not answer                        → no version, or the complete one
     │   └── VersionError   a version exists with other rows, or is not valid         → nothing starts
     ├── SandboxError       programs cannot be isolated on this system                → nothing starts
@@ -50,6 +51,10 @@ class PartsError(TessyError, OSError):
 
 class MergeError(TessyError, ValueError):
     """Rows are missing, differ between hosts, or cannot be checked."""
+
+
+class OutputError(TessyError, OSError):
+    """A file for finished rows cannot be written, or would replace something else. What was there is as it was."""
 
 
 class HubError(TessyError, RuntimeError):

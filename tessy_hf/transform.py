@@ -23,6 +23,7 @@ from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
+from tessy_hf.rows.output import write_rows
 from tessy_hf.run.journal import Counts
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
@@ -146,6 +147,22 @@ class TessyTransform(functools.partial[Any]):
         return provenance.record(
             self.teacher, self.student, self.settings, self.run_fingerprint, self.source, self._begun
         )
+
+    def write(self, rows: Dataset | IterableDataset, path: str | Path, *, overwrite: bool = False) -> int:
+        """Write finished rows to a ``.parquet`` or ``.jsonl`` file with the run's record, whole or not at all.
+
+        Args:
+            rows: What :meth:`map` has returned; a stream is generated meanwhile.
+            path: The file. One of this run with no other rows is replaced.
+            overwrite: Whether to replace any file.
+
+        Returns:
+            How many rows were written.
+
+        Raises:
+            OutputError: The file cannot be written, or another one is there.
+        """
+        return write_rows(rows, path, self.settings, self.run_fingerprint, self.record, overwrite=overwrite)
 
     def plan(self, dataset: AnyDataset) -> Counts:
         """Count how a dataset's rows stand before any work: done, to continue, to do, failed before.

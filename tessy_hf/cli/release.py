@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tessy_hf.cli.files import load
-
-if TYPE_CHECKING:
-    pass
+from tessy_hf.cli.synthesize import open_transform
 
 
 def push(
     rows: Annotated[
-        str, typer.Argument(help="Finished rows: a journal, a .parquet or .jsonl file, or a dataset on the Hub.")
+        str,
+        typer.Argument(help="Finished rows: a file or folder that a run wrote, a journal, or a dataset on the Hub."),
     ],
     repo: Annotated[str, typer.Argument(help="The dataset repository, user/name. Created if it does not exist.")],
     version: Annotated[
@@ -39,17 +38,24 @@ def push(
     license: Annotated[str | None, typer.Option(help="The data's license, as the Hub names it.")] = None,
     license_name: Annotated[str | None, typer.Option(help="The license's name, with --license other.")] = None,
     license_link: Annotated[str | None, typer.Option(help="A link to the license, with --license other.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="The recipe of the rows; journals record it.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="The prompts of a journal's rows, as for synthesize; others are left out.")
+    ] = None,
+    prompts_split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
+    prompts_config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe of the rows, where they and this machine do not have its record.")
+    ] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, as for synthesize.")] = None,
     run: Annotated[str | None, typer.Option(help="Which run of a journal, if it holds several.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum uncompressed size of a file.")] = "500MB",
 ) -> None:
     """Release finished rows on the Hub: data, manifest and card under one tag, all or nothing."""
     from tessy_hf.hub.push import push_to_hub
-    from tessy_hf.transform import TessyTransform
 
     console = Console()
     release = push_to_hub(
-        _finished(rows, split),
+        rows if is_local(rows) else load(rows, split, streaming=False),
         repo,
         version,
         split=split,
@@ -60,7 +66,8 @@ def push(
         license=license,
         license_name=license_name,
         license_link=license_link,
-        manifest=TessyTransform.from_yaml(recipe).record() if recipe else None,
+        manifest=open_transform(recipe, change or [], None).record() if recipe else None,
+        prompts=load(prompts, prompts_split, prompts_config, line_column="prompt") if prompts else None,
         run=run,
         max_shard_size=max_shard_size,
         say=lambda step: console.print(f"· {step}", markup=False, highlight=False, soft_wrap=True),
@@ -68,20 +75,11 @@ def push(
     console.print(f"{release.rows} rows, {release.failed} failed or incomplete: {release.url}", soft_wrap=True)
 
 
-def _finished(rows: str, split: str) -> Any:
-    """Open the rows to push."""
-    from tessy_hf.rows.columns import schema
+def is_local(rows: str) -> bool:
+    """Whether rows are named by a path, not by a dataset on the Hub."""
     from tessy_hf.rows.loading import ending
 
-    if ending(rows):
-        dataset = load(rows, "train", streaming=False)
-        message = dataset.features.get("messages")
-        keys = getattr(message, "feature", {})
-        typed = {name: kind for name, kind in schema("thinking" not in keys).items() if name in dataset.features}
-        return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
-    if Path(rows).exists() or rows.count("/") != 1:
-        return Path(rows)
-    return load(rows, split, streaming=False)
+    return Path(rows).exists() or rows.count("/") != 1 or ending(rows) is not None
 
 
 def show(
@@ -102,9 +100,9 @@ def show(
         console.print(table)
         name = f"{release.partition('@')[0]}@v{manifest.version}"
         for run in manifest.runs:
-            console.print("\nTo reproduce these rows:", highlight=False)
-            command = releases.command(name, run, several=len(manifest.runs) > 1)
-            console.print(command, markup=False, highlight=False, soft_wrap=True)
+            console.print()
+            for line in releases.how_to_reproduce(name, run, several=len(manifest.runs) > 1):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def diff(

@@ -11,13 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessy_hf.cli.files import check_output, load, write
+from tessy_hf.cli.files import load
 
 if TYPE_CHECKING:
     from tessy_hf.cluster.merge import Report
 
 from tessy_hf.cli.synthesize import open_transform
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is not of this run.")]
 JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_default=False)]
 
 
@@ -35,12 +36,24 @@ def export(
     journal: JournalPath,
     out: Annotated[Path, typer.Argument(help="Where to write the rows: a .parquet or .jsonl file.")],
     run: Annotated[str | None, typer.Option(help="Which run, if the journal holds several.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write the finished rows of a journal as a dataset, even if the run never ended."""
-    from tessy_hf.run.finished import Rows
+    """Write the finished rows of a journal, even if the run never ended.
 
-    check_output(out)
-    write(Rows(journal, run, max_attempts=3).dataset(), out)
+    They have no columns of the prompts; `tessy merge JOURNAL --prompts ...` writes these too.
+    """
+    from tessy_hf.rows import parquet
+    from tessy_hf.rows.output import Output
+    from tessy_hf.run.finished import Rows
+    from tessy_hf.settings import Settings
+
+    output = Output(out, [journal], overwrite=overwrite)
+    rows = Rows(journal, run, max_attempts=3)
+    (fingerprint,) = rows.fingerprints() or {""}
+    own = Settings.check(id_column="key")
+    output.check_old(fingerprint, own, lambda: [key for table in rows.tables() for key in parquet.keys(table, "key")])
+    count = output.write(rows.tables(), rows.features, lambda: rows.record(fingerprint))
+    Console().print(f"{count} rows in {out}", soft_wrap=True)
 
 
 def merge(
@@ -54,7 +67,8 @@ def merge(
     ],
     data: Annotated[str, typer.Option("--prompts", help="All prompts of the run, as for synthesize.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the rows: a .parquet file or a folder. Without it, only check.")
+        Path | None,
+        typer.Option(help="Where to write the rows: a .parquet or .jsonl file, or a folder. Without it, only check."),
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
     config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
@@ -70,6 +84,7 @@ def merge(
         bool,
         typer.Option("--incomplete", help="Write rows even if some are missing; still exits with 1."),
     ] = False,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all ids.")] = False,
 ) -> None:
     """Merge what many hosts wrote into one dataset, after proving that each prompt has exactly one row."""
@@ -81,7 +96,7 @@ def merge(
     _print_report(merged.report, as_json)
     merged.check()
     if out is not None:
-        count = merged.write(out)
+        count = merged.write(out, overwrite=overwrite)
         Console(stderr=as_json).print(f"{count} rows in {out}", soft_wrap=True)
     if merged.report.missing:
         raise typer.Exit(1)
@@ -89,7 +104,7 @@ def merge(
 
 def _print_report(report: Report, as_json: bool) -> None:
     """Print the report of a merge."""
-    from tessy_hf.cluster.merge import some
+    from tessy_hf.rows.output import some
 
     found = dataclasses.asdict(report)
     if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessy_hf.cli.files import check_output, load, write
-from tessy_hf.errors import SettingsError, TessyError
+from tessy_hf.cli.files import load
+from tessy_hf.errors import SettingsError
 
 if TYPE_CHECKING:
     from tessy_hf.pilot.estimate import Estimate
@@ -47,18 +46,23 @@ def synthesize(
         str | None, typer.Option(help="Only this shard of the prompts, RANK/WORLD: 0/8 to 7/8 for eight hosts.")
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, as the recipe's `cluster` says.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that is not of this run and these prompts.")
+    ] = False,
 ) -> None:
     """Synthesize a finished row for each prompt, teacher and student together."""
-    from datasets import Dataset
+    from tessy_hf.rows.output import Output
+    from tessy_hf.rows.parquet import tables
 
-    if out is not None:
-        check_output(out)
+    output = Output(out, [recipe, data], overwrite=overwrite) if out is not None else None
     with open_transform(recipe, change or [], run) as transform:
         if out is None and transform.settings.parts is None:
             raise SettingsError("No output path given. Pass a .parquet or .jsonl file, or --set parts=FOLDER.")
         prompts = _shard(load(data, split, config, line_column="prompt"), shard)
+        if output is not None:
+            output.check_prompts(transform.run_fingerprint, transform.settings, prompts)
         if ray:
-            _synthesize_on_ray(prompts, transform, out, recipe, change or [])
+            _synthesize_on_ray(prompts, transform, out, recipe, change or [], overwrite)
             return
         features = transform.features(prompts)
         plan = transform.plan(prompts)
@@ -68,23 +72,21 @@ def synthesize(
             highlight=False,
         )
         rows = prompts.map(transform, batched=True, features=features)
-        if out is None:
-            Console().print(f"{sum(1 for _ in rows)} rows in {transform.settings.parts}", soft_wrap=True)
-            return
-        finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
-    write(finished, out)
+        if output is None:
+            count = sum(1 for _ in rows)
+        else:
+            count = output.write(tables(rows, features), features, transform.record)
+    Console().print(f"{count} rows in {out or transform.settings.parts}", soft_wrap=True)
 
 
 def _synthesize_on_ray(
-    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str]
+    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str], overwrite: bool
 ) -> None:
     from tessy_hf.cluster import ray as distributed
     from tessy_hf.recipe import read_placement
 
-    if out is not None and out.suffix != ".parquet":
-        raise TessyError(f"The output {str(out)!r} is not a .parquet file. Pass one: --ray writes Parquet.")
     placement = read_placement(Path(recipe), change) if Path(recipe).exists() else distributed.Placement()
-    written = distributed.synthesize(prompts, transform, out, placement=placement)
+    written = distributed.synthesize(prompts, transform, out, placement=placement, overwrite=overwrite)
     report = written.merge.report
     Console().print(
         f"{report.prompts} rows in {out or transform.settings.parts}, {written.found} of them found, "
@@ -162,7 +164,3 @@ def open_transform(recipe: str, changes: list[str], run: str | None) -> TessyTra
     described = releases.recipe(releases.run_of(recipe, run))
     teacher, student, settings = recipes.build(described, recipe, changes)
     return TessyTransform(teacher=teacher, student=student, **settings)
-
-
-def _iterate(rows: Any) -> Iterator[Any]:
-    yield from rows

@@ -8,23 +8,21 @@ time, so that memory does not grow with the texts.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.cluster.sources import Found, Sources
 from tessy_hf.errors import MergeError, PromptError
 from tessy_hf.manifest import RunRecord
-from tessy_hf.rows import columns
-from tessy_hf.rows.datasets_internals import table
-from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter
-from tessy_hf.rows.prompt import PromptReader
+from tessy_hf.rows import columns, prompt_source
+from tessy_hf.rows.output import Output, some
+from tessy_hf.rows.parquet import tables
+from tessy_hf.rows.prompt import read_prompts
+from tessy_hf.run.finished import unusable
 from tessy_hf.settings import Settings
-from tessy_hf.text.thinking_format import THINK_TAGS
-from tessy_hf.trajectory import RowKey, Trajectory
+from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -91,7 +89,7 @@ class Merge:
         first: bool = False,
         incomplete: bool = False,
     ) -> None:
-        self._dataset, self._first, self._incomplete = dataset, first, incomplete
+        self._places, self._dataset, self._first, self._incomplete = sources, dataset, first, incomplete
         self._sources = Sources(sources, settings, run)
         self._rows = self._sources.rows
         self.settings = self._sources.settings
@@ -105,8 +103,9 @@ class Merge:
 
     @property
     def record(self) -> RunRecord | None:
-        """The run's record, if a source has one, for ``push_to_hub(..., manifest=)``."""
-        return self._sources.record
+        """The run's record, if a source has one, with these prompts, for ``push_to_hub(..., manifest=)``."""
+        found = self._sources.record
+        return found and found.model_copy(update={"source": prompt_source.source(self._dataset)})
 
     # --- matched with the prompts
 
@@ -139,15 +138,7 @@ class Merge:
         return all(text == first for text in texts)
 
     def _prompts(self) -> Iterator[tuple[RowKey | None, Mapping[str, Any], PromptError | None]]:
-        """Iterate over the prompts: the key, the row, and what is wrong with it where there is no key."""
-        prompt = self.settings.prompt_column
-        names = [name for name in self.features if name not in columns.COLUMNS]
-        reader = PromptReader(self.settings, [*names, *([] if prompt in names else [prompt])])
-        for row in self._dataset:
-            try:
-                yield reader.read(row).row_key, row, None
-            except PromptError as error:
-                yield None, row, error
+        return read_prompts(self._dataset, self.settings)
 
     # --- the rows
 
@@ -184,23 +175,14 @@ class Merge:
         self.check()
         for key, prompt, error in self._prompts():
             if error is not None:
-                yield {**prompt, **self._unusable(prompt, error)}
+                method = (self.record and self.record.method) or self.settings.method
+                yield {**prompt, **unusable(error, method, str(self.run))}
             elif key in self._rows:
                 found = self._rows[key]
                 yield {**prompt, **next((one for one in found if not one.failed), found[0]).read()}
 
     def _id(self, prompt: Mapping[str, Any]) -> Any:
         return prompt[self.settings.id_column] if self.settings.id_column is not None else None
-
-    def _unusable(self, prompt: Mapping[str, Any], error: PromptError) -> dict[str, Any]:
-        return columns.row(
-            Trajectory(str(self._id(prompt)), finish_reason="error", error=str(error)),
-            [],
-            None,
-            THINK_TAGS,
-            method=(self.record and self.record.method) or self.settings.method,
-            run_fingerprint=str(self.run),
-        )
 
     def dataset(self) -> IterableDataset:
         """Return the rows as a stream, for instance for ``push_to_hub(merge.dataset(), ..., manifest=merge.record)``.
@@ -213,36 +195,21 @@ class Merge:
         self.check()
         return IterableDataset.from_generator(self.rows, features=self.features)
 
-    def write(self, out: str | Path) -> int:
-        """Write the rows to a ``.parquet`` file, or as several into a folder; return how many.
+    def write(self, out: str | Path, *, overwrite: bool = False) -> int:
+        """Write the rows to a ``.parquet`` or ``.jsonl`` file, or as several into a folder; return how many.
 
         What was there under these names stays until all is written.
 
         Raises:
             MergeError: See :meth:`check`.
+            OutputError: The place cannot be written to, or holds something else than rows of this run and prompts.
         """
+        output = Output(out, self._places, overwrite=overwrite, shard_bytes=SHARD_BYTES)
         self.check()
-        out = Path(out)
-        single = out.suffix == ".parquet"
-        folder = out.parent if single else out
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tessy-merge-") as fresh:
-            writer = ShardWriter(Path(fresh), "train-", 0, self.features, (1 << 62) if single else SHARD_BYTES)
-            written = [path for rows in self._batches() for _, path in writer.write(table(rows, self.features))]
-            written += [path for _, path in writer.close()] or ([] if written else [writer.empty()[1]])
-            for path in written:
-                path.replace(out if single else folder / path.name)
-        return writer.rows
-
-    def _batches(self) -> Iterator[list[dict[str, Any]]]:
-        rows = self.rows()
-        while batch := list(islice(rows, BATCH_ROWS)):
-            yield batch
-
-
-def some(ids: Sequence[str], most: int = 10) -> str:
-    """Name a few of many ids."""
-    return ", ".join(map(repr, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+        output.check_old(
+            str(self.run), self.settings, lambda: [key for key, *_ in self._prompts() if key in self._rows]
+        )
+        return output.write(tables(self.rows(), self.features), self.features, lambda: self.record)
 
 
 def _said(row: Mapping[str, Any]) -> Any:

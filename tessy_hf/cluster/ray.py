@@ -25,10 +25,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.cluster.merge import Merge
+from tessy_hf.cluster.merge import SHARD_BYTES, Merge
 from tessy_hf.errors import DatasetError, PromptError, SettingsError, TessyError
 from tessy_hf.recipe import Placement as Placement
 from tessy_hf.rows.batch import Batch
+from tessy_hf.rows.output import Output
 from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run.shared_rows import SharedRows
 
@@ -132,6 +133,7 @@ def synthesize(
     parts: str | None = None,
     placement: Placement | None = None,
     actors: int | None = None,
+    overwrite: bool = False,
 ) -> Written:
     """Write an answer to each prompt on a Ray cluster: the one that is initialised, else the one Ray finds.
 
@@ -141,12 +143,14 @@ def synthesize(
     Args:
         dataset: The prompts.
         transform: What writes them, for instance ``TessyTransform.from_yaml(...)``.
-        out: A ``.parquet`` file or a folder on this host for the rows; without it they stay in parts.
+        out: A ``.parquet`` or ``.jsonl`` file or a folder on this host for the rows; without it they stay in parts.
         parts: The folder for parts, as fsspec names it, that all nodes see; by default the transform's.
         placement: What the run takes of the cluster.
         actors: How many actors, where that is not in the placement.
+        overwrite: Whether to replace an output that is not of this run and these prompts.
 
     Raises:
+        OutputError: The output cannot be written, or is something else.
         SettingsError: No folder for parts is named.
         MergeError: Rows are missing in the end.
         TessyError: What the transform raises in an actor.
@@ -163,12 +167,15 @@ def synthesize(
     # A path is made absolute, so that it means the same to other processes.
     transform = transform.with_settings(parts=parts if "://" in parts else str(Path(parts).absolute()))
     transform.features(dataset)  # its columns are checked here, before anything starts
+    if out is not None:
+        output = Output(out, overwrite=overwrite, shard_bytes=SHARD_BYTES)
+        output.check_prompts(transform.run_fingerprint, transform.settings, dataset)
     there = _there(transform)
     reasons = _write(_to_do(dataset, transform, there), transform, placement)
     merge = Merge([str(transform.settings.parts)], dataset, settings=transform.settings, first=True)
     merge.check()
     if out is not None:
-        merge.write(out)
+        merge.write(out, overwrite=overwrite)
     return Written(merge, len(there), reasons)
 
 

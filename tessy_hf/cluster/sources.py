@@ -5,6 +5,7 @@ Ids are read first, texts one row group at a time, so that memory does not grow 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import MergeError, PartsError
 from tessy_hf.manifest import RunRecord
+from tessy_hf.rows import run_record
 from tessy_hf.rows.prompt import hashed_columns
 from tessy_hf.run.finished import journal_features, open_journal
 from tessy_hf.run.journal_reader import JournalReader
-from tessy_hf.run.shared_rows import list_shared, record_of
+from tessy_hf.run.shared_rows import list_shared
 from tessy_hf.run.storage import ParquetRows, file_system
 from tessy_hf.settings import Settings
 from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
@@ -80,7 +82,7 @@ class Sources:
         files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            self._describe(record_of(schema), _keeps_marks(schema))
+            self._describe(run_record.of_schema(schema), _keeps_marks(schema))
             known = self._settings_known
             hashed = hashed_columns(known, schema.names) if known is not None else []
             hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
@@ -113,8 +115,8 @@ class Sources:
     def _describe(self, record: Mapping[str, Any], marks_in_content: bool) -> None:
         if self._marks_in_content is None:
             self._marks_in_content = marks_in_content
-        if not self._record and (self._wanted in (None, record.get("fingerprint"))):
-            self._record = dict(record)
+        if record and self._wanted in (None, record.get("fingerprint")):  # of many hosts, the one that began first
+            self._record = min(filter(None, (self._record, dict(record))), key=_age)
 
     def _keep(self, key: RowKey, run: str | None, found: Found) -> None:
         if self._wanted in (None, run):
@@ -134,12 +136,7 @@ class Sources:
     @property
     def _settings_known(self) -> Settings | None:
         """The settings that tell the prompts' columns: those given, else those that a source has told."""
-        if self._given is not None or not self._record.get("settings"):
-            return self._given
-        told = self._record["settings"]
-        names = {name: told[name] for name in ("prompt_column", "id_column", "system_prompt")}
-        verifier = told.get("verifier")
-        return Settings.check(**names, verifier=_unknown if "function" in (verifier or {}) else verifier)
+        return self._given or run_record.prompt_settings(self._record)
 
     @cached_property
     def settings(self) -> Settings:
@@ -167,9 +164,8 @@ class Sources:
         return HARMONY if self._marks_in_content is False else THINK_TAGS
 
 
-def _unknown(row: Mapping[str, Any]) -> bool:
-    """Stand for a verifier that was a function: it is not called here, but may have read any column."""
-    raise NotImplementedError
+def _age(record: Mapping[str, Any]) -> tuple[str, str]:
+    return str(record.get("begun") or "~"), json.dumps(record, sort_keys=True)
 
 
 def _keeps_marks(schema: pa.Schema) -> bool:

@@ -77,6 +77,7 @@ def push_to_hub(
     license_name: str | None = None,
     license_link: str | None = None,
     manifest: Manifest | RunRecord | None = None,
+    prompts: Dataset | IterableDataset | None = None,
     run: str | None = None,
     max_shard_size: int | str = "500MB",
     token: str | None = None,
@@ -92,10 +93,11 @@ def push_to_hub(
     release with ``load_dataset(repo_id, revision="v1.0.0")``.
 
     Args:
-        rows: A ``Dataset``, a stream (generated while it is uploaded, in bounded memory), a journal or its path.
+        rows: A ``Dataset``, a stream (generated while it is uploaded, in bounded memory), a journal with ``prompts``,
+            or the path of a journal or of files that a run wrote, which carry its record.
         repo_id: The dataset repository, ``user/name``. Made if it is not there.
         version: ``major.minor.patch``, above those that are there. A minor step (1.1.0 after 1.0.0) adds the rows that
-            are new, by their id, and keeps what is there; a major step or a patch replaces the split.
+            are new, by id and prompt, and keeps what is there; a major step or a patch replaces the split.
         split: The split's name.
         config_name: The configuration (subset) of the dataset. All splits of one have the same columns.
         private: Whether a repository that is made now is private.
@@ -106,8 +108,9 @@ def push_to_hub(
         license: The license of the data, as the Hub names it.
         license_name: Its name, where ``license="other"``.
         license_link: Its URL.
-        manifest: The record of the run, where the rows do not come from a transform of this process or a journal:
-            ``transform.record()``, or the manifest of another release.
+        manifest: The record of the run, where neither the rows nor this machine have it: ``transform.record()``, or
+            the manifest of another release.
+        prompts: The prompts of a journal's rows, whose columns are released with them; rows of others are left out.
         run: Which run of a journal, where it holds several.
         max_shard_size: About how many bytes, uncompressed, a file holds.
         token: A token that may write; by default ``HF_TOKEN`` or the one of ``hf auth login``. Never stored.
@@ -124,10 +127,13 @@ def push_to_hub(
     """
     terms = License(license=license, license_name=license_name, license_link=license_link)
     spec = ReleaseSpec.checked(version, split, config_name, append, failures, complete, terms, max_shard_size)
-    submission = Submission(Rows(rows, run), manifest)
+    submission = Submission(Rows(rows, run, prompts=prompts), manifest)
     with tempfile.TemporaryDirectory(prefix="tessy-push-") as folder:
         timeout = retry_timeout if patience is None else patience
         repo = Repository(repo_id, Path(folder), token=token, retry_timeout=timeout, backoff=backoff, say=say)
+
+        for line in submission.remarks():
+            say(line)
 
         # 1. Check write access and the version, before a stream begins to generate.
         repo.reach(private)

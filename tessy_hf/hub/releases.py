@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.errors import HubError
+from tessy_hf import recipe as recipes
+from tessy_hf.engines.model_files import digest
+from tessy_hf.errors import HubError, TessyError
 from tessy_hf.hub.repository import Repository, read_tables
 from tessy_hf.hub.versions import read_manifest
-from tessy_hf.manifest import Manifest, ModelRecord, RunRecord, SpeakerRecord
+from tessy_hf.manifest import Manifest, ModelRecord, RunRecord, SourceRecord, SpeakerRecord
 from tessy_hf.rows import parquet as shards
+from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,28 +160,48 @@ def _revision(model: ModelRecord) -> str | None:
     return model.revision or model.requested_revision
 
 
-def command(name: str, run: RunRecord, *, several: bool = False) -> str:
-    """Return the command that reproduces a run's rows.
+def how_to_reproduce(name: str, run: RunRecord, *, several: bool = False) -> list[str]:
+    """Return lines with the command that reproduces a run's rows here, or with the reason why there is none.
 
     Args:
         name: The release, ``user/name@v1.0.0``.
         run: The run.
         several: Whether the release has several runs, so that the command must name this one.
     """
-    source = run.source
-    prompts = "PROMPTS.jsonl" if source is None or source.id is None else source.id
-    if source is not None and source.id is not None and source.revision:
-        prompts += f"@{source.revision}"
+    # Server addresses are not recorded.
+    served = [author for author in ("teacher", "student") if getattr(getattr(run, author), "engine", None) == "server"]
+    changes = [f"{author}.options.base_url=http://HOST:8000/v1" for author in served]
+    if why := _irreproducible(run, changes):
+        return [f"No command reproduces the rows of run {run.fingerprint} from here: {why}"]
+    source = run.source or SourceRecord()
+    prompts = f"{source.id}@{source.revision}" if source.revision else str(source.id)
     words = ["tessy", "synthesize", name, prompts, "rows.parquet"]
-    if source is not None and source.split not in (None, "train"):
-        words += ["--split", str(source.split)]
-    if source is not None and source.config not in (None, "default"):
-        words += ["--config", str(source.config)]
+    words += ["--split", str(source.split)] if source.split not in (None, "train") else []
+    words += ["--config", str(source.config)] if source.config not in (None, "default") else []
     words += ["--run", run.fingerprint] if several else []
-    for author, speaker in (("teacher", run.teacher), ("student", run.student)):
-        if speaker is not None and speaker.engine == "server":  # server addresses are not recorded
-            words += ["--set", f"{author}.options.base_url=http://HOST:8000/v1"]
-    return " ".join(map(shlex.quote, words))
+    words += [word for change in changes for word in ("--set", change)]
+    where = " (put the addresses of your servers in place of HOST)" if changes else ""
+    return [f"To reproduce these rows{where}:", " ".join(map(shlex.quote, words))]
+
+
+def _irreproducible(run: RunRecord, changes: list[str]) -> str | None:
+    """Say what a command would lack."""
+    if run.source is None or "/" not in (run.source.id or ""):
+        return "its prompts are not a dataset on the Hub, or the record does not name it."
+    try:
+        recipes.build(recipe(run), run.fingerprint, changes)
+    except TessyError as error:
+        return str(error)
+    speakers = [speaker for speaker in (run.teacher, run.student) if speaker is not None]
+    models = [model for speaker in speakers for model in (speaker.model, speaker.tokenizer)]
+    for model in [*models, *(speaker.boundary.model for speaker in speakers if speaker.boundary)]:
+        if (
+            model is not None
+            and model.digest
+            and not (Path(model.name).is_dir() and digest(Path(model.name)) == model.digest)
+        ):
+            return f"the model {model.name!r} is a local folder that is not here, or has changed."
+    return None
 
 
 # --- differences
@@ -252,7 +275,7 @@ def _hashes(manifest: Manifest | None) -> set[str]:
     return {shard.sha256 for shard in manifest.shards} if manifest else set()
 
 
-def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[Any, bytes]:
+def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[str]) -> dict[RowKey, bytes]:
     """Return a hash of each row by its key, except for rows in files that both releases have."""
     if manifest is None:
         return {}
@@ -261,13 +284,13 @@ def _rows(repo: Repository, manifest: Manifest | None, commit: str, common: set[
     return {key: digest for table in read_tables(repo, paths, commit) for key, digest in _hashed(table, id_column)}
 
 
-def _hashed(table: pa.Table, id_column: str | None) -> Iterator[tuple[Any, bytes]]:
+def _hashed(table: pa.Table, id_column: str | None) -> Iterator[tuple[RowKey, bytes]]:
     for key, row in zip(shards.keys(table, id_column), table.to_pylist(), strict=True):
         yield key, hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=12).digest()
 
 
-def _some(keys: Iterator[Any]) -> tuple[list[Any], int]:
-    found = list(keys)
+def _some(keys: Iterator[RowKey]) -> tuple[list[Any], int]:
+    found = [key.id for key in keys]
     return found[:SHOWN], len(found)
 
 

@@ -6,15 +6,16 @@ is on the Hub.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from tessy_hf import transform
+from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.manifest import Manifest, RunRecord
-from tessy_hf.rows import datasets_internals
-
-if TYPE_CHECKING:
-    from tessy_hf.run.finished import Rows
-    from tessy_hf.transform import TessyTransform
+from tessy_hf.rows import datasets_internals, run_record
+from tessy_hf.rows.prompt import hashed_columns
+from tessy_hf.run.finished import Rows
+from tessy_hf.run.journal import Journal
 
 
 class Submission:
@@ -23,11 +24,46 @@ class Submission:
     Args:
         rows: The rows.
         manifest: A record of their run, or a manifest with several, where the caller has one.
+
+    Raises:
+        JournalError: They are a journal's, without their prompts.
+        DatasetError: The manifest is of another run.
     """
 
     def __init__(self, rows: Rows, manifest: Manifest | RunRecord | None) -> None:
         self.rows = rows
+        if isinstance(rows.given, Journal) and rows.answered is None:
+            raise JournalError(
+                f"The journal {rows.given.path} has no columns of the prompts, and may have rows of several prompt "
+                "files. Pass prompts= (--prompts) with those to release, or push the file that the run wrote."
+            )
         self._records = manifest.runs if isinstance(manifest, Manifest) else [manifest] if manifest else []
+        self.check_records(rows.fingerprints() or {one.run_fingerprint for one in self._mapped})
+
+    def check_records(self, runs: Collection[str]) -> None:
+        """Refuse a manifest that is of none of the rows' runs.
+
+        Raises:
+            DatasetError: It is not.
+        """
+        described = {run.fingerprint for run in self._records}
+        if described and runs and described.isdisjoint(runs):
+            raise DatasetError(
+                f"The rows are of run {', '.join(sorted(runs))}, the manifest or recipe is of "
+                f"{', '.join(sorted(described))}. Pass the recipe that wrote them, with the same --set and the same "
+                "models, or none."
+            )
+
+    def remarks(self) -> Iterator[str]:
+        """Say what is left out, and what the manifest will lack."""
+        if (answers := self.rows.answered) is not None:
+            if answers.foreign:
+                yield f"{answers.foreign} rows of the journal answer other prompts than these: left out"
+            if answers.missing:
+                yield f"{answers.missing} of these prompts have no finished row in the journal"
+        for run in sorted(self.rows.fingerprints() or ()):
+            if self.record(run).teacher is None:
+                yield f"of run {run} only the fingerprint is known; pass manifest= (--recipe) to name its models"
 
     @cached_property
     def fingerprints(self) -> set[str]:
@@ -48,30 +84,32 @@ class Submission:
         runs = map(self.record, sorted(self.fingerprints))
         return next((run.settings["id_column"] for run in runs if run.settings.get("id_column")), None)
 
-    def record(self, fingerprint: str) -> RunRecord:
-        """Return the best record of a run: the caller's, the stream's, the journal's, or one of this process."""
-        from tessy_hf.run.journal import Journal
-        from tessy_hf.transform import TRANSFORMS
+    @cached_property
+    def hashed_columns(self) -> list[str]:
+        """The columns that decide a row besides its prompt."""
+        runs = (run_record.prompt_settings(self.record(run).model_dump()) for run in sorted(self.fingerprints))
+        names = list(self.rows.features)
+        return sorted({name for settings in runs if settings for name in hashed_columns(settings, names)})
 
-        if given := [run for run in self._records if run.fingerprint == fingerprint]:
-            return given[0]
-        if own := [one for one in self._mapped if one.run_fingerprint == fingerprint]:
-            return own[0].record()
-        if isinstance(self.rows.given, Journal) and (stored := self.rows.given.description()):
-            return RunRecord.model_validate_json(stored)
-        alive = [one for one in TRANSFORMS if one.run_fingerprint == fingerprint]
-        if not alive:
-            return RunRecord(fingerprint=fingerprint)
-        return next((one for one in alive if one.source is not None), alive[0]).record()
+    def record(self, fingerprint: str) -> RunRecord:
+        """Return the best record of a run: one that names its prompts, else the first there is.
+
+        Looked for with the caller, the rows themselves (stream, files, journal), this process, and this machine.
+        """
+        found: list[RunRecord | None] = [run for run in self._records if run.fingerprint == fingerprint]
+        found += [one.record() for one in self._mapped if one.run_fingerprint == fingerprint]
+        found += [self.rows.record(fingerprint)]
+        found += [one.record() for one in transform.TRANSFORMS if one.run_fingerprint == fingerprint]
+        known = [run for run in (*found, run_record.recall(fingerprint)) if run is not None]
+        first = known[0] if known else RunRecord(fingerprint=fingerprint)
+        return next((run for run in known if run.source is not None), first)
 
     @property
-    def _mapped(self) -> list[TessyTransform]:
+    def _mapped(self) -> list[transform.TessyTransform]:
         """The last transform that a stream is mapped with, if any."""
         from datasets import IterableDataset
-
-        from tessy_hf.transform import TessyTransform
 
         if not isinstance(self.rows.given, IterableDataset):
             return []
         functions = (getattr(step, "function", None) for step in datasets_internals.stream_steps(self.rows.given))
-        return [function for function in functions if isinstance(function, TessyTransform)][:1]
+        return [function for function in functions if isinstance(function, transform.TessyTransform)][:1]

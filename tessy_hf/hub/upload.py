@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from tessy_hf.report.statistics import Statistics
 from tessy_hf.rows import parquet
 from tessy_hf.rows.datasets_internals import features_to_yaml
 from tessy_hf.rows.parquet import ShardWriter
+from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -114,17 +116,22 @@ def _rows(
     repo: Repository, spec: ReleaseSpec, submission: Submission, base: Base | None, counts: _RowCounts
 ) -> Iterator[tuple[str, pa.Table]]:
     """Iterate over the splits and their new rows: those the base lacks, and its failures that were not replaced."""
-    present, failures = _read_base(repo, spec, submission, base, counts) if base else (set(), {})
+    present = _read_base(repo, spec, submission, base, counts) if base else _Present()
+    corrected = 0
     for table in submission.rows.tables():
         counts.given += table.num_rows
         if base:
-            keys = parquet.keys(table, submission.id_column)
-            for key in keys:
-                failures.pop(key, None)
-            table = table.filter([key not in present for key in keys])
+            keys = parquet.keys(table, submission.id_column, submission.hashed_columns)
+            corrected += present.replace(keys)
+            table = table.filter([key not in present.keys for key in keys])
         yield from _by_outcome(spec, table, counts)
-    for table in failures.values():
+    for table in present.failures.values():
         yield from _by_outcome(spec, table, counts)
+    if corrected:
+        repo.say(
+            f"{corrected} ids are in {repo.id} already with another prompt: both rows are kept. A major version "
+            "replaces all rows"
+        )
 
 
 def _by_outcome(spec: ReleaseSpec, table: pa.Table, counts: _RowCounts) -> Iterator[tuple[str, pa.Table]]:
@@ -142,23 +149,39 @@ def _by_outcome(spec: ReleaseSpec, table: pa.Table, counts: _RowCounts) -> Itera
         yield failures_split(spec.split), failed
 
 
+@dataclass
+class _Present:
+    """The rows of a base: the keys of those that are complete, and its failures by key, which may be replaced."""
+
+    keys: set[RowKey] = field(default_factory=set)
+    ids: set[str] = field(default_factory=set)
+    failures: dict[RowKey, pa.Table] = field(default_factory=dict)
+
+    def replace(self, keys: list[RowKey]) -> int:
+        """Drop failures of new rows; return how many new rows have the id of another complete row."""
+        for key in keys:
+            self.failures.pop(key, None)
+            self.failures.pop(key._replace(prompt_hash=""), None)  # its prompt could not be used
+        return sum(key.id in self.ids and key not in self.keys for key in keys)
+
+
 def _read_base(
     repo: Repository, spec: ReleaseSpec, submission: Submission, base: Base, counts: _RowCounts
-) -> tuple[set[Any], dict[Any, pa.Table]]:
-    """Count the rows of the base; return the keys of its rows, and its failures by key, which may be replaced."""
+) -> _Present:
+    """Count the rows of the base, and remember which they are."""
     repo.say(f"reading {repo.id}@v{base.manifest.version}, to which the new rows are added")
-    present: set[Any] = set()
+    found, (column, hashed) = _Present(), (submission.id_column, submission.hashed_columns)
     for table in _base_tables(repo, base, spec.split):
         counts.add(table)
         counts.statistics.add(table)
-        present.update(parquet.keys(table, submission.id_column))
-    failures: dict[Any, pa.Table] = {}
+        found.keys.update(parquet.keys(table, column, hashed))
+    found.ids = {key.id for key in found.keys}
     if base.manifest.failures_split:
         for table in _base_tables(repo, base, base.manifest.failures_split):
             table = table.cast(submission.rows.features.arrow_schema)
-            for number, key in enumerate(parquet.keys(table, submission.id_column)):
-                failures[key] = table.slice(number, 1)
-    return present, failures
+            for number, key in enumerate(parquet.keys(table, column, hashed)):
+                found.failures[key] = table.slice(number, 1)
+    return found
 
 
 def _base_tables(repo: Repository, base: Base, split: str) -> Iterator[pa.Table]:
@@ -235,6 +258,7 @@ def _describe(
     sent: Splits,
     sizes: dict[str, int],
 ) -> Manifest:
+    submission.check_records(counts.runs)  # a stream tells its runs only now
     before = base.manifest if base else None
     splits = {
         split: SplitRecord(

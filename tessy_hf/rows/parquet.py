@@ -7,13 +7,19 @@ known by its hash. Knows nothing of the Hub.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.manifest import ShardRecord
+from tessy_hf.rows import run_record
 from tessy_hf.rows.datasets_internals import bytes_of
+from tessy_hf.rows.datasets_internals import table as table_of
+from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,10 +32,46 @@ ROW_GROUP_BYTES = 16 << 20
 """About how many bytes, uncompressed, a row group holds; as much is in memory."""
 
 
-def keys(table: pa.Table, id_column: str | None) -> list[Any]:
-    """Return what identifies each row over all releases: its id, else its seed, which derives from its prompt."""
+def keys(table: pa.Table, id_column: str | None, hashed: Sequence[str] = ()) -> list[RowKey]:
+    """Return what identifies each row over all releases: its id, else its seed, and the hash of what it answers.
+
+    Args:
+        table: Finished rows.
+        id_column: The column with the ids, where there is one.
+        hashed: The columns that decide a row besides its prompt, see :func:`tessy_hf.rows.prompt.hashed_columns`.
+
+    Returns:
+        The keys. Rows without a chat, whose prompts could not be used, have no hash.
+    """
     name = next(name for name in (id_column, "key", "seed") if name is not None and name in table.column_names)
-    return table.column(name).to_pylist()  # type: ignore[no-any-return]
+    read = [one for one in hashed if one in table.column_names]
+    chats = table.column("messages").to_pylist()
+    rows = table.select(read).to_pylist() if read else [None] * len(chats)
+    return [
+        RowKey(str(one), finished_prompt_hash(chat, row) if chat else "")
+        for one, chat, row in zip(table.column(name).to_pylist(), chats, rows, strict=True)
+    ]
+
+
+def grouped(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Put tables together until they have about so many bytes; leave out empty ones."""
+    import pyarrow as pa
+
+    group: list[pa.Table] = []
+    for table in tables:
+        group += [table] if table.num_rows else []
+        if sum(one.nbytes for one in group) >= size:
+            yield pa.concat_tables(group)
+            group = []
+    if group:
+        yield pa.concat_tables(group)
+
+
+def tables(rows: Iterable[Mapping[str, Any]], features: Features) -> Iterator[pa.Table]:
+    """Iterate over rows as tables of exactly these types, a bounded number of rows at a time."""
+    given = iter(rows)
+    while batch := list(islice(given, BATCH_ROWS)):
+        yield table_of(batch, features)
 
 
 def is_complete(table: pa.Table, complete: Sequence[str]) -> Any:
@@ -49,12 +91,16 @@ class ShardWriter:
         first: The number of the first file.
         features: The schema.
         max_bytes: About how many uncompressed bytes a file holds.
+        record: The run's record, as JSON, for the files' metadata.
     """
 
-    def __init__(self, folder: Path, prefix: str, first: int, features: Features, max_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, prefix: str, first: int, features: Features, max_bytes: int, record: str | None = None
+    ) -> None:
         self._folder, self._prefix, self._number = folder, prefix, first
         self._features, self._max_bytes = features, max_bytes
-        self._schema = features.arrow_schema
+        schema = features.arrow_schema
+        self._schema = schema if record is None else schema.with_metadata(run_record.metadata(schema, record))
         self._buffer: list[pa.Table] = []
         self._buffered = self._written = self._rows = 0
         self._writer: Any = None
@@ -110,6 +156,13 @@ class ShardWriter:
     def has_rows(self) -> bool:
         """Whether there are rows that are not in a finished file yet."""
         return bool(self._buffer or self._writer is not None)
+
+    def abandon(self) -> None:
+        """Let go of a file that could not be written to its end, quietly: what was wrong has been raised."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):
+                writer.close()
 
     def empty(self) -> tuple[ShardRecord, Path]:
         """Write a file without rows, so that the schema is there."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tessy_hf.errors import PromptError
 from tessy_hf.rows import columns
 from tessy_hf.settings import Settings
-from tessy_hf.trajectory import Message, Prompt
+from tessy_hf.trajectory import Message, Prompt, RowKey
 from tessy_hf.verifiers import verifiers
 
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -78,6 +78,19 @@ class PromptReader:
             )
         self._seen.add(key)
         return key
+
+
+def read_prompts(
+    prompts: Iterable[Mapping[str, Any]], settings: Settings
+) -> Iterator[tuple[RowKey | None, Mapping[str, Any], PromptError | None]]:
+    """Iterate over prompts: the key, the row, and what is wrong with it where there is no key."""
+    reader: PromptReader | None = None
+    for row in prompts:
+        reader = reader or PromptReader(settings, list(row))
+        try:
+            yield reader.read(row).row_key, row, None
+        except PromptError as error:
+            yield None, row, error
 
 
 def hashed_columns(settings: Settings, names: Sequence[str]) -> list[str]:

@@ -1,22 +1,25 @@
-"""Finished rows as tables of one schema, from a dataset, a stream, or a journal.
+"""Finished rows as tables of one schema, from a dataset, a stream, files, or a journal and its prompts.
 
-Memory is bounded by a batch, whatever the length of the stream. Knows nothing of files or of the Hub.
+Memory is bounded by a batch, whatever the length of the stream. Knows nothing of the Hub.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from tessy_hf.errors import DatasetError, JournalError
-from tessy_hf.rows import columns, parquet
-from tessy_hf.rows.datasets_internals import table
+from tessy_hf.errors import DatasetError, JournalError, PromptError
+from tessy_hf.manifest import RunRecord
+from tessy_hf.rows import columns, parquet, prompt_source, run_record
+from tessy_hf.rows.loading import ending, load
+from tessy_hf.rows.prompt import read_prompts
 from tessy_hf.run.journal import Journal
 from tessy_hf.run.journal_reader import Counts, JournalReader
+from tessy_hf.text.thinking_format import THINK_TAGS
+from tessy_hf.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,15 +33,18 @@ TRAINERS_OWN = frozenset(
 
 
 class Rows:
-    """Finished rows of one of three kinds, as tables with one schema.
+    """Finished rows of whatever kind, as tables with one schema.
 
     Prompts' columns that a trainer would take for its own (:data:`TRAINERS_OWN`) get ``source_`` before their names,
     so that what is released trains as it is.
 
     Args:
-        rows: A ``Dataset``, an ``IterableDataset``, a :class:`Journal`, or a journal's path.
+        rows: A ``Dataset``, an ``IterableDataset``, a :class:`Journal`, or the path of a journal, of files that end
+            in one of :data:`tessy_hf.rows.loading.FORMATS`, or of a folder of such.
         run: Which run of the journal, where it holds several.
         max_attempts: How many attempts at a row of the journal may have failed for it to count as done, and failed.
+        prompts: What a journal's rows are to answer. They get the prompts' columns and order, and rows of other
+            prompts, whose number is ``foreign``, are left out.
 
     Raises:
         DatasetError: The rows have no schema, lack columns that the transform adds, or a name would be there twice.
@@ -50,10 +56,20 @@ class Rows:
         rows: Dataset | IterableDataset | Journal | str | Path,
         run: str | None = None,
         max_attempts: int = 1,
+        prompts: Dataset | IterableDataset | None = None,
     ) -> None:
+        self._records: list[RunRecord] = []
+        self.answered: Answers | None = None
+        if isinstance(rows, (str, Path)) and (ending(str(rows)) or Path(rows).is_dir()):
+            self._records, rows = run_record.read_all(str(rows)), _load(str(rows))
         self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
+            stored = self.given.description()
+            self._records = [RunRecord.model_validate_json(stored)] if stored else []
             features: Features | None = journal_features(self.given)
+            if prompts is not None:
+                self.answered = Answers(self.given, prompts, self._records, features)
+                features = self.answered.features
         elif isinstance(self.given, (Dataset, IterableDataset)):
             features = self.given.features
         else:
@@ -75,16 +91,27 @@ class Rows:
             )
         self._features, self.features = features, _released(features)
 
+    def record(self, fingerprint: str) -> RunRecord | None:
+        """Return the record of a run that the files or the journal carry, if they do."""
+        found = next((record for record in self._records if record.fingerprint == fingerprint), None)
+        if found is not None and self.answered is not None:
+            return found.model_copy(update={"source": self.answered.source})
+        return found
+
     @property
     def count(self) -> int | None:
         """How many rows there are, where that is known beforehand."""
+        if self.answered is not None:
+            return self.answered.count
         if isinstance(self.given, IterableDataset):
             return None
         return _counts(self.given).done if isinstance(self.given, Journal) else len(self.given)
 
     @property
     def unfinished(self) -> int:
-        """How many rows a journal holds that are not done."""
+        """How many rows a journal holds that are not done, or how many prompts have none that is."""
+        if self.answered is not None:
+            return self.answered.missing
         return sum(_counts(self.given)[1:]) if isinstance(self.given, Journal) else 0
 
     def fingerprints(self) -> set[str] | None:
@@ -114,12 +141,16 @@ class Rows:
             for start in range(0, len(found), parquet.BATCH_ROWS):
                 yield found[start : start + parquet.BATCH_ROWS]
             return
-        if isinstance(self.given, Journal):
-            rows = ({"key": key, **row} for key, row in self.given.finished())
+        yield from parquet.tables(self._rows(), self._features)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.answered is not None:
+            yield from self.answered.rows()
+        elif isinstance(self.given, Journal):
+            yield from ({"key": key, **row} for key, row in self.given.finished())
         else:
-            rows = iter(self.given.with_format(None))
-        while batch := list(islice(rows, parquet.BATCH_ROWS)):
-            yield table(batch, self._features)
+            yield from self.given.with_format(None)
+
 
 
 def _released(features: Features) -> Features:
@@ -133,7 +164,65 @@ def _released(features: Features) -> Features:
     return type(features)({names[name]: kind for name, kind in features.items()})
 
 
+def _load(source: str) -> Dataset:
+    """Load rows from files, with the types of a run, whatever is empty in them."""
+    dataset: Dataset = load(source)
+    message = getattr(dataset.features.get("messages"), "feature", {})
+    types = columns.schema(marks_in_content="thinking" not in message)
+    typed = {name: kind for name, kind in types.items() if name in dataset.features}
+    return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
+
+
 # --- journals
+
+
+class Answers:
+    """The rows of a journal that answer these prompts, in their order, with their columns.
+
+    Args:
+        journal: The journal, of one run.
+        prompts: The prompts.
+        records: The run's record, which tells how it read its prompts.
+        features: Types of the journal's rows.
+
+    Raises:
+        JournalError: The journal has no record.
+        DatasetError: The prompts lack a column.
+    """
+
+    def __init__(
+        self, journal: Journal, prompts: Dataset | IterableDataset, records: list[RunRecord], features: Features
+    ) -> None:
+        settings = run_record.prompt_settings(records[0].model_dump()) if records else None
+        if settings is None:
+            raise JournalError(
+                f"The journal {journal.path} does not tell which columns its run has read. One that this version "
+                "has written to is expected; run the recipe once more with it, which writes no row again."
+            )
+        self._journal, self._prompts, self._settings, self._record = journal, prompts, settings, records[0]
+        self.features: Features = columns.features(prompts, settings.prompt_column, THINK_TAGS)
+        self.features["messages"] = features["messages"]
+        self.source = prompt_source.source(prompts)
+        done = {key for key, _ in journal.keys()}
+        asked = [key for key, _, _ in read_prompts(prompts, settings)]
+        self.missing = sum(key is not None and key not in done for key in asked)
+        self.count = len(asked) - self.missing
+        self.foreign = len(done.difference(asked))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the rows; prompts that cannot be used get one that says so."""
+        for key, prompt, error in read_prompts(self._prompts, self._settings):
+            if error is not None:
+                method = self._record.method or self._settings.method
+                yield {**prompt, **unusable(error, method, self._journal.fingerprint)}
+            elif key is not None and (row := self._journal.row(key)) is not None:
+                yield {**prompt, **row}
+
+
+def unusable(error: PromptError, method: str, run_fingerprint: str) -> dict[str, Any]:
+    """Return the columns of a row whose prompt cannot be used."""
+    failed = Trajectory("", finish_reason="error", error=str(error))
+    return columns.row(failed, [], None, THINK_TAGS, method=method, run_fingerprint=run_fingerprint)
 
 
 def open_journal(path: Path) -> Journal:

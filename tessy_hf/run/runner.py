@@ -19,7 +19,7 @@ from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.rows import columns
+from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.run.commits import Commits
@@ -134,9 +134,11 @@ class Run:
 
     async def _describe(self) -> None:
         """Record what the run is made of, now that the models' revisions are known."""
+        described = await asyncio.to_thread(self._record)  # reads files
+        await asyncio.to_thread(run_record.remember, described)
         if self._commits is None and self._outbox is None:
             return
-        record = (await asyncio.to_thread(self._record)).model_dump_json()  # reads files
+        record = described.model_dump_json()
         if self._commits is not None:
             self._commits.journal.describe(record)
         if self._outbox is not None:

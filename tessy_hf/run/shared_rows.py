@@ -10,26 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tessy_hf.errors import PartsError
-from tessy_hf.rows import columns
+from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.datasets_internals import table
 from tessy_hf.run.storage import PROMPT_HASH, RETRIES, ParquetRows, Place, file_system, put
 from tessy_hf.trajectory import RowKey
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 READERS = 16
 """Files that are looked into at the same time."""
 
 _NAME = re.compile(r"part-(?P<run>\w+)-\w+\.parquet")
-_RECORD = b"tessy_run"
 
 
 class SharedRows:
@@ -143,12 +138,6 @@ def encode(rows: Mapping[RowKey, Mapping[str, Any]], features: Mapping[str, Any]
     )
     written = table(keyed, Features({**names, **features}))
     buffer = io.BytesIO()
-    described = written.replace_schema_metadata({**(written.schema.metadata or {}), _RECORD: record.encode()})
+    described = written.replace_schema_metadata(run_record.metadata(written.schema, record))
     pq.write_table(described, buffer, compression="zstd", row_group_size=max(len(written), 1))
     return buffer.getvalue()
-
-
-def record_of(schema: pa.Schema) -> dict[str, Any]:
-    """Return the run's record in a file's schema; an empty one where there is none."""
-    record: dict[str, Any] = json.loads((schema.metadata or {}).get(_RECORD, b"{}"))
-    return record

@@ -14,6 +14,7 @@ from datasets import load_dataset
 from tessy_hf import demo
 from tessy_hf.boundary.predictor import is_shipped
 from tessy_hf.cli import main as cli
+from tessy_hf.rows import run_record
 from tests.boundary_training.bases import make_base
 from tests.engines.servers import FakeServer
 from tests.test_transform import prompts, scripted
@@ -69,6 +70,62 @@ def test_a_journal_of_several_runs_wants_to_know_which(tessy, tmp_path):
     code, printed = tessy("export", journal, tmp_path / "rows.parquet", "--run", transform.run_fingerprint)
     assert code == 0 and "2 rows in" in printed
     assert tessy("export", journal, tmp_path / "rows.parquet", "--run", "none")[0] == 1
+
+
+def test_an_output_is_checked_before_anything_is_read_or_written(tessy, tmp_path, monkeypatch):
+    """Whatever is wrong with it, no model is loaded; and what is there stays."""
+    demo.prompts(3, seed=8).to_json(tmp_path / "prompts.jsonl")
+    monkeypatch.setattr("tessy_hf.transform.Run", None)
+    (tmp_path / "mine.parquet").write_text("mine")
+    (tmp_path / "folder.jsonl").mkdir()
+    for out, why in [
+        (tmp_path / "prompts.jsonl", "is read as an input"),
+        (tmp_path / "mine.parquet", "is there already, and it has no rows of a run"),
+        (tmp_path / "folder.jsonl", "is no file"),
+        (tmp_path / "mine.parquet" / "rows.jsonl", "cannot be written"),
+        (tmp_path / "rows.csv", "neither .parquet nor .jsonl"),
+        ("s3://bucket/rows.parquet", "not a local path"),
+    ]:
+        code, printed = tessy("synthesize", RECIPE, tmp_path / "prompts.jsonl", out)
+        assert code in (1, 2) and why in " ".join(printed.split()) and "Traceback" not in printed
+    assert (tmp_path / "mine.parquet").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.jsonl", "mine.parquet", "prompts.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_trial_is_followed_by_the_whole_run_and_never_the_other_way_round(tessy, tmp_path):
+    demo.prompts(6, seed=8).to_json(tmp_path / "prompts.jsonl")
+    demo.prompts(6, seed=9).to_json(tmp_path / "others.jsonl")
+    out = tmp_path / "rows.jsonl"
+
+    def run(*words, given="prompts.jsonl"):
+        code, printed = tessy("synthesize", RECIPE, tmp_path / given, out, *words)
+        return code, " ".join(printed.split())
+
+    assert run("--split", "train[:2]")[0] == 0 and run()[0] == 0 and run()[0] == 0
+    whole = out.read_bytes()
+    assert len(whole.splitlines()) == 6
+    for words, given, why in [
+        (("--split", "train[:2]"), "prompts.jsonl", "4 of its 6 rows answer prompts that are not among these"),
+        ((), "others.jsonl", "6 of its 6 rows"),
+        (("--set", "temperature=0.1"), "prompts.jsonl", "is of run"),
+    ]:
+        code, printed = run(*words, given=given)
+        assert code in (1, 2) and why in printed and "--overwrite" in printed and out.read_bytes() == whole
+    assert run("--overwrite", given="others.jsonl")[0] == 0 and out.read_bytes() != whole
+
+
+def test_an_export_is_replaced_by_more_rows_only(tessy, tmp_path):
+    journals = [tmp_path / name for name in ("one.journal", "two.journal")]
+    for journal, first in zip(journals, (0, 3), strict=True):
+        with scripted(journal=str(journal)) as transform:
+            transform(prompts(9).select(range(first, 6))[:])
+    out = tmp_path / "rows.parquet"
+    assert tessy("export", journals[1], out)[0] == 0 == tessy("export", journals[0], out)[0]
+    code, printed = tessy("export", journals[1], out)
+    assert code in (1, 2) and "3 of its 6 rows answer prompts" in " ".join(printed.split())
+    assert tessy("export", journals[1], out, "--overwrite")[0] == 0
+    assert run_record.read(out).fingerprint == transform.run_fingerprint
 
 
 def test_mistakes_end_in_a_sentence(tessy, tmp_path):

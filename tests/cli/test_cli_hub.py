@@ -26,6 +26,8 @@ def test_a_run_is_released_shown_and_made_again(hub, tessy, tmp_path):  # noqa: 
     assert tessy(*given, "--set", "max_attempts=1")[0] == 0
 
     code, printed = tessy("push", journal, "ada/rows", "--license", "mit")
+    assert code in (1, 2) and "--prompts" in printed
+    code, printed = tessy("push", journal, "ada/rows", "--license", "mit", "--prompts", "ada/prompts")
     assert code == 0 and "making the side branch tessy-v1.0.0" in printed and "6 rows, 0 failed" in printed
     assert "on main, in one commit" in printed and "ada/rows@v1.0.0 is released" in printed
 
@@ -41,11 +43,18 @@ def test_a_run_is_released_shown_and_made_again(hub, tessy, tmp_path):  # noqa: 
     released = load_dataset("ada/rows", revision="v1.0.0", split="train")
     assert made["messages"] == released["messages"] and made["spans"] == released["spans"]
 
-    assert "there already" in tessy("push", journal, "ada/rows")[1]
-    code, printed = tessy("push", tmp_path / "rows.parquet", "ada/rows", "--version", "2.0.0", "--recipe", RECIPE)
+    for rows in (
+        ("push", journal, "ada/rows", "--prompts", "ada/prompts"),
+        ("push", tmp_path / "rows.parquet", "ada/rows"),
+    ):
+        assert "there already" in tessy(*rows)[1]
+    push = ("push", tmp_path / "rows.parquet", "ada/rows", "--version", "2.0.0", "--recipe", RECIPE)
+    code, printed = tessy(*push, "--set", "temperature=0.1")
+    assert code in (1, 2) and "the manifest or recipe is of" in " ".join(printed.split())
+    code, printed = tessy(*push)
     assert code == 0 and "6 rows" in printed
     code, printed = tessy("diff", "ada/rows", "v1.0.0", "v2.0.0")
-    assert code == 0 and "columns" in printed and "mit" in printed
+    assert code == 0 and "mit" in printed and "source" not in printed
     code, printed = tessy("show", "ada/rows@v2.0.0", "--json")
     assert code == 0 and '"schema_version": 1' in printed
 

@@ -10,7 +10,8 @@ from datasets import Dataset, load_dataset
 
 from tessy_hf import Script, Settings
 from tessy_hf.cluster.merge import Merge
-from tessy_hf.errors import DatasetError, MergeError, PartsError
+from tessy_hf.errors import DatasetError, MergeError, OutputError, PartsError
+from tessy_hf.rows import run_record
 from tessy_hf.rows.columns import schema
 from tessy_hf.rows.prompt import finished_prompt_hash
 from tessy_hf.run import storage
@@ -181,6 +182,35 @@ def test_texts_are_not_held_in_memory(tmp_path, monkeypatch):
 
 def long(row):
     return Script("okay", "the answer is long . " * 2000)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows"])
+def test_a_merge_replaces_its_own_result_and_nothing_else(hosts, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("tessy_hf.cluster.merge.SHARD_BYTES", 1 << 10)
+    monkeypatch.setattr("tessy_hf.rows.parquet.BATCH_ROWS", 8)
+    out, whole = tmp_path / "out" / name, Merge(hosts, prompts(40))
+    first = Merge(hosts[:1], prompts(40), incomplete=True)
+    assert first.write(out) == 10 and whole.write(out) == 40 == whole.write(out)
+    (record,) = set(map(repr, run_record.read_all(str(out))))
+    assert record == repr(whole.record) and whole.record.source.fingerprint == prompts(40)._fingerprint
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match="is there already, and .* rows answer prompts that are not among these"):
+        first.write(out)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert first.write(out, overwrite=True) == 10
+    kind, files = ("json", out) if name == "rows.jsonl" else ("parquet", out / "*" if name == "rows" else out)
+    assert load_dataset(kind, data_files=str(files), split="train")["id"] == [f"r{i}" for i in range(0, 40, 4)]
+
+
+def test_a_merge_writes_what_its_output_is_called_or_refuses(hosts, tmp_path):
+    merged = Merge(hosts, prompts(40))
+    for out, why in [
+        (tmp_path / "rows.csv", "neither .parquet nor .jsonl"),
+        (hosts[0], "is read as an input"),
+        (hosts[0] / "rows.parquet", "is read as an input"),
+    ]:
+        with pytest.raises(OutputError, match=why):
+            merged.write(out)
 
 
 # --- the command

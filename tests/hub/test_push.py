@@ -14,7 +14,7 @@ from tessy_hf.hub import releases
 from tessy_hf.manifest import Manifest
 from tessy_hf.rows import parquet as shards
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
-from tests.hub_sweep import MANIFEST, REPO, check_release, finished, patched, state
+from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, patched, state
 from tests.test_transform import prompts, scripted
 
 # The client's own upload speaks to httpx2 in a deprecated way.
@@ -326,30 +326,106 @@ def test_a_file_that_is_not_what_was_sent_is_never_released(hub):
 
 
 @pytest.mark.slow
-def test_a_journal_is_released_with_what_it_knows_of_its_run(hub, tmp_path):
+def test_a_journal_is_released_with_its_prompts_columns_and_what_it_knows_of_its_run(hub, tmp_path):
     journal = tmp_path / "rows.journal"
     other, _ = stream(7)  # the same run of other prompts, alive in this process
     rows, transform = stream(30, journal=str(journal))
     with transform:
-        list(rows)
+        expected = list(rows)
+        list(transform.map(prompts(33).select(range(30, 33))))  # of another file of prompts
     record = transform.record()
     del rows, transform
     gc.collect()
-    release, _ = push(journal)
+    with pytest.raises(JournalError, match="no columns of the prompts.*--prompts"):
+        push(journal)
+    asked = prompts(31).map(lambda row: {"prompt": row["prompt"] + " Why?"} if row["id"] == "r30" else row)
+    release, told = push(journal, prompts=asked)
     assert (release.rows, release.failed) == (27, 3)
+    assert "3 rows of the journal answer other prompts than these: left out" in told
+    assert "1 of these prompts have no finished row in the journal" in told
     manifest = manifest_at(hub, "v1.0.0")
-    assert (
-        manifest.counts.unfinished == 0
-        and manifest.run.settings == record.settings
-        and manifest.run.source == record.source
-    )
+    assert manifest.counts.unfinished == 1 and manifest.counts.given == 30
+    assert manifest.run.settings == record.settings and manifest.run.source.fingerprint == asked._fingerprint
     assert other is not None
-    assert load_dataset(REPO, split="failures")["key"] == ["r3", "r13", "r23"]
-    assert not push(str(journal))[0].created
+    released = load_dataset(REPO)
+    assert released["failures"]["id"] == ["r3", "r13", "r23"]
+    assert released["train"]["source_prompt"] == [row["prompt"] for row in expected if row["finish_reason"] == "stop"]
+    assert not push(str(journal), prompts=asked)[0].created
     with pytest.raises(JournalError, match="holds no run 'x'"):
-        push(journal, run="x")
+        push(journal, run="x", prompts=asked)
     with pytest.raises(JournalError, match="There is no journal"):
         push(tmp_path / "none")
+
+
+def forget(monkeypatch, tmp_path):
+    """Forget all runs, as another machine has never known of them."""
+    gc.collect()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "elsewhere" / "datasets")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "journal", "dataset"])
+def test_every_way_to_push_has_the_full_manifest_and_all_columns(hub, tmp_path, monkeypatch, kind):
+    source = prompts(5).add_column("topic", [f"t{i}" for i in range(5)])
+    with scripted(journal=str(tmp_path / "rows.journal")) as transform:
+        rows = transform.map(source)
+        if kind in ("parquet", "jsonl"):
+            transform.write(rows, tmp_path / f"rows.{kind}")
+        record, path = transform.record(), tmp_path / f"rows.{kind}"
+    del transform
+    if kind == "folder":
+        Merge([tmp_path / "rows.journal"], source).write(path)
+    if kind != "dataset":  # of plain datasets only this machine knows the run
+        forget(monkeypatch, tmp_path)
+    gc.collect()
+    push(rows if kind == "dataset" else path, **({"prompts": source} if kind == "journal" else {}))
+    told = manifest_at(hub, "v1.0.0").run
+    assert told.teacher == record.teacher and told.settings == record.settings and told.libraries == record.libraries
+    assert (told.source or record.source).split == record.source.split
+    released = load_dataset(REPO, split="train")
+    assert released["id"] == source["id"] and released["topic"] == source["topic"]
+    assert released.column_names[:3] == ["id", "source_prompt", "topic"]
+    assert {**released.features, **rows.features} == {**released.features, "prompt": rows.features["prompt"]}
+
+
+def test_a_record_of_another_run_is_refused_before_anything_is_sent(hub):
+    rows, transform = stream(3)
+    _, other = stream(3, temperature=0.1)
+    with transform, other:
+        whole = Dataset.from_list(list(rows), features=rows.features)
+        for given in (rows, whole):
+            with pytest.raises(
+                DatasetError, match=f"of run {transform.run_fingerprint}, the manifest or recipe is of"
+            ):
+                push(given, manifest=other.record())
+        with pytest.raises(DatasetError, match="of run .*, the manifest or recipe is of"):
+            push(as_stream(whole), manifest=other.record())
+        assert state(hub) is None or not state(hub)[1]
+        push(rows, manifest=transform.record())
+
+
+def test_rows_of_which_nothing_is_known_are_told(hub):
+    _, told = push(finished(3))
+    assert "of run run-a only the fingerprint is known; pass manifest= (--recipe) to name its models" in told
+
+
+@pytest.mark.slow
+def test_a_minor_release_tells_prompts_apart_not_ids(hub):
+    def asked(word):
+        return prompts(20).map(lambda row: {"prompt": row["prompt"] + word} if row["id"] in ("r3", "r4") else row)
+
+    with scripted(fault=failing, max_attempts=1) as transform:
+        push(transform.map(asked("")))  # r3 and r13 fail
+    with scripted() as transform:
+        release, told = push(transform.map(asked(" Now with units.")), "1.1.0")
+    assert "1 ids are in ada/rows already with another prompt" in " ".join(told)
+    released = load_dataset(REPO, revision="v1.1.0")
+    assert sorted(released["train"]["id"]) == sorted([*(f"r{i}" for i in range(20)), "r4"])
+    both = [row["source_prompt"] for row in released["train"] if row["id"] == "r4"]
+    assert len(set(both)) == 2 and all(
+        row["source_prompt"] in row["messages"][0]["content"] for row in released["train"]
+    )
+    assert released["failures"]["id"] == ["r3"]  # of the old prompt
 
 
 @pytest.mark.slow
@@ -374,7 +450,7 @@ def test_two_releases_are_compared_without_downloading_what_they_share(hub):
     push(changed.select(range(1, 48)), "2.0.0", license="apache-2.0")
     (told,) = releases.diff(REPO, "v1.0.0", "v2.0.0")
     assert told.rows == (36, 42)
-    assert told.added[1] == 8 and told.removed == ([1], 1) and told.changed == ([8], 1)  # by their seeds
+    assert told.added[1] == 8 and told.removed == (["1"], 1) and told.changed == (["8"], 1)  # by their seeds
     assert ("license", "mit", "apache-2.0") in told.facts
     assert releases.diff(REPO, "v1.0.0", "v1.0.0")[0].facts == []
     with pytest.raises(HubError, match=r"has no 'v3\.0\.0'\. Tags: v1\.0\.0, v2\.0\.0"):

@@ -12,9 +12,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import PartsError, RequestError
+from tessy_hf.rows import run_record
 from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run import outbox
-from tessy_hf.run.shared_rows import SharedRows, record_of
+from tessy_hf.run.shared_rows import SharedRows
 from tessy_hf.run.storage import ParquetRows, file_system
 from tests import crashes
 from tests.crashes import Work
@@ -53,7 +54,7 @@ def test_a_part_is_a_dataset_with_the_keys_and_the_run_s_record(tmp_path):
     rows = load_dataset("parquet", data_files=str(part), split="train")
     assert rows["key"] == [f"r{i}" for i in range(5)] and rows["answer"][3] == "the answer is r3 ."
     system, path = file_system(str(part))
-    told = record_of(ParquetRows(system).schema(path))
+    told = run_record.of_schema(ParquetRows(system).schema(path))
     assert told["settings"] == record.settings and told["fingerprint"] == record.fingerprint
 
 
