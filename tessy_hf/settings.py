@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
 
 from tessy_hf.errors import SettingsError
 from tessy_hf.plan import Plan
@@ -22,6 +23,8 @@ SPEED = frozenset({"rows_in_flight", "journal", "parts", "request_timeout", "max
 
 FORMAT = 4
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
+
+_Path = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
 
 Method = Literal[
     "tessy",
@@ -117,10 +120,10 @@ class Settings(Checked):
     rows_in_flight: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     """Rows written at the same time, across all batches of the run: a number, or "auto" for as many as the engines'
     caches hold rows of the lengths that are seen."""
-    journal: str | None = "auto"
+    journal: _Path | None = "auto"
     """Where rows are kept as they are written, so that a rerun looks them up and goes on: a file, "auto" for one next
     to the datasets cache, or None for no journal."""
-    parts: str | None = None
+    parts: _Path | None = None
     """Where finished rows are put for other hosts to see, as small Parquet files: a folder as fsspec names it, a path
     or for instance ``s3://bucket/run``. Rows that any host has put there are looked up."""
     request_timeout: float = Field(default=3600.0, gt=0)

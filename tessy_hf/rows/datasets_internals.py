@@ -17,7 +17,7 @@ from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.errors import SettingsError
+from tessy_hf.errors import DatasetError, SettingsError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,8 +81,20 @@ def table(rows: Iterable[Mapping[str, Any]], features: Features) -> pa.Table:
 
 
 def features_of(dataset: Dataset | IterableDataset) -> Features:
-    """Return columns and types; of a stream without a schema, those of its first rows, which are read."""
-    return dataset.features if dataset.features is not None else dataset._resolve_features().features
+    """Return columns and types; of a stream without a schema, those of its first rows, which are read.
+
+    Raises:
+        DatasetError: These rows fit no schema.
+    """
+    import pyarrow as pa
+
+    try:
+        return dataset.features if dataset.features is not None else dataset._resolve_features().features
+    except (pa.ArrowException, UnicodeError) as error:
+        raise DatasetError(
+            f"The stream has no schema and its first rows fit none: {error}. Cast it to features, with Json() for "
+            "columns of mixed values, or call stream.map(transform, batched=True) without features=."
+        ) from error
 
 
 def features_to_yaml(features: Features) -> list[Any]:

@@ -65,12 +65,12 @@ class PromptReader:
 
     def _checked(self, given: Any) -> str:
         column = self._settings.id_column
-        if given is None or given == "":
+        if given is None or given == "" or given != given:  # not a number: how some tables write a missing one
             raise PromptError(
                 f"A row has no id: column {column!r} is {given!r}. "
                 "Each row needs its own; fill the column or choose another with id_column=."
             )
-        key = str(given)
+        key = _unicode(str(given), f"Column {column!r}: the id {given!r}")
         if key in self._seen:
             raise PromptError(
                 f"Row {key!r}: another row has the same {column!r}. Ids must be unique in a dataset, or its rows "
@@ -170,6 +170,7 @@ def _message(message: Any, number: int) -> Message | None:
     role = message.get("role") or _ROLES.get(str(message.get("from")), message.get("from"))
     if not isinstance(role, str):
         raise PromptError(f"message {number} has no role, only {', '.join(map(repr, message))}")
+    _unicode(role, f"the role of message {number}")
     if message.get("tool_calls"):
         raise PromptError(f"message {number} has tool calls, which cannot be rendered")
     content = _text(message["content"] if message.get("content") is not None else message.get("value"), number)
@@ -187,12 +188,19 @@ def _text(content: Any, number: int) -> str:
         other = next((kind for kind in kinds if kind != "text"), None)
         if other is not None:
             raise PromptError(f"message {number} has a part of type {other!r}, and only text can be read")
-        content = "".join(str(part.get("text") or "") if isinstance(part, Mapping) else str(part) for part in content)
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        other = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+        if other is not None:
+            raise PromptError(f"message {number} has a part whose text is {_shown(other)}")
+        content = "".join(text or "" for text in texts)
     if content is not None and not isinstance(content, str):
         raise PromptError(f"the content of message {number} is {_shown(content)}")
-    text = str(content or "")
+    return _unicode(content or "", f"message {number}")
+
+
+def _unicode(text: str, what: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise PromptError(f"message {number} has half of a surrogate pair, which is not valid Unicode")
+        raise PromptError(f"{what} has half of a surrogate pair, which is not valid Unicode")
     return text
 
 

@@ -88,7 +88,8 @@ class MathVerify:
             ValueError: The expected text is not mathematics.
         """
         texts = json.dumps([str(row[self.column]), row["answer"]])
-        limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb, "network": True}  # runs only our own code
+        limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb}
+        limits |= {"network": True, "files": True}  # runs only our own code
         code, output = sandbox.run({"main.py": _MATH}, texts, **limits)
         if output.strip() == "no gold":
             raise ValueError(f"column {self.column!r} is {row[self.column]!r}, which math-verify cannot read")
@@ -121,7 +122,8 @@ class PythonTests:
     """The program in the answer's last fenced block passes its tests in :mod:`tessy_hf.verifiers.sandbox`.
 
     The column holds Python code that uses the program's names, such as ``assert add(1, 2) == 3``, or a list of
-    ``{"input": ..., "output": ...}`` with the standard input and the expected standard output.
+    ``{"input": ..., "output": ...}`` with the standard input and the expected standard output. ``network`` and
+    ``files`` let programs use the network, and read and write all that this user may.
     """
 
     name: ClassVar[str] = "python-tests"
@@ -129,13 +131,14 @@ class PythonTests:
     seconds: float = 10.0
     memory_mb: int = 1024
     network: bool = False
+    files: bool = False
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
         """Judge a row.
 
         Raises:
             ValueError: The column holds no tests.
-            SandboxError: This system cannot cut programs off from the network.
+            SandboxError: This system cannot keep programs from the network or from files.
         """
         blocks, tests = _FENCED.findall(row["answer"]), row[self.column]
         if not isinstance(tests, (str, list)) or not tests:
@@ -159,13 +162,14 @@ class PythonTests:
         return code == 0 and _lines(output) == _lines(expected)
 
     def _run(self, files: Mapping[str, str], stdin: str = "") -> sandbox.Finished:
-        return sandbox.run(files, stdin, seconds=self.seconds, memory_mb=self.memory_mb, network=self.network)
+        allowed = {"network": self.network, "files": self.files}
+        return sandbox.run(files, stdin, seconds=self.seconds, memory_mb=self.memory_mb, **allowed)
 
     def check(self) -> None:
         """Check before a run that programs can be run on this machine.
 
         Raises:
-            SandboxError: This system cannot cut programs off from the network.
+            SandboxError: This system cannot keep programs from the network or from files.
             SettingsError: A correct program does not pass.
         """
         if not self._asserts("def one():\n    return 1\n", "assert one() == 1"):

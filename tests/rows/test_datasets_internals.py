@@ -5,9 +5,12 @@ import sys
 import textwrap
 
 import pytest
+from datasets import IterableDataset
 
-from tessy_hf.errors import SettingsError
+from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.rows import datasets_internals
+from tests.rows.test_prompt import USER
+from tests.test_transform import scripted
 
 
 @pytest.fixture
@@ -74,3 +77,13 @@ def test_streams_are_converted_by_their_features_only_while_a_transform_is_open(
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("odd", [7, "half \ud83d"])
+def test_a_stream_whose_rows_fit_no_schema_is_told_and_can_be_mapped_without(odd):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": [USER]}, {"prompt": odd}]))
+    with scripted(id_column=None) as transform:
+        with pytest.raises(DatasetError, match=r"fit none: .* Json\(\) .* map\(transform, batched=True\)"):
+            transform.map(stream)
+        rows = list(stream.map(transform, batched=True))
+    assert [row["finish_reason"] for row in rows] == ["stop", "error"]

@@ -6,7 +6,11 @@ from tessy_hf import demo
 from tessy_hf.errors import SettingsError
 from tessy_hf.verifiers import verifiers
 from tessy_hf.verifiers.verifiers import Exact, MathVerify, Number, PythonTests
-from tests.verifiers.test_sandbox import pytestmark as needs_namespaces
+from tests.verifiers.test_sandbox import permitted
+
+needs_a_sandbox = pytest.mark.skipif(
+    not permitted("namespaces") and not permitted("landlock"), reason="this system has no means for a sandbox"
+)
 
 
 def says(verifier, answer, expected):
@@ -67,7 +71,7 @@ ADD = "Here it is:\n```python\nimport sys\ndef add(a, b):\n    return a + b\n```
 ECHO = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 
 
-@pytest.mark.skipif(needs_namespaces.args[0], reason="this system permits no network namespace")
+@needs_a_sandbox
 @pytest.mark.parametrize(
     ("answer", "tests", "right"),
     [
@@ -95,13 +99,13 @@ def test_a_column_without_tests_is_told(tests):
 
 
 def test_programs_that_cannot_run_here_are_told_before_a_run():
-    if not needs_namespaces.args[0]:
+    if not needs_a_sandbox.args[0]:
         PythonTests().check()
         with pytest.raises(SettingsError, match="simplest program"):
             PythonTests(memory_mb=1).check()
 
 
-@pytest.mark.skipif(needs_namespaces.args[0], reason="this system permits no network namespace")
+@needs_a_sandbox
 def test_a_run_does_not_start_with_a_verifier_that_does_not_work():
     prompts = demo.prompts(1).add_column("tests", ["assert True"])
     verifier = {"name": "python-tests", "memory_mb": 1}
