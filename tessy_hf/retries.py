@@ -52,7 +52,7 @@ _WORDS = 300
 
 
 class TransientError(Exception):
-    """A failure after which the same call may succeed, in so many seconds; ``None`` leaves them to the policy."""
+    """A failure after which the same call may succeed in ``retry_after`` seconds; ``None`` leaves it to the policy."""
 
     retryable = True
 

@@ -38,7 +38,7 @@ class Addresses:
         elif isinstance(given, str) and given.startswith(DNS):
             self._name = check_url(given.removeprefix("dns+"))
         else:
-            self.fixed = [check_url(url) for url in ([given] if isinstance(given, str) else given)]
+            self.fixed = list(dict.fromkeys(map(check_url, [given] if isinstance(given, str) else given)))
             if not self.fixed:
                 raise SettingsError(
                     'ServerEngine got no address. Pass base_url="http://127.0.0.1:8000/v1" or a list of addresses.'

@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ class Replica:
     url: str
     service: Service
     most: int  # requests at once
-    rows: set[str] = field(default_factory=set)
+    rows: int = 0
     down: bool = False  # whether nothing served there when it was last asked
     error: ReplicaError | None = None  # how it was found to be down or busy when it was last asked
     failing_since: float = 0.0  # when it began to be so, by time.monotonic()
@@ -240,7 +240,7 @@ class Replicas:
     def release(self, row: str) -> None:
         """Forget which server has a row."""
         if (home := self._homes.pop(row, None)) is not None:
-            home.rows.discard(row)
+            home.rows -= 1
 
     async def _enter(self, row: str) -> tuple[Replica, int]:
         """Wait for a turn at the row's server, or at another where it has none, or one that went or is left alone."""
@@ -292,7 +292,7 @@ class Replicas:
         there = [replica for replica in others if not self._away(replica)] or others
         name = row.encode("utf-8", "surrogatepass")
         self.release(row)
-        home = min(there, key=lambda one: (len(one.rows), zlib.crc32(name, zlib.crc32(one.url.encode()))))
-        home.rows.add(row)
+        home = min(there, key=lambda one: (one.rows, zlib.crc32(name, zlib.crc32(one.url.encode()))))
+        home.rows += 1
         self._homes[row] = home
         return home

@@ -326,6 +326,7 @@ class _Notices:
         """Log no more."""
         if self._task is not None:
             self._task.cancel()
+            self._task = None
 
     async def _log(self) -> None:
         begin, pause = time.monotonic(), FIRST_NOTICE

@@ -42,23 +42,14 @@ Kind = Literal["complete", "stream", "classify"]
 
 
 class Submit(NamedTuple):
-    """A request.
+    """A request."""
 
-    Attributes:
-        name: Unique in this engine; outputs carry it.
-        row: The row it belongs to.
-        kind: Which outputs are wanted.
-        prompt_ids: The prompt.
-        params: Arguments of ``vllm.SamplingParams``, or of ``vllm.PoolingParams`` for ``classify``.
-        priority: Lower is served first.
-    """
-
-    name: str
+    name: str  # unique in this engine; outputs carry it
     row: str
     kind: Kind
     prompt_ids: array[int]
-    params: dict[str, Any]
-    priority: int
+    params: dict[str, Any]  # arguments of vllm.SamplingParams, or of vllm.PoolingParams for "classify"
+    priority: int  # lower is served first
 
 
 class Abort(NamedTuple):
@@ -68,49 +59,29 @@ class Abort(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The engine has started.
+    """The engine has started."""
 
-    Attributes:
-        context_length: The most tokens of prompt and completion.
-        cache_tokens: How many tokens its KV cache holds.
-        fallback: Why block hashes are not reused (:mod:`tessy_hf.engines.vllm_internals`).
-    """
-
-    context_length: int
-    cache_tokens: int | None
-    fallback: str | None
+    context_length: int  # most tokens of prompt and completion
+    cache_tokens: int | None  # how many its KV cache holds
+    fallback: str | None  # why block hashes are not reused (tessy_hf.engines.vllm_internals)
 
 
 class Failed(NamedTuple):
-    """The engine could not start.
+    """The engine could not start."""
 
-    Attributes:
-        reason: What vLLM raised.
-        missing: Whether vLLM, or something it needs, could not be imported.
-    """
-
-    reason: str
-    missing: bool
+    reason: str  # what vLLM raised
+    missing: bool  # whether vLLM, or something it needs, could not be imported
 
 
 class Output(NamedTuple):
-    """Part of the result of a request, or all of it.
-
-    Attributes:
-        name: The request's.
-        token_ids: New ids; of a classifier none.
-        finish: vLLM's reason why the request ended; ``None`` while it goes on.
-        cached_tokens: How many ids of the prompt were in the prefix cache.
-        logits: Of a classifier, float32 of shape (ids not in the prefix cache, labels).
-        refusal: Why vLLM did not accept the request.
-    """
+    """Part of the result of a request, or all of it."""
 
     name: str
-    token_ids: list[int]
-    finish: str | None
-    cached_tokens: int = 0
-    logits: Any = None
-    refusal: str | None = None
+    token_ids: list[int]  # new ones; of a classifier none
+    finish: str | None  # vLLM's reason why the request ended; None while it goes on
+    cached_tokens: int = 0  # ids of the prompt that were in the prefix cache
+    logits: Any = None  # of a classifier, float32 of shape (ids not in the prefix cache, labels)
+    refusal: str | None = None  # why vLLM did not accept the request
 
 
 class Connection:
@@ -241,12 +212,7 @@ class VLLMProcess:
     async def ask(
         self, row: str, kind: Kind, prompt_ids: Sequence[int], params: dict[str, Any], priority: int = 0
     ) -> Output:
-        """Return the one output of a request that is not a stream.
-
-        Raises:
-            RequestError: vLLM refuses the request.
-            EngineDeadError: vLLM died.
-        """
+        """Return the one output of a request that is not a stream. Raises as :meth:`stream` does."""
         async with aclosing(self.stream(row, kind, prompt_ids, params, priority)) as outputs:
             return await anext(outputs)
 

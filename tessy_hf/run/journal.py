@@ -81,12 +81,9 @@ class _Lease:
 class Journal(JournalReader):
     """The rows of one run in a journal file, for one thread at a time. Touches no file until used.
 
-    All methods may raise a :class:`JournalError`: the file cannot be used. What was buffered then stays buffered.
-
-    Args:
-        path: The file. Made with mode 0600 at its first use, missing folders with 0700.
-        fingerprint: The run's. Rows of other fingerprints in the file are neither seen nor touched.
-        max_attempts: How many attempts at a row may fail, over all runs, before the failure is final.
+    The arguments are those of a :class:`JournalReader`; the file is made with mode 0600 at its first use, missing
+    folders with 0700. All methods may raise a :class:`JournalError`: the file cannot be used. What was buffered then
+    stays buffered.
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: str, *, max_attempts: int = 3) -> None:
@@ -133,10 +130,7 @@ class Journal(JournalReader):
     def append(self, key: Key, pieces: Iterable[Span], state: Mapping[str, Any] | None = None) -> None:
         """Buffer text kept of a claimed row. The cost does not depend on how much the row has already.
 
-        Args:
-            key: The row.
-            pieces: The text, in order.
-            state: JSON values needed to continue after it, in place of those before. Not to change until flushed.
+        The state is JSON values needed to continue after it, in place of those before; not to change until flushed.
         """
         lease = self._lease(key)
         for piece in pieces:
@@ -182,8 +176,7 @@ class Journal(JournalReader):
     def flush(self, *, sync: bool = True) -> None:
         """Commit what is buffered and, a few times a minute, renew all claims. Free where there is nothing to do.
 
-        Args:
-            sync: Whether finished and failed rows must survive a power cut too. Without it they survive the process.
+        Finished and failed rows survive the process, and where ``sync`` is set a power cut too.
         """
         ended = self._unsynced or any(lease.columns is not None for lease in self._unwritten.values())
         if self._unwritten or (sync and ended) or (self._held and self._renewal_is_due()):

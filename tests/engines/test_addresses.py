@@ -39,7 +39,7 @@ def test_files_and_names_that_cannot_be_used_are_refused(address):
 
 
 def test_a_fixed_list_stays():
-    given = Addresses(["http://one/v1/", "https://two:8/v1"])
+    given = Addresses(["http://one/v1/", "https://two:8/v1", "http://one/v1"])
     assert not given.dynamic and asyncio.run(given.read()) == given.fixed == ["http://one/v1", "https://two:8/v1"]
     assert repr(given) == "['http://one/v1', 'https://two:8/v1']"
 
