@@ -98,7 +98,7 @@ def _tokens(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None
     bars = []
     for name, color in _colors(theme, found).items():
         thinking, answer = (found["tokens"][name][part]["mean"] for part in ("thinking", "answer"))
-        parts = [(thinking, {"color": color}), (answer, {"color": color, "alpha": 0.45})]
+        parts: list[figures.Part] = [(thinking, {"color": color}), (answer, {"color": color, "alpha": 0.45})]
         note = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
         bars.append(figures.Bar(name, parts, f"{thinking + answer:,.0f}", note))
     figures.draw_bars(axes, bars, theme)

@@ -226,23 +226,27 @@ def style(theme: Theme) -> Iterator[Any]:
         yield Figure
 
 
+Part = tuple[float, dict[str, Any]]
+"""Length and look of a part of a bar."""
+
+
 class Bar(NamedTuple):
     """A horizontal bar.
 
     Attributes:
         label: Its name on the axis.
-        parts: Length and look of each part, laid end to end.
+        parts: Its parts, laid end to end.
         total: What is written at its end.
         note: What is written below it.
     """
 
     label: str
-    parts: Sequence[tuple[float, dict[str, Any]]]
+    parts: Sequence[Part]
     total: str
     note: str = ""
 
 
-def author_parts(lengths: Mapping[str, float], theme: Theme) -> list[tuple[float, dict[str, Any]]]:
+def author_parts(lengths: Mapping[str, float], theme: Theme) -> list[Part]:
     """Return the parts of a bar that both authors share."""
     return [(lengths[author], {"color": theme.of(author), "label": author}) for author in AUTHORS]
 

@@ -41,7 +41,7 @@ Numbers = npt.NDArray[Any]
 
 
 class Tally(Counter[Any]):
-    """A multiset of integers with exact means and quantiles."""
+    """Counts of values, with exact means and quantiles where these are integers."""
 
     def quantiles(self) -> dict[str, int | None]:
         """Return for each quantile the smallest number that at least that share of all numbers does not exceed."""
