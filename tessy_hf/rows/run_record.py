@@ -60,8 +60,10 @@ def read(path: Path) -> RunRecord | None:
             stored = json.loads(sidecar(path).read_text("utf-8")) if sidecar(path).is_file() else {}
         return RunRecord.model_validate(stored) if stored else None
     except (OSError, ValueError, pa.ArrowException) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {}
-        why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else error
+        why: object = error
+        if isinstance(error, ValidationError):
+            fault = error.errors()[0]
+            why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
         raise DatasetError(
             f"The run's record of {path} cannot be read: {why}. A file that tessy_hf wrote is expected; upgrade "
             "tessy_hf, or write the rows again."

@@ -7,11 +7,11 @@ import random
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
-from tessy_hf import push_to_hub
+from tessy_hf import demo, push_to_hub
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, HubError, JournalError, RequestError, VersionError
 from tessy_hf.hub import releases
-from tessy_hf.manifest import Manifest
+from tessy_hf.manifest import Manifest, RunRecord, SourceRecord
 from tessy_hf.rows import parquet as shards
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
 from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, patched, state
@@ -441,6 +441,39 @@ def test_plain_push_to_hub_works_on_our_columns(hub, streamed):
 
 
 # --- reading back
+
+
+def test_a_command_is_told_only_where_it_works():
+    with demo.transform(journal=None) as transform:
+        run = transform.record()
+    on_hub = run.model_copy(update={"source": SourceRecord(id="me/prompts", revision="a" * 40, split="test")})
+    lead, command = releases.how_to_reproduce("me/rows@v1.0.0", on_hub, several=True)
+    assert lead == "To reproduce these rows:"
+    assert command.startswith(
+        f"tessy synthesize me/rows@v1.0.0 me/prompts@{'a' * 40} rows.parquet --split test --run "
+    )
+
+    def changed(**student):
+        return on_hub.model_copy(update={"student": on_hub.student.model_copy(update=student)})
+
+    model = on_hub.student.model
+    served = changed(engine="server", model=model.model_copy(update={"digest": None}), tokenizer=None, options={})
+    lead, command = releases.how_to_reproduce("me/rows@v1.0.0", served)
+    assert "your servers in place of HOST" in lead and "--set student.options.base_url=http://HOST" in command
+
+    function = {**run.settings, "verifier": {"function": "mine.check", "hash": "0"}}
+    for told, why in [
+        (RunRecord(fingerprint="0"), "prompts are not a dataset on the Hub"),
+        (run, "prompts are not a dataset on the Hub"),
+        (run.model_copy(update={"source": SourceRecord(id="json", revision="a" * 40)}), "not a dataset on the Hub"),
+        (RunRecord(fingerprint="0", source=on_hub.source), "does not name its models"),
+        (changed(engine="scripted"), "engine 'scripted'"),
+        (changed(model=model.model_copy(update={"digest": "sha256:0"})), "a local folder that is not here, or has"),
+        (changed(model=model.model_copy(update={"name": "gone"})), "'gone' is a local folder that is not here"),
+        (on_hub.model_copy(update={"settings": function}), "was the function 'mine.check'"),
+    ]:
+        (line,) = releases.how_to_reproduce("me/rows@v1.0.0", told)
+        assert line.startswith("No command reproduces") and why in line
 
 
 def test_two_releases_are_compared_without_downloading_what_they_share(hub):
