@@ -482,7 +482,7 @@ def test_two_releases_are_compared_without_downloading_what_they_share(hub):
     push(changed.select(range(1, 48)), "2.0.0", license="apache-2.0")
     (told,) = releases.diff(REPO, "v1.0.0", "v2.0.0")
     assert told.rows == (36, 42)
-    assert told.added[1] == 8 and told.removed == (["1"], 1) and told.changed == (["8"], 1)  # by their seeds
+    assert told.added[1] == 8 and told.removed == ([1], 1) and told.changed == ([8], 1)  # by their seeds
     assert ("license", "mit", "apache-2.0") in told.facts
     assert releases.diff(REPO, "v1.0.0", "v1.0.0")[0].facts == []
     with pytest.raises(HubError, match=r"has no 'v3\.0\.0'\. Tags: v1\.0\.0, v2\.0\.0"):
