@@ -65,8 +65,8 @@ class Rows:
             self._records, rows = run_record.read_all(str(rows)), _load(str(rows))
         self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
-            stored = self.given.description()
-            self._records = [RunRecord.model_validate_json(stored)] if stored else []
+            stored = run_record.parse(self.given.description() or "{}", self.given.path)
+            self._records = [stored] if stored is not None else []
             self._features: Features = journal_features(self.given)
             if prompts is not None:
                 self.answered = Answers(self.given, prompts, self._records, self._features)
