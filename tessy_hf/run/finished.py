@@ -77,6 +77,8 @@ class Rows:
             raise DatasetError(
                 f"push_to_hub got a {kind}. A Dataset, an IterableDataset or a journal is expected.{hint}"
             )
+        if prompts is not None and self.answered is None:
+            raise DatasetError("Only a journal needs prompts; other rows have their columns. Leave them out.")
         missing = [name for name in columns.COLUMNS if name not in self._features]
         if missing:
             raise DatasetError(

@@ -403,8 +403,14 @@ def test_a_record_of_another_run_is_refused_before_anything_is_sent(hub):
         push(rows, manifest=transform.record())
 
 
-def test_rows_of_which_nothing_is_known_are_told(hub):
-    _, told = push(finished(3))
+def test_rows_of_which_nothing_is_known_are_told(hub, tmp_path):
+    with scripted() as transform:
+        transform.write(transform.map(prompts(2)).remove_columns("prompt"), tmp_path / "rows.parquet")
+    _, told = push(tmp_path / "rows.parquet")
+    assert any("have no column 'prompt'; `tessy merge JOURNAL --prompts`" in line for line in told)
+    with pytest.raises(DatasetError, match="Only a journal needs prompts"):
+        push(tmp_path / "rows.parquet", prompts=prompts(2))
+    _, told = push(finished(3), "2.0.0")
     assert "of run run-a only the fingerprint is known; pass manifest= (--recipe) to name its models" in told
 
 
