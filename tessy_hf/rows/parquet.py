@@ -178,11 +178,6 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def total(shards: Iterable[ShardRecord], of: str) -> int:
-    """Add up ``rows`` or ``bytes``."""
-    return sum(int(getattr(shard, of)) for shard in shards)
-
-
 def checked_size(size: int | str) -> int:
     """Read a size in bytes, such as ``"500MB"``.
 
