@@ -20,7 +20,7 @@ from tessy_hf.rows import columns, prompt_source
 from tessy_hf.rows.output import Output, some
 from tessy_hf.rows.parquet import tables
 from tessy_hf.rows.prompt import read_prompts
-from tessy_hf.run.finished import unusable
+from tessy_hf.run.answers import unusable
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import RowKey
 

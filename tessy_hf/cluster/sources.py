@@ -106,8 +106,8 @@ class Sources:
             if self._wanted not in (None, run):
                 continue
             one = JournalReader(journal.path, run, max_attempts=1)
-            described = one.description()
-            record = RunRecord.model_validate_json(described).model_dump(mode="json") if described else {}
+            stored = run_record.parse(one.description() or "{}", one.path)
+            record = stored.model_dump(mode="json") if stored is not None else {}
             self._describe(record, "thinking" not in journal_features(one)["messages"].feature)
             for key, failed in one.keys():
                 self._keep(key, run, Found(failed, lambda one=one, key=key: one.row(key) or {}))  # type: ignore[misc]

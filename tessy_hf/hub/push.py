@@ -122,7 +122,7 @@ def push_to_hub(
     Raises:
         VersionError: The version is not valid, exists with other rows, or lies below one that exists.
         DatasetError: The rows lack columns or a schema, or the repository could not be loaded with them in it.
-        JournalError: The journal cannot be read.
+        JournalError: The journal cannot be read, or comes without its prompts.
         HubError: The Hub refuses, or does not answer. ``main`` and the tags are as before, or hold the release.
     """
     terms = License(license=license, license_name=license_name, license_link=license_link)

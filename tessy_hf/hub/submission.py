@@ -62,6 +62,9 @@ class Submission:
             if answers.missing:
                 yield f"{answers.missing} of these prompts have no finished row in the journal"
         for run in sorted(self.rows.fingerprints() or ()):
+            column = self.record(run).settings.get("prompt_column")
+            if column and not {column, f"source_{column}"} & set(self.rows.features):
+                yield f"the rows have no column {column!r}; `tessy merge JOURNAL --prompts` writes the prompts'"
             if self.record(run).teacher is None:
                 yield f"of run {run} only the fingerprint is known; pass manifest= (--recipe) to name its models"
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyarrow.lib import ArrowException
 
 from tessy_hf.errors import DatasetError
+from tessy_hf.rows import columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -92,6 +93,15 @@ def load_finished(source: str, split: str = "train", config_name: str | None = N
             f"Columns: {', '.join(dataset.column_names)}. Pass rows that a TessyTransform has written."
         )
     return dataset
+
+
+def load_rows(source: str) -> Dataset:
+    """Load finished rows from files, with the types of a run, whatever is empty in them; see :func:`load`."""
+    dataset: Dataset = load(source)
+    message = getattr(dataset.features.get("messages"), "feature", {})
+    types = columns.schema(marks_in_content="thinking" not in message)
+    typed = {name: kind for name, kind in types.items() if name in dataset.features}
+    return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
 
 
 def ending(source: str) -> str | None:

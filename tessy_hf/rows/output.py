@@ -266,7 +266,7 @@ def _why_kept(path: Path, fingerprint: str, settings: Settings, asked: Collectio
 
 def _asked(key: RowKey, settings: Settings) -> RowKey:
     """Return what tells rows of one run apart: without an id column what they ask, not their seed."""
-    return key if settings.id_column is not None else key._replace(id="")
+    return key._replace(id="" if settings.id_column is None else str(key.id))
 
 
 def _old_tables(path: Path) -> Iterator[pa.Table]:

@@ -41,14 +41,14 @@ def keys(table: pa.Table, id_column: str | None, hashed: Sequence[str] = ()) -> 
         hashed: The columns that decide a row besides its prompt, see :func:`tessy_hf.rows.prompt.hashed_columns`.
 
     Returns:
-        The keys. Rows without a chat, whose prompts could not be used, have no hash.
+        The keys, with ids as they are stored. Rows without a chat, whose prompts could not be used, have no hash.
     """
     name = next(name for name in (id_column, "key", "seed") if name is not None and name in table.column_names)
     read = [one for one in hashed if one in table.column_names]
     chats = table.column("messages").to_pylist()
     rows = table.select(read).to_pylist() if read else [None] * len(chats)
     return [
-        RowKey(str(one), finished_prompt_hash(chat, row) if chat else "")
+        RowKey(one, finished_prompt_hash(chat, row) if chat else "")
         for one, chat, row in zip(table.column(name).to_pylist(), chats, rows, strict=True)
     ]
 
@@ -176,11 +176,6 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             total.update(piece)
     return total.hexdigest()
-
-
-def total(shards: Iterable[ShardRecord], of: str) -> int:
-    """Add up ``rows`` or ``bytes``."""
-    return sum(int(getattr(shard, of)) for shard in shards)
 
 
 def checked_size(size: int | str) -> int:

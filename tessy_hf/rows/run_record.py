@@ -53,18 +53,30 @@ def read(path: Path) -> RunRecord | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    beside = sidecar(path)
     try:
         if path.suffix.lower() == ".parquet":
-            stored = of_schema(pq.read_schema(path))
+            stored = json.dumps(of_schema(pq.read_schema(path)))
         else:
-            stored = json.loads(sidecar(path).read_text("utf-8")) if sidecar(path).is_file() else {}
-        return RunRecord.model_validate(stored) if stored else None
+            stored = beside.read_text("utf-8") if beside.is_file() else "{}"
     except (OSError, ValueError, pa.ArrowException) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {}
-        why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else error
+        raise DatasetError(f"{path} cannot be read: {error}. A file of rows is expected; check it.") from error
+    return parse(stored, path)
+
+
+def parse(stored: str, source: Path) -> RunRecord | None:
+    """Return the record that a file or a journal has stored as JSON; ``None`` for an empty one.
+
+    Raises:
+        DatasetError: It cannot be read.
+    """
+    try:
+        return RunRecord.model_validate_json(stored) if stored != "{}" else None
+    except ValidationError as error:
+        fault = error.errors()[0]
         raise DatasetError(
-            f"The run's record of {path} cannot be read: {why}. A file that tessy_hf wrote is expected; upgrade "
-            "tessy_hf, or write the rows again."
+            f"The run's record of {source} cannot be read: {'.'.join(map(str, fault['loc']))}: {fault['msg']}. One "
+            "that tessy_hf wrote is expected; upgrade tessy_hf, or run the recipe again."
         ) from error
 
 

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from tessy_hf.errors import DatasetError, JournalError, PromptError
+from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.manifest import RunRecord
-from tessy_hf.rows import columns, parquet, prompt_source, run_record
-from tessy_hf.rows.loading import ending, load
-from tessy_hf.rows.prompt import read_prompts
+from tessy_hf.rows import columns, parquet, run_record
+from tessy_hf.rows.loading import ending, load_rows
+from tessy_hf.run.answers import Answers
 from tessy_hf.run.journal import Journal
 from tessy_hf.run.journal_reader import Counts, JournalReader
-from tessy_hf.text.thinking_format import THINK_TAGS
-from tessy_hf.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,11 +59,11 @@ class Rows:
         self._records: list[RunRecord] = []
         self.answered: Answers | None = None
         if isinstance(rows, (str, Path)) and (ending(str(rows)) or Path(rows).is_dir()):
-            self._records, rows = run_record.read_all(str(rows)), _load(str(rows))
+            self._records, rows = run_record.read_all(str(rows)), load_rows(str(rows))
         self.given = _journal(rows, run, max_attempts) if isinstance(rows, (Journal, str, Path)) else rows
         if isinstance(self.given, Journal):
-            stored = self.given.description()
-            self._records = [RunRecord.model_validate_json(stored)] if stored else []
+            stored = run_record.parse(self.given.description() or "{}", self.given.path)
+            self._records = [stored] if stored is not None else []
             features: Features | None = journal_features(self.given)
             if prompts is not None:
                 self.answered = Answers(self.given, prompts, self._records, features)
@@ -83,6 +81,8 @@ class Rows:
                 "The stream has no schema, so it cannot be written without guessing types. Pass it to map: "
                 "prompts.map(transform, batched=True, features=transform.features(prompts))."
             )
+        if prompts is not None and self.answered is None:
+            raise DatasetError("Only a journal needs prompts; other rows have their columns. Leave them out.")
         missing = [name for name in columns.COLUMNS if name not in features]
         if missing:
             raise DatasetError(
@@ -152,7 +152,6 @@ class Rows:
             yield from self.given.with_format(None)
 
 
-
 def _released(features: Features) -> Features:
     names = {name: f"source_{name}" if name in TRAINERS_OWN else name for name in features}
     twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
@@ -164,65 +163,7 @@ def _released(features: Features) -> Features:
     return type(features)({names[name]: kind for name, kind in features.items()})
 
 
-def _load(source: str) -> Dataset:
-    """Load rows from files, with the types of a run, whatever is empty in them."""
-    dataset: Dataset = load(source)
-    message = getattr(dataset.features.get("messages"), "feature", {})
-    types = columns.schema(marks_in_content="thinking" not in message)
-    typed = {name: kind for name, kind in types.items() if name in dataset.features}
-    return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
-
-
 # --- journals
-
-
-class Answers:
-    """The rows of a journal that answer these prompts, in their order, with their columns.
-
-    Args:
-        journal: The journal, of one run.
-        prompts: The prompts.
-        records: The run's record, which tells how it read its prompts.
-        features: Types of the journal's rows.
-
-    Raises:
-        JournalError: The journal has no record.
-        DatasetError: The prompts lack a column.
-    """
-
-    def __init__(
-        self, journal: Journal, prompts: Dataset | IterableDataset, records: list[RunRecord], features: Features
-    ) -> None:
-        settings = run_record.prompt_settings(records[0].model_dump()) if records else None
-        if settings is None:
-            raise JournalError(
-                f"The journal {journal.path} does not tell which columns its run has read. One that this version "
-                "has written to is expected; run the recipe once more with it, which writes no row again."
-            )
-        self._journal, self._prompts, self._settings, self._record = journal, prompts, settings, records[0]
-        self.features: Features = columns.features(prompts, settings.prompt_column, THINK_TAGS)
-        self.features["messages"] = features["messages"]
-        self.source = prompt_source.source(prompts)
-        done = {key for key, _ in journal.keys()}
-        asked = [key for key, _, _ in read_prompts(prompts, settings)]
-        self.missing = sum(key is not None and key not in done for key in asked)
-        self.count = len(asked) - self.missing
-        self.foreign = len(done.difference(asked))
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the rows; prompts that cannot be used get one that says so."""
-        for key, prompt, error in read_prompts(self._prompts, self._settings):
-            if error is not None:
-                method = self._record.method or self._settings.method
-                yield {**prompt, **unusable(error, method, self._journal.fingerprint)}
-            elif key is not None and (row := self._journal.row(key)) is not None:
-                yield {**prompt, **row}
-
-
-def unusable(error: PromptError, method: str, run_fingerprint: str) -> dict[str, Any]:
-    """Return the columns of a row whose prompt cannot be used."""
-    failed = Trajectory("", finish_reason="error", error=str(error))
-    return columns.row(failed, [], None, THINK_TAGS, method=method, run_fingerprint=run_fingerprint)
 
 
 def open_journal(path: Path) -> Journal:

@@ -7,11 +7,11 @@ import random
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
-from tessy_hf import push_to_hub
+from tessy_hf import demo, push_to_hub
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, HubError, JournalError, RequestError, VersionError
 from tessy_hf.hub import releases
-from tessy_hf.manifest import Manifest
+from tessy_hf.manifest import Manifest, RunRecord, SourceRecord
 from tessy_hf.rows import parquet as shards
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
 from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, patched, state
@@ -404,8 +404,14 @@ def test_a_record_of_another_run_is_refused_before_anything_is_sent(hub):
         push(rows, manifest=transform.record())
 
 
-def test_rows_of_which_nothing_is_known_are_told(hub):
-    _, told = push(finished(3))
+def test_rows_of_which_nothing_is_known_are_told(hub, tmp_path):
+    with scripted() as transform:
+        transform.write(transform.map(prompts(2)).remove_columns("prompt"), tmp_path / "rows.parquet")
+    _, told = push(tmp_path / "rows.parquet")
+    assert any("have no column 'prompt'; `tessy merge JOURNAL --prompts`" in line for line in told)
+    with pytest.raises(DatasetError, match="Only a journal needs prompts"):
+        push(tmp_path / "rows.parquet", prompts=prompts(2))
+    _, told = push(finished(3), "2.0.0")
     assert "of run run-a only the fingerprint is known; pass manifest= (--recipe) to name its models" in told
 
 
@@ -444,13 +450,46 @@ def test_plain_push_to_hub_works_on_our_columns(hub, streamed):
 # --- reading back
 
 
+def test_a_command_is_told_only_where_it_works():
+    with demo.transform(journal=None) as transform:
+        run = transform.record()
+    on_hub = run.model_copy(update={"source": SourceRecord(id="me/prompts", revision="a" * 40, split="test")})
+    lead, command = releases.how_to_reproduce("me/rows@v1.0.0", on_hub, several=True)
+    assert lead == "To reproduce these rows:"
+    assert command.startswith(
+        f"tessy synthesize me/rows@v1.0.0 me/prompts@{'a' * 40} rows.parquet --split test --run "
+    )
+
+    def changed(**student):
+        return on_hub.model_copy(update={"student": on_hub.student.model_copy(update=student)})
+
+    model = on_hub.student.model
+    served = changed(engine="server", model=model.model_copy(update={"digest": None}), tokenizer=None, options={})
+    lead, command = releases.how_to_reproduce("me/rows@v1.0.0", served)
+    assert "your servers in place of HOST" in lead and "--set student.options.base_url=http://HOST" in command
+
+    function = {**run.settings, "verifier": {"function": "mine.check", "hash": "0"}}
+    for told, why in [
+        (RunRecord(fingerprint="0"), "prompts are not a dataset on the Hub"),
+        (run, "prompts are not a dataset on the Hub"),
+        (run.model_copy(update={"source": SourceRecord(id="json", revision="a" * 40)}), "not a dataset on the Hub"),
+        (RunRecord(fingerprint="0", source=on_hub.source), "does not name its models"),
+        (changed(engine="scripted"), "engine 'scripted'"),
+        (changed(model=model.model_copy(update={"digest": "sha256:0"})), "a local folder that is not here, or has"),
+        (changed(model=model.model_copy(update={"name": "gone"})), "'gone' is a local folder that is not here"),
+        (on_hub.model_copy(update={"settings": function}), "was the function 'mine.check'"),
+    ]:
+        (line,) = releases.how_to_reproduce("me/rows@v1.0.0", told)
+        assert line.startswith("No command reproduces") and why in line
+
+
 def test_two_releases_are_compared_without_downloading_what_they_share(hub):
     push(finished(40), license="mit")
     changed = finished(48).map(lambda row: {**row, "answer": "7"} if row["id"] == "r7" else row)
     push(changed.select(range(1, 48)), "2.0.0", license="apache-2.0")
     (told,) = releases.diff(REPO, "v1.0.0", "v2.0.0")
     assert told.rows == (36, 42)
-    assert told.added[1] == 8 and told.removed == (["1"], 1) and told.changed == (["8"], 1)  # by their seeds
+    assert told.added[1] == 8 and told.removed == ([1], 1) and told.changed == ([8], 1)  # by their seeds
     assert ("license", "mit", "apache-2.0") in told.facts
     assert releases.diff(REPO, "v1.0.0", "v1.0.0")[0].facts == []
     with pytest.raises(HubError, match=r"has no 'v3\.0\.0'\. Tags: v1\.0\.0, v2\.0\.0"):
