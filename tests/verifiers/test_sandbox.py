@@ -96,6 +96,8 @@ def test_its_memory_is_limited(run):
     program = "x = bytearray(300 << 20); print(len(x))"
     assert run(program, memory_mb=128).code == 1
     assert run(program, memory_mb=1024).code == 0
+    beside = "import os; os.write(os.memfd_create('x'), b'x')"  # not in its address space
+    assert run(beside).code == 1
 
 
 def test_its_output_is_limited(run):
