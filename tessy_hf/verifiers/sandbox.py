@@ -92,7 +92,7 @@ def run(
         code, output, refusal = _run(folder, stdin, limits, seconds)
     if code == _REFUSED and refusal:
         raise SandboxError(refusal.strip())
-    return Finished(code, output)
+    return Finished(code if code is None or code >= 0 else 128 - code, output)
 
 
 def _run(folder: str, stdin: str, limits: list[str], seconds: float) -> tuple[int | None, str, str]:
