@@ -84,16 +84,23 @@ def features_of(dataset: Dataset | IterableDataset) -> Features:
     """Return columns and types; of a stream without a schema, those of its first rows, which are read.
 
     Raises:
-        DatasetError: These rows fit no schema.
+        DatasetError: It is no dataset, or these rows fit no schema.
     """
     import pyarrow as pa
+    from datasets import Dataset, IterableDataset
 
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise DatasetError(
+            f"A {type(dataset).__name__} cannot be mapped. Expected is a Dataset, IterableDataset or DatasetDict: "
+            "make one, for instance with Dataset.from_list() or Dataset.from_pandas()."
+        )
     try:
         return dataset.features if dataset.features is not None else dataset._resolve_features().features
-    except (pa.ArrowException, UnicodeError) as error:
+    except (pa.ArrowException, UnicodeError, StopIteration) as error:
         raise DatasetError(
-            f"The stream has no schema and its first rows fit none: {error}. Cast it to features, with Json() for "
-            "columns of mixed values, or call stream.map(transform, batched=True) without features=."
+            f"The stream has no schema and its first rows fit none: {str(error) or 'it has no rows'}. Cast it to "
+            "features, with Json() for columns of mixed values, or call stream.map(transform, batched=True) without "
+            "features=."
         ) from error
 
 

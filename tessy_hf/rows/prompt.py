@@ -167,10 +167,11 @@ def _message(message: Any, number: int) -> Message | None:
     """Read a message; ``None`` for an empty system message, which chat templates drop."""
     if not isinstance(message, Mapping):
         raise PromptError(f"message {number} is {_shown(message)}")
+    for key in ("role", "from"):
+        _unicode(str(message.get(key)), f"the role of message {number}")
     role = message.get("role") or _ROLES.get(str(message.get("from")), message.get("from"))
     if not isinstance(role, str):
         raise PromptError(f"message {number} has no role, only {', '.join(map(repr, message))}")
-    _unicode(role, f"the role of message {number}")
     if message.get("tool_calls"):
         raise PromptError(f"message {number} has tool calls, which cannot be rendered")
     content = _text(message["content"] if message.get("content") is not None else message.get("value"), number)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-_MOST_OUTPUT, _MOST_DISK, _MOST_PROCESSES = 16 << 20, 64 << 20, 32
+_MOST_OUTPUT, _MOST_DISK, _MOST_PROCESSES, _MOST_OPEN_FILES = 16 << 20, 64 << 20, 32, 256
 _REFUSED = 97
 _INSIDE = "/sandbox"
 """The program's folder, in a root directory of its own."""
@@ -40,8 +40,8 @@ _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = 0x20000, 0x8000000, 
 _NOSUID, _NODEV, _BIND, _RECURSIVE, _PRIVATE, _WITH_SUBMOUNTS = 2, 4, 0x1000, 0x4000, 0x40000, 0x8000
 _DIE_WITH_PARENT, _FILTER_CALLS, _DROP_CAPABILITY, _NO_NEW_PRIVILEGES = 1, 22, 24, 38
 _IO_URING_SETUP, _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 425, 442, 444, 445, 446
-_CALLS = {"x86_64": (0xC000003E, 41, 109, 112), "aarch64": (0xC00000B7, 198, 154, 157)}
-"""By machine: its number for seccomp, and those of its calls ``socket``, ``setpgid`` and ``setsid``."""
+_CALLS = {"x86_64": (0xC000003E, 29, 319, 41, 109, 112), "aarch64": (0xC00000B7, 194, 279, 198, 154, 157)}
+"""By machine: its number, and those of its calls ``shmget``, ``memfd_create``, ``socket``, ``setpgid``, ``setsid``."""
 
 
 class Finished(NamedTuple):
@@ -92,7 +92,7 @@ def run(
         code, output, refusal = _run(folder, stdin, limits, seconds)
     if code == _REFUSED and refusal:
         raise SandboxError(refusal.strip())
-    return Finished(code, output)
+    return Finished(code if code is None or code >= 0 else 128 - code, output)
 
 
 def _run(folder: str, stdin: str, limits: list[str], seconds: float) -> tuple[int | None, str, str]:
@@ -264,15 +264,15 @@ def _landlock(libc: ctypes.CDLL, folder: str, network: bool) -> bool:
 
 
 def _filter_calls(libc: ctypes.CDLL, network: bool, alone: bool) -> bool:
-    """Make system calls fail: those that open sockets, and those by which processes leave their group.
+    """Make system calls fail: for memory beyond the limit, for sockets, and by which processes leave their group.
 
     Sockets may also be files, or lead to the host of a virtual machine. In a namespace of its own all processes end
     with the first, whatever their group.
     """
     if sys.platform != "linux" or os.uname().machine not in _CALLS:
         return False
-    machine, socket, *leaving = _CALLS[os.uname().machine]
-    denied = ([] if network else [socket, _IO_URING_SETUP]) + ([] if alone else leaving)
+    machine, shmget, memfd_create, socket, *leaving = _CALLS[os.uname().machine]
+    denied = [shmget, memfd_create, *(() if network else (socket, _IO_URING_SETUP)), *(() if alone else leaving)]
     load, equal, above, end, most = 0x20, 0x15, 0x35, 0x06, len(denied)
     steps = [
         (load, 0, 0, 4),
@@ -296,6 +296,7 @@ def _limit(libc: ctypes.CDLL, cpu_seconds: int, memory_mb: int, counted_alone: b
         resource.RLIMIT_AS: memory_mb << 20,
         resource.RLIMIT_FSIZE: _MOST_OUTPUT,
         resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: _MOST_OPEN_FILES,
     }
     if counted_alone:  # else those of all processes of this user
         limits[resource.RLIMIT_NPROC] = _MOST_PROCESSES

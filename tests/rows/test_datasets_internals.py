@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.rows import datasets_internals
@@ -79,11 +79,25 @@ def test_streams_are_converted_by_their_features_only_while_a_transform_is_open(
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("odd", [7, "half \ud83d"])
-def test_a_stream_whose_rows_fit_no_schema_is_told_and_can_be_mapped_without(odd):
-    stream = IterableDataset.from_generator(lambda: iter([{"prompt": [USER]}, {"prompt": odd}]))
+@pytest.mark.parametrize("pair", [([USER], 7), ("Hi", "half \ud83d")], ids=["types", "surrogate"])
+def test_a_stream_whose_rows_fit_no_schema_is_told_and_can_be_mapped_without(pair):
+    stream = IterableDataset.from_generator(lambda: ({"prompt": prompt} for prompt in pair))
     with scripted(id_column=None) as transform:
-        with pytest.raises(DatasetError, match=r"fit none: .* Json\(\) .* map\(transform, batched=True\)"):
+        with pytest.raises(DatasetError, match=r"fit none: .* Json\(\) .*map\(transform, batched=True\)"):
             transform.map(stream)
         rows = list(stream.map(transform, batched=True))
     assert [row["finish_reason"] for row in rows] == ["stop", "error"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([{"prompt": "Hi"}], "A list cannot be mapped"),
+        (Dataset.from_dict({"prompt": ["Hi"]}).to_pandas(), "A DataFrame cannot be mapped"),
+        (IterableDataset.from_generator(lambda: iter(())), "it has no rows"),
+    ],
+    ids=["list", "pandas", "empty"],
+)
+def test_what_is_no_dataset_with_rows_is_told(given, told):
+    with scripted(id_column=None) as transform, pytest.raises(DatasetError, match=told):
+        transform.map(given)

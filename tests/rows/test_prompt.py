@@ -65,15 +65,15 @@ REFUSED = [
     ([{"content": "You are kind."}, USER], "message 0 has no role, only 'content'"),
     ([USER, {"role": None, "content": "Hi"}], "message 1 has no role"),
     ([USER, {"role": "assistant", "content": "two"}], "the last message is by 'assistant'"),
+    ([{"role": "half \ud83d", "content": "Hi"}, USER], "the role of message 0 has half of a surrogate pair"),
+    ([{"role": "user", "content": [{"text": ["Hi"]}]}], "message 0 has a part whose text is ['Hi'] (list)"),
+    ([{"role": "user", "content": [TEXT, 7]}], "message 0 has a part whose text is 7 (int)"),
     ([{"role": "system", "content": ""}], "the last message is by nobody"),
     ([{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}]}], "message 0 has a part of type 'image'"),
     ([{"role": "user", "content": []}], "message 0, by 'user', is empty"),
     ([{"role": "user", "content": {"text": "Hi"}}], "the content of message 0 is {'text': 'Hi'} (dict)"),
     ([USER, {"role": "assistant", "content": None, "tool_calls": CALL}, USER], "message 1 has tool calls"),
     ("half \ud83d of it", "message 0 has half of a surrogate pair"),
-    ([{"role": "half \ud83d", "content": "Hi"}, USER], "the role of message 0 has half of a surrogate pair"),
-    ([{"role": "user", "content": [{"text": ["Hi"]}]}], "message 0 has a part whose text is ['Hi'] (list)"),
-    ([{"role": "user", "content": [TEXT, 7]}], "message 0 has a part whose text is 7 (int)"),
 ]
 
 
@@ -83,15 +83,6 @@ def test_what_cannot_be_used_is_refused_by_name(prompt, seen):
         read(prompt)
     message = str(caught.value)
     assert message.startswith("Row 'a': column 'prompt': ") and seen in message and "is expected" in message
-
-
-@pytest.mark.parametrize(
-    ("id", "seen"), [(None, "no id"), ("", "no id"), (float("nan"), "no id"), ("half \ud83d", "half of a surrogate")]
-)
-def test_an_id_that_names_no_row_is_refused(id, seen):
-    reader = PromptReader(Settings.check(id_column="id"), ["id", "prompt"])
-    with pytest.raises(PromptError, match=seen):
-        reader.read({"id": id, "prompt": "Hi"})
 
 
 KEYS = st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls"])
@@ -143,3 +134,12 @@ def test_odd_rows_are_rows_beside_the_others(features, stream, tmp_path):
     with scripted(id_column=None) as transform:
         given.map(transform, batched=True, features=transform.features(given)).to_parquet(tmp_path / "rows.parquet")
     assert Dataset.from_parquet(str(tmp_path / "rows.parquet"))["finish_reason"][:] == expected
+
+
+@pytest.mark.parametrize(
+    ("id", "seen"), [(None, "no id"), ("", "no id"), (float("nan"), "no id"), ("half \ud83d", "half of a surrogate")]
+)
+def test_an_id_that_names_no_row_is_refused(id, seen):
+    reader = PromptReader(Settings.check(id_column="id"), ["id", "prompt"])
+    with pytest.raises(PromptError, match=seen):
+        reader.read({"id": id, "prompt": "Hi"})
