@@ -24,6 +24,7 @@ from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
 from tessy_hf.run.journal import Counts
+from tessy_hf.run.progress import Summary
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
 from tessy_hf.settings import Settings
@@ -45,13 +46,11 @@ class TessyTransform(functools.partial[Any]):
     fingerprint is that of its settings and speakers, so a rerun finds the ``datasets`` cache and a changed setting
     does not. Engines are started at the first batch and stay until :meth:`close`.
 
-    :meth:`map` and ``dataset.map(transform, batched=True)`` do the same. The transform is a ``functools.partial``
-    because that is the one kind of object in which ``datasets`` can find a coroutine function where no event loop runs
-    (scripts), and a plain one where one does (notebooks).
+    It is a ``functools.partial``, the one kind of object in which ``datasets`` can find a coroutine function where no
+    event loop runs (scripts), and a plain one where one does (notebooks).
 
-    While a transform is open, from when it is made or used until :meth:`close`, `datasets` converts streams that it
-    writes by their declared features (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()``
-    and ``to_parquet()`` work.
+    Until :meth:`close`, `datasets` converts streams that it writes by their declared features
+    (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()`` and ``to_parquet()`` work.
 
     Args:
         teacher: The strong model, writer of capability spans.
@@ -172,6 +171,10 @@ class TessyTransform(functools.partial[Any]):
     def loads(self) -> dict[str, Load]:
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
         return RUNS[self._token].loads() if self._token in RUNS else {}
+
+    def summary(self) -> Summary:
+        """Return how the rows since the engines were started ended; ``print`` it."""
+        return RUNS[self._token].summary if self._token in RUNS else Summary()
 
     # --- being called
 

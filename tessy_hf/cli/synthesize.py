@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tessy_hf.cli.ending import check_failures, most_failures, show, stopping
 from tessy_hf.cli.files import check_output, load, write
 from tessy_hf.errors import SettingsError, TessyError
 
@@ -47,10 +49,19 @@ def synthesize(
         str | None, typer.Option(help="Only this shard of the prompts, RANK/WORLD: 0/8 to 7/8 for eight hosts.")
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster, as the recipe's `cluster` says.")] = False,
+    allow_failures: Annotated[
+        str,
+        typer.Option(help="How many rows may fail for good, a number or a share (5%), before the exit code is 1."),
+    ] = "0",
 ) -> None:
-    """Synthesize a finished row for each prompt, teacher and student together."""
+    """Synthesize a finished row for each prompt, teacher and student together.
+
+    Exit codes: 0, all rows are there; 1, more rows failed for good than --allow-failures says (rows whose prompts
+    cannot be used do not count); 2, the run could not start or go on, and one sentence says why; 130, Ctrl-C.
+    """
     from datasets import Dataset
 
+    most_failures(allow_failures, 0)
     if out is not None:
         check_output(out)
     with open_transform(recipe, change or [], run) as transform:
@@ -58,7 +69,7 @@ def synthesize(
             raise SettingsError("No output path given. Pass a .parquet or .jsonl file, or --set parts=FOLDER.")
         prompts = _shard(load(data, split, config, line_column="prompt"), shard)
         if ray:
-            _synthesize_on_ray(prompts, transform, out, recipe, change or [])
+            _synthesize_on_ray(prompts, transform, out, recipe, change or [], allow_failures)
             return
         features = transform.features(prompts)
         plan = transform.plan(prompts)
@@ -68,15 +79,27 @@ def synthesize(
             highlight=False,
         )
         rows = prompts.map(transform, batched=True, features=features)
-        if out is None:
-            Console().print(f"{sum(1 for _ in rows)} rows in {transform.settings.parts}", soft_wrap=True)
-            return
-        finished = Dataset.from_generator(_iterate, gen_kwargs={"rows": rows}, features=features)
-    write(finished, out)
+        with stopping(transform):
+            if out is None:
+                Console().print(f"{sum(1 for _ in rows)} rows in {transform.settings.parts}", soft_wrap=True)
+            else:
+                finished = Dataset.from_generator(
+                    _iterate,
+                    gen_kwargs={"rows": rows},
+                    features=features,
+                    fingerprint=secrets.token_hex(
+                        8
+                    ),  # not the cached rows of an earlier run: failed ones are tried again
+                )
+        summary = transform.summary()
+    if out is not None:
+        write(finished, out)
+    show(summary, transform, data, out)
+    check_failures(summary.failed, summary.finished + summary.failed, allow_failures)
 
 
 def _synthesize_on_ray(
-    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str]
+    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str], allow_failures: str
 ) -> None:
     from tessy_hf.cluster import ray as distributed
     from tessy_hf.recipe import read_placement
@@ -88,10 +111,11 @@ def _synthesize_on_ray(
     report = written.merge.report
     Console().print(
         f"{report.prompts} rows in {out or transform.settings.parts}, {written.found} of them found, "
-        f"{report.failed} failed",
+        f"{report.failed} failed, {report.unusable} refused for their prompts",
         soft_wrap=True,
         highlight=False,
     )
+    check_failures(report.failed, report.prompts - report.unusable, allow_failures)
 
 
 def _shard(prompts: Any, shard: str | None) -> Any:

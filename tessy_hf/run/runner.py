@@ -25,7 +25,7 @@ from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.run.commits import Commits
 from tessy_hf.run.metering import Load, Meter
 from tessy_hf.run.outbox import Outbox
-from tessy_hf.run.progress import Progress
+from tessy_hf.run.progress import Origin, Progress, Summary
 from tessy_hf.run.stores import journal_of, shared_rows_of, why_anew
 from tessy_hf.run.synthesis import Synthesis
 from tessy_hf.run.window import Window
@@ -101,6 +101,11 @@ class Run:
     def loads(self) -> dict[str, Load]:
         """Return for what the rows waited so far."""
         return self.meter.loads()
+
+    @property
+    def summary(self) -> Summary:
+        """How the rows so far ended."""
+        return self._progress.summary
 
     def close(self) -> None:
         """Cancel what is under way, close the engines, end the loop."""
@@ -216,15 +221,16 @@ class Run:
 
     async def _row(self, prompt: Prompt | PromptError, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Write one row, whatever its prompt is like."""
+        origin: Origin
         self._rows_begun += 1
         if isinstance(prompt, PromptError):
-            row = self._synthesis.unusable(prompt)
+            row, origin = self._synthesis.unusable(prompt), "refused"
         else:
             with self._progress.row():
-                row = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
+                row, origin = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
             tokens = length(prompt.messages) // CHARACTERS_PER_TOKEN + row["teacher_tokens"] + row["student_tokens"]
             self.window.learn(tokens, self.meter.recomputed_tokens)
-        self._progress.done(row)
+        self._progress.done(row, origin)
         return row
 
     def _leave(self, _: asyncio.Task[Any]) -> None:

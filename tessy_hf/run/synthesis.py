@@ -21,6 +21,7 @@ from tessy_hf.run.commits import Commits
 from tessy_hf.run.journal import Claim
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
+from tessy_hf.run.progress import Origin
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Draft, Message, Prompt, RowKey, Span, Trajectory
 from tessy_hf.verifiers import verifiers
@@ -79,8 +80,8 @@ class Synthesis:
             self._commits.journal.plan(keys, other_prompts)
             self._commits.journal.enroll(keys)
 
-    async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a row, written if need be.
+    async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Origin]:
+        """Return the columns of a row, written if need be, and where they come from.
 
         Args:
             prompt: The row's question.
@@ -94,10 +95,11 @@ class Synthesis:
             if self._outbox is None:
                 return await self._journaled(prompt, inputs)
             found = await self._outbox.find(prompt.row_key)
-            if found is None:
-                found = await self._journaled(prompt, inputs)
-                self._outbox.add(prompt.row_key, found)
-            return found
+            if found is not None:
+                return found, "found"
+            row, origin = await self._journaled(prompt, inputs)
+            self._outbox.add(prompt.row_key, row)
+            return row, origin
 
     async def stored(self) -> None:
         """Wait until all rows written so far are durable.
@@ -128,7 +130,7 @@ class Synthesis:
             draft=draft,
         )
 
-    async def _journaled(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    async def _journaled(self, prompt: Prompt, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Origin]:
         """Look a row up in the journal, or try to write it until it is finished or out of attempts."""
         draft = Draft(prompt.key, prompt.seed, self._settings.judged)
         attempts = 0
@@ -136,13 +138,13 @@ class Synthesis:
             if self._commits is not None:
                 claim = await self._claim(prompt.row_key, self._commits)
                 if claim.status == "finished":
-                    return claim.columns
+                    return claim.columns, "found"
                 draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
                 attempts = claim.attempts
-            row, retryable = await self._attempt(prompt, inputs, draft)
+            row, written = await self._attempt(prompt, inputs, draft)
             attempts += 1
-            if not retryable or attempts >= self._settings.max_attempts:
-                return row
+            if not written.retryable or attempts >= self._settings.max_attempts:
+                return row, "refused" if written.refused else "written"
             await asyncio.sleep(RETRIES.pause(attempts))
 
     async def _claim(self, key: RowKey, commits: Commits) -> Claim:
@@ -150,8 +152,10 @@ class Synthesis:
             await asyncio.sleep(BUSY_SECONDS)
         return claim
 
-    async def _attempt(self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft) -> tuple[dict[str, Any], bool]:
-        """Write a row, on from its draft; return its columns, and whether another attempt may help."""
+    async def _attempt(
+        self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft
+    ) -> tuple[dict[str, Any], Trajectory]:
+        """Write a row, on from its draft; return its columns, and what was written."""
         commits, key = self._commits, prompt.row_key
 
         def keep(draft: Draft, piece: Span | None) -> None:
@@ -173,7 +177,7 @@ class Synthesis:
         if commits is not None:
             (commits.journal.fail if written.finish_reason == "error" else commits.journal.finish)(key, row)
             commits.soon()
-        return row, written.retryable
+        return row, written
 
 
 def verify_with(verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any], meter: Meter) -> methods.Verify:

@@ -64,10 +64,10 @@ def test_a_journal_of_several_runs_wants_to_know_which(tessy, tmp_path):
         with scripted(journal=str(journal), temperature=temperature) as transform:
             transform(prompts(2)[:])
     code, printed = tessy("export", journal, tmp_path / "rows.parquet")
-    assert code == 1 and "holds 2 runs" in printed and "--run" in printed
+    assert code == 2 and "holds 2 runs" in printed and "--run" in printed
     code, printed = tessy("export", journal, tmp_path / "rows.parquet", "--run", transform.run_fingerprint)
     assert code == 0 and "2 rows in" in printed
-    assert tessy("export", journal, tmp_path / "rows.parquet", "--run", "none")[0] == 1
+    assert tessy("export", journal, tmp_path / "rows.parquet", "--run", "none")[0] == 2
 
 
 def test_mistakes_end_in_a_sentence(tessy, tmp_path):
@@ -77,7 +77,7 @@ def test_mistakes_end_in_a_sentence(tessy, tmp_path):
         (("synthesize", tmp_path / "no.yaml", "x.jsonl", tmp_path / "rows.parquet"), "cannot be read"),
     ]:
         code, printed = tessy(*words)
-        assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and told in " ".join(printed.split()) and "Traceback" not in printed
 
 
 # --- boundary predictors
@@ -195,4 +195,4 @@ def test_mistakes_about_predictors_end_in_a_sentence(tessy, tmp_path):
         (("push-boundary", tmp_path, "me/model"), "could be loaded"),
     ]:
         code, printed = tessy(*words)
-        assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and told in " ".join(printed.split()) and "Traceback" not in printed

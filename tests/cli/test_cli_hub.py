@@ -59,4 +59,4 @@ def test_mistakes_end_in_a_sentence(hub, tessy, tmp_path):  # noqa: F811
         (("synthesize", RECIPE, "x.jsonl", tmp_path / "rows.parquet", "--set", "nothing"), "is not an override"),
     ]:
         code, printed = tessy(*words)
-        assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and told in " ".join(printed.split()) and "Traceback" not in printed

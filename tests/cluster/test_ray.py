@@ -152,7 +152,7 @@ def test_the_command_reads_what_to_take_from_the_recipe(cluster, tessy, tmp_path
         rows = Dataset.from_parquet(str(tmp_path / "rows.parquet")).to_list()
         assert rows == [{**row, "run_fingerprint": rows[0]["run_fingerprint"]} for row in single(server, 12)]
     code, printed = tessy(*words[:3], tmp_path / "rows.jsonl", "--ray")
-    assert code == 1 and "is not a .parquet file" in printed
+    assert code == 2 and "is not a .parquet file" in printed
 
 
 def test_mistakes_are_told_before_anything_starts(tmp_path):
