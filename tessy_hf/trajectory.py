@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from tessy_hf.errors import PromptError, RequestError
+
 Author = Literal["teacher", "student"]
 """Who wrote a span: the strong model, or the model to be trained."""
 
@@ -88,6 +90,7 @@ class Trajectory:
         closed: Whether the thinking was closed, so that the answer could begin.
         error: What went wrong, for ``finish_reason="error"``; else ``None``.
         retryable: Whether writing the row again may help.
+        refused: Whether the prompt itself cannot be used.
         discarded: Generated tokens that were rolled back, per author, in that author's own tokens.
         generated: All generated tokens, per author, in that author's own tokens.
         seed: The row's seed.
@@ -101,6 +104,7 @@ class Trajectory:
     closed: bool = False
     error: str | None = None
     retryable: bool = False
+    refused: bool = False
     discarded: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     generated: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     seed: int = 0
@@ -118,6 +122,11 @@ class Trajectory:
         if self.spans and self.spans[-1].author == author and self.spans[-1].part == part:
             text = self.spans.pop().text + text
         self.spans.append(Span(author, part, text))
+
+    def fail(self, error: PromptError | RequestError) -> None:
+        """Note what went wrong."""
+        self.finish_reason, self.error = "error", str(error)
+        self.retryable, self.refused = getattr(error, "retryable", False), isinstance(error, PromptError)
 
     def hand_over(self) -> None:
         """Give the turn to the other author."""

@@ -25,6 +25,7 @@ from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
 from tessy_hf.rows.output import write_rows
 from tessy_hf.run.journal import Counts
+from tessy_hf.run.progress import Summary
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
 from tessy_hf.settings import Settings
@@ -46,13 +47,11 @@ class TessyTransform(functools.partial[Any]):
     fingerprint is that of its settings and speakers, so a rerun finds the ``datasets`` cache and a changed setting
     does not. Engines are started at the first batch and stay until :meth:`close`.
 
-    :meth:`map` and ``dataset.map(transform, batched=True)`` do the same. The transform is a ``functools.partial``
-    because that is the one kind of object in which ``datasets`` can find a coroutine function where no event loop runs
-    (scripts), and a plain one where one does (notebooks).
+    It is a ``functools.partial``, the one kind of object in which ``datasets`` can find a coroutine function where no
+    event loop runs (scripts), and a plain one where one does (notebooks).
 
-    While a transform is open, from when it is made or used until :meth:`close`, `datasets` converts streams that it
-    writes by their declared features (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()``
-    and ``to_parquet()`` work.
+    Until :meth:`close`, `datasets` converts streams that it writes by their declared features
+    (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()`` and ``to_parquet()`` work.
 
     Args:
         teacher: The strong model, writer of capability spans.
@@ -190,6 +189,10 @@ class TessyTransform(functools.partial[Any]):
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
         return RUNS[self._token].loads() if self._token in RUNS else {}
 
+    def summary(self) -> Summary:
+        """Return how the rows since the engines were started ended; ``print`` it."""
+        return RUNS[self._token].summary if self._token in RUNS else Summary()
+
     # --- being called
 
     @property
@@ -213,8 +216,7 @@ class TessyTransform(functools.partial[Any]):
         given, layout = Batch.read(batch, extra), self.student.thinking_format.marks_in_content
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), layout)
-        written = asyncio.wrap_future(self._run().submit(given.columns, asyncio.get_running_loop()))
-        return _later(given, written, layout)
+        return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
 
     def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
         """Hand over a batch of columns without waiting for it: the future of the new columns.
@@ -301,8 +303,27 @@ def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
 
-async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
-    return given.returned(await written, marks_in_content)
+async def _later(given: Batch, written: Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
+    # Not asyncio.wrap_future: it would keep the tasks of a stream that was dropped, which `datasets` leaves pending.
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    written.add_done_callback(functools.partial(_wake, weakref.ref(waiter)))
+    try:
+        await waiter
+        return given.returned(written.result(), marks_in_content)
+    finally:
+        written.cancel()
+
+
+def _wake(waiter: weakref.ref[asyncio.Future[None]], written: Future[Any]) -> None:
+    if (waits := waiter()) is not None and not waits.get_loop().is_closed():
+        waits.get_loop().call_soon_threadsafe(_end, waits, written.cancelled())
+
+
+def _end(waiter: asyncio.Future[None], cancelled: bool) -> None:
+    if cancelled:
+        waiter.cancel()
+    elif not waiter.done():
+        waiter.set_result(None)
 
 
 async def _coroutine_function(batch: Batch) -> None:

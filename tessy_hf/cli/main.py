@@ -1,4 +1,8 @@
-"""The `tessy` command. Each command is a thin function: arguments in, one call, words for people out."""
+"""The `tessy` command. Each command is a thin function: arguments in, one call, words for people out.
+
+Exit codes: 0, all is well; 1, more rows failed than allowed, or rows to merge are missing or differ; 2, it could not
+start or go on, as one sentence says; 130, stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import typer
 from rich.console import Console
 
 from tessy_hf.cli import boundary, release, report, rows, synthesize
-from tessy_hf.errors import TessyError
+from tessy_hf.errors import MergeError, TessyError
 
 app = typer.Typer(
     help="Cooperative teacher-student synthesis of reasoning data (TESSY).",
@@ -34,13 +38,24 @@ for command in (
 
 
 def main() -> None:
-    """Run the command. A user's mistake ends in one sentence, not in a traceback."""
+    """Run the command. What this package raises on purpose ends in one sentence, not in a traceback."""
     try:
         app()
-    except TessyError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        Console(stderr=True).print(str(error), markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        console = Console(stderr=True)
+        console.print(f"[bold red]{type(known).__name__}[/]", end=": ")
+        console.print(" ".join(str(known).split()), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1 if isinstance(known, MergeError) else 2) from None
+
+
+def _known(error: BaseException | None) -> TessyError | None:
+    """Return the error of ours that an error comes from: `datasets` and others wrap what a function raises."""
+    while error is not None and not isinstance(error, TessyError):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tessy_hf.cli.ending import check_failures, most_failures, show, stopping
 from tessy_hf.cli.files import load
 from tessy_hf.errors import SettingsError
 
@@ -49,20 +51,32 @@ def synthesize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is not of this run and these prompts.")
     ] = False,
+    allow_failures: Annotated[
+        str,
+        typer.Option(help="How many rows may fail for good, a number or a share (5%), before the exit code is 1."),
+    ] = "0",
 ) -> None:
-    """Synthesize a finished row for each prompt, teacher and student together."""
+    """Synthesize a finished row for each prompt, teacher and student together.
+
+    Exit codes: 0, all rows are there; 1, more rows failed for good than --allow-failures says (rows whose prompts
+    cannot be used do not count); 2, the run could not start or go on, and one sentence says why; 130, Ctrl-C.
+    """
     from tessy_hf.rows.output import Output
     from tessy_hf.rows.parquet import tables
 
+    most_failures(allow_failures, 0)
+    kept = _kept_by(shard)
     output = Output(out, [recipe, data], overwrite=overwrite) if out is not None else None
     with open_transform(recipe, change or [], run) as transform:
         if out is None and transform.settings.parts is None:
             raise SettingsError("No output path given. Pass a .parquet or .jsonl file, or --set parts=FOLDER.")
-        prompts = _shard(load(data, split, config, line_column="prompt"), shard)
+        prompts = load(data, split, config, line_column="prompt")
+        if kept is not None:
+            prompts = prompts.filter(kept, with_indices=True)
         if output is not None:
             output.check_prompts(transform.run_fingerprint, transform.settings, prompts)
         if ray:
-            _synthesize_on_ray(prompts, transform, out, recipe, change or [], overwrite)
+            _synthesize_on_ray(prompts, transform, out, recipe, change or [], overwrite, allow_failures)
             return
         features = transform.features(prompts)
         plan = transform.plan(prompts)
@@ -72,15 +86,25 @@ def synthesize(
             highlight=False,
         )
         rows = prompts.map(transform, batched=True, features=features)
-        if output is None:
-            count = sum(1 for _ in rows)
-        else:
-            count = output.write(tables(rows, features), features, transform.record)
+        with stopping(transform):
+            if output is None:
+                count = sum(1 for _ in rows)
+            else:
+                count = output.write(tables(rows, features), features, transform.record)
+        summary = transform.summary()
     Console().print(f"{count} rows in {out or transform.settings.parts}", soft_wrap=True)
+    show(summary, transform, data, out)
+    check_failures(summary.failed, summary.finished + summary.failed, allow_failures)
 
 
 def _synthesize_on_ray(
-    prompts: Any, transform: TessyTransform, out: Path | None, recipe: str, change: list[str], overwrite: bool
+    prompts: Any,
+    transform: TessyTransform,
+    out: Path | None,
+    recipe: str,
+    change: list[str],
+    overwrite: bool,
+    allow_failures: str,
 ) -> None:
     from tessy_hf.cluster import ray as distributed
     from tessy_hf.recipe import read_placement
@@ -90,23 +114,24 @@ def _synthesize_on_ray(
     report = written.merge.report
     Console().print(
         f"{report.prompts} rows in {out or transform.settings.parts}, {written.found} of them found, "
-        f"{report.failed} failed",
+        f"{report.failed} failed, {report.unusable} refused for their prompts",
         soft_wrap=True,
         highlight=False,
     )
+    check_failures(report.failed, report.prompts - report.unusable, allow_failures)
 
 
-def _shard(prompts: Any, shard: str | None) -> Any:
-    """Return every n-th of the prompts.
+def _kept_by(shard: str | None) -> Callable[[Any, int], bool] | None:
+    """Return which rows a shard keeps, by their numbers: every n-th.
 
-    Not by ``split_dataset_by_node``: in a stream of fewer files than hosts it skips rows only after they are mapped.
+    Not ``split_dataset_by_node``: in a stream of fewer files than hosts it skips rows only after they are mapped.
     """
     if shard is None:
-        return prompts
+        return None
     rank, _, world = shard.partition("/")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise SettingsError(f"--shard {shard!r} is not RANK/WORLD. Use 0/8 for the first of eight hosts.")
-    return prompts.filter(lambda _, number: number % int(world) == int(rank), with_indices=True)
+    return lambda _, number: number % int(world) == int(rank)
 
 
 def plan(

@@ -48,8 +48,7 @@ async def synthesize(
         async with open_turns(prompt, {"teacher": teacher, "student": student}, plan, y) as turns:  # 1-4
             await _write(y, turns, plan, record or (lambda _, piece: None))
     except (PromptError, RequestError) as error:
-        y.finish_reason, y.error = "error", str(error)
-        y.retryable = isinstance(error, RequestError) and error.retryable
+        y.fail(error)
     finally:
         teacher.engine.release(prompt.key)
         student.engine.release(prompt.key)

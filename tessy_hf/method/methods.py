@@ -67,8 +67,9 @@ async def write(
                 break
     except (PromptError, RequestError) as error:
         text = draft.candidates[-1].trajectory if draft.candidates else Trajectory(prompt.key, seed=prompt.seed)
-        retryable = isinstance(error, RequestError) and error.retryable
-        return replace(text, finish_reason="error", error=str(error), retryable=retryable)
+        failed = replace(text)
+        failed.fail(error)
+        return failed
     return best(draft.candidates).trajectory
 
 
@@ -167,11 +168,14 @@ class _Row:
         """Let the teacher alone think and answer.
 
         Raises:
+            PromptError: It cannot be asked this.
             RequestError: It failed.
         """
         plan = replace(self.plan, thinking="teacher", answer="teacher")
         written = await synthesize(prompt, self.teacher, self.student, plan)
         self.draft.extra_tokens["teacher"] += written.generated["teacher"]
+        if written.refused:
+            raise PromptError(str(written.error))
         if written.finish_reason == "error":
             raise RequestError(str(written.error), retryable=written.retryable)
         return written

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import multiprocess
 
@@ -23,6 +26,91 @@ def say(text: str) -> None:
     tqdm.write(f"TESSY: {text}", file=sys.stderr)
 
 
+Origin = Literal["written", "found", "refused"]
+"""Where a row comes from: written now; found in a journal or shared rows; or refused, as its prompt cannot be used."""
+
+_DETAILS = re.compile(r"'[^']*'|\d+")  # in which errors of the same kind differ
+
+
+@dataclass
+class Summary:
+    """How the rows of a run ended.
+
+    Attributes:
+        finished: Rows that are complete, or ended at a limit.
+        failed: Rows that failed for good.
+        refused: Rows whose prompt cannot be used.
+        found: How many of the finished and failed rows were there before.
+        tokens: Kept tokens of the rows, per author.
+        written_tokens: Kept tokens of the rows that were not there before.
+        seconds: From the first row's begin to the last one's end.
+        errors: How often rows failed with each kind of error; kinds are in the order in which they came.
+        examples: For each kind the first error.
+        refusal: Why the first prompt was refused.
+    """
+
+    finished: int = 0
+    failed: int = 0
+    refused: int = 0
+    found: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
+    written_tokens: int = 0
+    seconds: float = 0.0
+    errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    refusal: str | None = None
+
+    @property
+    def teacher_share(self) -> float:
+        """The teacher's share of the kept tokens."""
+        return self.tokens["teacher"] / max(1, sum(self.tokens.values()))
+
+    def add(self, row: Mapping[str, Any], origin: Origin) -> None:
+        """Count a row."""
+        self.found += origin == "found"
+        for author in self.tokens:
+            self.tokens[author] += row[f"{author}_tokens"]
+            self.written_tokens += row[f"{author}_tokens"] if origin == "written" else 0
+        if origin == "refused":
+            self.refused += 1
+            self.refusal = self.refusal or row["error"]
+        elif row["finish_reason"] == "error":
+            self.failed += 1
+            kind = _DETAILS.sub("", row["error"])
+            self.errors[kind] += 1
+            self.examples.setdefault(kind, row["error"])
+        else:
+            self.finished += 1
+
+    @property
+    def rows(self) -> int:
+        """All rows."""
+        return self.finished + self.failed + self.refused
+
+    @property
+    def counts(self) -> str:
+        """How many rows ended how, for people."""
+        found = f", {self.found:,} of them before" if self.found else ""
+        refused = f", {self.refused:,} refused for their prompts" if self.refused else ""
+        return f"{self.finished:,} rows finished, {self.failed:,} failed{found}{refused}"
+
+    def __str__(self) -> str:
+        """Say it in a few lines."""
+        speed = self.written_tokens / (self.seconds or 1)
+        lines = [self.counts, f"teacher share of tokens {self.teacher_share:.0%}, {speed:,.0f} tokens/s"]
+        if self.errors:
+            first = next(iter(self.examples))
+            (most, count), *_ = self.errors.most_common(1)
+            lines.append(f"first error: {self.examples[first]}")
+            lines.append(
+                f"most frequent error ({count:,} of {self.failed:,}): "
+                + ("the same" if most == first else self.examples[most])
+            )
+        if self.refusal:
+            lines.append(f"first refusal: {self.refusal}")
+        return "\n".join(lines)
+
+
 class Progress:
     """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
 
@@ -34,8 +122,7 @@ class Progress:
     def __init__(self, meter: Meter, window: Window) -> None:
         self._meter, self._window = meter, window
         self.in_flight = 0
-        self.failed = 0
-        self.tokens = {"teacher": 0, "student": 0}
+        self.summary = Summary()
         self._begin: float | None = None  # of the first row: models load before it
         self._bar: Any = None
 
@@ -49,11 +136,10 @@ class Progress:
         finally:
             self.in_flight -= 1
 
-    def done(self, row: Mapping[str, Any]) -> None:
+    def done(self, row: Mapping[str, Any], origin: Origin) -> None:
         """Count a row as done."""
-        self.failed += row["finish_reason"] == "error"
-        for author in self.tokens:
-            self.tokens[author] += row[f"{author}_tokens"]
+        self.summary.add(row, origin)
+        self.summary.seconds = self._seconds
         if self._bar is None:
             self._open()
         self._bar.set_postfix_str(self.line(), refresh=False)
@@ -72,15 +158,17 @@ class Progress:
         if not self._is_worker() or multiprocess.current_process().name.endswith("-1"):
             say(text)
 
+    @property
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._begin, 1e-9) if self._begin is not None else 0.0
+
     def line(self) -> str:
         """Return what stands behind the count of rows."""
-        seconds = max(time.monotonic() - (self._begin or 0.0), 1e-9)
-        teacher, student = self.tokens["teacher"], self.tokens["student"]
-        share = teacher / (teacher + student) if teacher + student else 0.0
+        seconds, sums = self._seconds or 1.0, self.summary
+        speeds = ", ".join(f"{author} {tokens / seconds:.0f} tok/s" for author, tokens in sums.tokens.items())
         return (
-            f"{self.in_flight} in flight{self._window.reason}, {self.failed} failed, "
-            f"teacher {teacher / seconds:.0f} tok/s, student {student / seconds:.0f} tok/s, "
-            f"teacher share of rows {share:.0%}{self._bottleneck(seconds)}"
+            f"{self.in_flight} in flight{self._window.reason}, {sums.failed + sums.refused} failed, {speeds}, "
+            f"teacher share of rows {sums.teacher_share:.0%}{self._bottleneck(seconds)}"
         )
 
     def _bottleneck(self, seconds: float) -> str:
@@ -88,7 +176,8 @@ class Progress:
         loads = self._meter.loads()
         if not loads:
             return ""
-        busy = ", ".join(f"{name} {loads[name].busy / seconds:.0%} busy" for name in self.tokens if name in loads)
+        authors = [author for author in self.summary.tokens if author in loads]
+        busy = ", ".join(f"{author} {loads[author].busy / seconds:.0%} busy" for author in authors)
         return f"; {busy}: {max(loads, key=lambda name: loads[name].waited).removesuffix('s')}-bound"
 
     def _open(self) -> None:

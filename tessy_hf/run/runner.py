@@ -25,7 +25,7 @@ from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.run.commits import Commits
 from tessy_hf.run.metering import Load, Meter
 from tessy_hf.run.outbox import Outbox
-from tessy_hf.run.progress import Progress
+from tessy_hf.run.progress import Origin, Progress, Summary
 from tessy_hf.run.stores import journal_of, shared_rows_of, why_anew
 from tessy_hf.run.synthesis import Synthesis
 from tessy_hf.run.window import Window
@@ -82,7 +82,7 @@ class Run:
         self._warned = False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
+        self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pass] = weakref.WeakKeyDictionary()
         self._admission = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tessy", daemon=True)
@@ -92,8 +92,11 @@ class Run:
 
     def submit(self, batch: Columns, caller: asyncio.AbstractEventLoop | None) -> Future[dict[str, list[Any]]]:
         """Hand a batch to the loop. ``caller`` distinguishes one pass over a dataset from the next."""
-        seen = self._passes.setdefault(caller, set()) if caller is not None else set()
-        return self._call(self._batch(batch, seen))
+        if caller is None:
+            return self._call(self._batch(batch, set()))
+        if caller not in self._passes:
+            self._passes[caller] = _Pass(caller)
+        return self._call(self._batch(batch, self._passes[caller].enter()))
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -101,6 +104,11 @@ class Run:
     def loads(self) -> dict[str, Load]:
         """Return for what the rows waited so far."""
         return self.meter.loads()
+
+    @property
+    def summary(self) -> Summary:
+        """How the rows so far ended."""
+        return self._progress.summary
 
     def close(self) -> None:
         """Cancel what is under way, close the engines, end the loop."""
@@ -218,15 +226,16 @@ class Run:
 
     async def _row(self, prompt: Prompt | PromptError, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Write one row, whatever its prompt is like."""
+        origin: Origin
         self._rows_begun += 1
         if isinstance(prompt, PromptError):
-            row = self._synthesis.unusable(prompt)
+            row, origin = self._synthesis.unusable(prompt), "refused"
         else:
             with self._progress.row():
-                row = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
+                row, origin = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
             tokens = length(prompt.messages) // CHARACTERS_PER_TOKEN + row["teacher_tokens"] + row["student_tokens"]
             self.window.learn(tokens, self.meter.recomputed_tokens)
-        self._progress.done(row)
+        self._progress.done(row, origin)
         return row
 
     def _leave(self, _: asyncio.Task[Any]) -> None:
@@ -234,6 +243,29 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
+
+
+class _Pass:
+    """One pass over a stream, on a loop of `datasets`, which leaves it with its tasks where the stream is dropped.
+
+    Our coroutines in these tasks cancel their batches then; the loop is told not to log that they were pending.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._seen: set[str] = set()
+        self._tasks: set[int] = set()
+        self._handler = loop.get_exception_handler()
+        loop.set_exception_handler(self._handle)
+
+    def enter(self) -> set[str]:
+        """Note the task that hands over a batch; return the ids that this pass has seen."""
+        if (task := asyncio.current_task()) is not None:
+            self._tasks.add(id(task))
+        return self._seen
+
+    def _handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if id(context.get("task")) not in self._tasks:
+            self._handler(loop, context) if self._handler is not None else loop.default_exception_handler(context)
 
 
 def _longest_first(prompts: Sequence[Prompt | PromptError]) -> list[int]:

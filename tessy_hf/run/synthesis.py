@@ -20,6 +20,7 @@ from tessy_hf.rows import columns
 from tessy_hf.run.commits import Commits
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
+from tessy_hf.run.progress import Origin
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Draft, Message, Prompt, RowKey, Span, Trajectory
 from tessy_hf.verifiers import verifiers
@@ -57,10 +58,12 @@ class Synthesis:
         """Check that the chat templates keep the thinking and that the verifier works, before anything is loaded.
 
         Raises:
-            TessyError: One does not.
+            TessyError: An engine or predictor is not there, or a chat template would lose the thinking.
+            SettingsError: The verifier does not work.
+            SandboxError: The verifier needs more than this system permits.
         """
-        self._teacher.check_templates(student=False)
-        self._student.check_templates(student=True)
+        self._teacher.check(student=False)
+        self._student.check(student=True)
         verifiers.check(self._verifier)
 
     def enroll(self, keys: Iterable[RowKey], other_prompts: dict[str, str]) -> None:
@@ -70,8 +73,10 @@ class Synthesis:
             self._commits.journal.plan(keys, other_prompts)
             self._commits.journal.enroll(keys)
 
-    async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns of a row, written if need be; ``inputs`` are the columns that its verifier may read.
+    async def row(self, prompt: Prompt, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Origin]:
+        """Return the columns of a row, written if need be, and where they come from.
+
+        ``inputs`` are the columns that its verifier may read.
 
         Raises:
             TessyError: The run cannot go on.
@@ -81,10 +86,11 @@ class Synthesis:
             if self._outbox is None:
                 return await self._journaled(prompt, inputs)
             found = await self._outbox.find(prompt.row_key)
-            if found is None:
-                found = await self._journaled(prompt, inputs)
-                self._outbox.add(prompt.row_key, found)
-            return found
+            if found is not None:
+                return found, "found"
+            row, origin = await self._journaled(prompt, inputs)
+            self._outbox.add(prompt.row_key, row)
+            return row, origin
 
     async def stored(self) -> None:
         """Wait until all rows written so far are durable.
@@ -114,7 +120,7 @@ class Synthesis:
             draft=draft,
         )
 
-    async def _journaled(self, prompt: Prompt, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    async def _journaled(self, prompt: Prompt, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Origin]:
         """Look a row up in the journal, or try to write it until it is finished or out of attempts."""
         draft = Draft(prompt.key, prompt.seed, self._settings.judged)
         attempts = 0
@@ -124,17 +130,19 @@ class Synthesis:
                 while (claim := journal.claim(prompt.row_key)).status == "busy":  # noqa: ASYNC110
                     await asyncio.sleep(BUSY_SECONDS)
                 if claim.status == "finished":
-                    return claim.columns
+                    return claim.columns, "found"
                 draft = Draft.resume(prompt.key, prompt.seed, self._settings.judged, claim.spans, claim.state)
                 attempts = claim.attempts
-            row, retryable = await self._attempt(prompt, inputs, draft)
+            row, written = await self._attempt(prompt, inputs, draft)
             attempts += 1
-            if not retryable or attempts >= self._settings.max_attempts:
-                return row
+            if not written.retryable or attempts >= self._settings.max_attempts:
+                return row, "refused" if written.refused else "written"
             await asyncio.sleep(RETRIES.pause(attempts))
 
-    async def _attempt(self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft) -> tuple[dict[str, Any], bool]:
-        """Write a row, on from its draft; return its columns, and whether another attempt may help."""
+    async def _attempt(
+        self, prompt: Prompt, inputs: Mapping[str, Any], draft: Draft
+    ) -> tuple[dict[str, Any], Trajectory]:
+        """Write a row, on from its draft; return its columns, and what was written."""
         commits, key = self._commits, prompt.row_key
 
         def keep(draft: Draft, piece: Span | None) -> None:
@@ -156,7 +164,7 @@ class Synthesis:
         if commits is not None:
             (commits.journal.fail if written.finish_reason == "error" else commits.journal.finish)(key, row)
             commits.soon()
-        return row, written.retryable
+        return row, written
 
     def _verify_with(self, verifier: verifiers.Verifier, key: str, inputs: Mapping[str, Any]) -> methods.Verify:
         """Return a function that judges finished texts of one row, in a thread."""

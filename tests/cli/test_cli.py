@@ -66,10 +66,10 @@ def test_a_journal_of_several_runs_wants_to_know_which(tessy, tmp_path):
         with scripted(journal=str(journal), temperature=temperature) as transform:
             transform(prompts(2)[:])
     code, printed = tessy("export", journal, tmp_path / "rows.parquet")
-    assert code == 1 and "holds 2 runs" in printed and "--run" in printed
+    assert code == 2 and "holds 2 runs" in printed and "--run" in printed
     code, printed = tessy("export", journal, tmp_path / "rows.parquet", "--run", transform.run_fingerprint)
     assert code == 0 and "2 rows in" in printed
-    assert tessy("export", journal, tmp_path / "rows.parquet", "--run", "none")[0] == 1
+    assert tessy("export", journal, tmp_path / "rows.parquet", "--run", "none")[0] == 2
 
 
 def test_an_output_is_checked_before_anything_is_read_or_written(tessy, tmp_path, monkeypatch):
@@ -87,7 +87,7 @@ def test_an_output_is_checked_before_anything_is_read_or_written(tessy, tmp_path
         ("s3://bucket/rows.parquet", "not a local path"),
     ]:
         code, printed = tessy("synthesize", RECIPE, tmp_path / "prompts.jsonl", out)
-        assert code in (1, 2) and why in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and why in " ".join(printed.split()) and "Traceback" not in printed
     assert (tmp_path / "mine.parquet").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.jsonl", "mine.parquet", "prompts.jsonl"]
 
@@ -111,7 +111,7 @@ def test_a_trial_is_followed_by_the_whole_run_and_never_the_other_way_round(tess
         (("--set", "temperature=0.1"), "prompts.jsonl", "is of run"),
     ]:
         code, printed = run(*words, given=given)
-        assert code in (1, 2) and why in printed and "--overwrite" in printed and out.read_bytes() == whole
+        assert code == 2 and why in printed and "--overwrite" in printed and out.read_bytes() == whole
     assert run("--overwrite", given="others.jsonl")[0] == 0 and out.read_bytes() != whole
 
 
@@ -123,7 +123,7 @@ def test_an_export_is_replaced_by_more_rows_only(tessy, tmp_path):
     out = tmp_path / "rows.parquet"
     assert tessy("export", journals[1], out)[0] == 0 == tessy("export", journals[0], out)[0]
     code, printed = tessy("export", journals[1], out)
-    assert code in (1, 2) and "3 of its 6 rows answer prompts" in " ".join(printed.split())
+    assert code == 2 and "3 of its 6 rows answer prompts" in " ".join(printed.split())
     assert tessy("export", journals[1], out, "--overwrite")[0] == 0
     assert run_record.read(out).fingerprint == transform.run_fingerprint
 
@@ -135,7 +135,7 @@ def test_mistakes_end_in_a_sentence(tessy, tmp_path):
         (("synthesize", tmp_path / "no.yaml", "x.jsonl", tmp_path / "rows.parquet"), "cannot be read"),
     ]:
         code, printed = tessy(*words)
-        assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and told in " ".join(printed.split()) and "Traceback" not in printed
 
 
 # --- boundary predictors
@@ -251,4 +251,4 @@ def test_mistakes_about_predictors_end_in_a_sentence(tessy, tmp_path):
         (("push-boundary", tmp_path, "me/model"), "could be loaded"),
     ]:
         code, printed = tessy(*words)
-        assert code == 1 and told in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and told in " ".join(printed.split()) and "Traceback" not in printed

@@ -268,6 +268,6 @@ def test_an_invalid_shard_is_refused(tessy, tmp_path, shard):
 
     prompts(3).to_json(tmp_path / "prompts.jsonl")
     code, printed = tessy("synthesize", RECIPE, tmp_path / "prompts.jsonl", tmp_path / "x.parquet", f"--shard={shard}")
-    assert code == 1 and "is not RANK/WORLD" in printed
+    assert code == 2 and "is not RANK/WORLD" in printed
     code, printed = tessy("synthesize", RECIPE, tmp_path / "prompts.jsonl")
-    assert code == 1 and "No output path given" in printed
+    assert code == 2 and "No output path given" in printed
