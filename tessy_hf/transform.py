@@ -193,7 +193,7 @@ class TessyTransform(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        given, layout = Batch.read(batch, extra), self.student.thinking_format.marks_in_content
+        given, layout = Batch.read(batch, extra), self.student.thinking_format.key
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), layout)
         written = asyncio.wrap_future(self._run().submit(given.columns, asyncio.get_running_loop()))
@@ -284,8 +284,8 @@ def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
 
-async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
-    return given.returned(await written, marks_in_content)
+async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], key: str | None) -> Any:
+    return given.returned(await written, key)
 
 
 async def _coroutine_function(batch: Batch) -> None:

@@ -20,7 +20,6 @@ from tessy_hf.boundary_training.sampling import Drawn, digest, draw
 from tessy_hf.boundary_training.settings import AnnotationSettings
 from tessy_hf.engines.base import Request, derive_seed
 from tessy_hf.errors import RequestError, SettingsError
-from tessy_hf.errors import TemplateError as ChatTemplateError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
@@ -189,9 +188,8 @@ def _tokenizer(annotator: Speaker, messages: Sequence[Message]) -> tuple[Vocabul
     if annotator.chat_template is not None:
         tokenizer.chat_template = annotator.chat_template
     vocabulary = Vocabulary(tokenizer, annotator.engine.model)
-    try:
-        thinking_format = detect(vocabulary)
-    except ChatTemplateError:
+    thinking_format = detect(vocabulary, annotator.given_format, **annotator.template_options)
+    if not thinking_format.thinks:
         return vocabulary, None
     options = annotator.template_options
     closed = vocabulary.chat_text(messages, add_generation_prompt=False, **options)

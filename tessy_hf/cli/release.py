@@ -70,14 +70,15 @@ def push(
 
 def _finished(rows: str, split: str) -> Any:
     """Open the rows to push."""
-    from tessy_hf.rows.columns import schema
+    from tessy_hf.rows.columns import schema, thinking_key
     from tessy_hf.rows.loading import ending
 
     if ending(rows):
         dataset = load(rows, "train", streaming=False)
         message = dataset.features.get("messages")
         keys = getattr(message, "feature", {})
-        typed = {name: kind for name, kind in schema("thinking" not in keys).items() if name in dataset.features}
+        kinds = schema(thinking_key(keys)).items()
+        typed = {name: kind for name, kind in kinds if name in dataset.features}
         return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
     if Path(rows).exists() or rows.count("/") != 1:
         return Path(rows)

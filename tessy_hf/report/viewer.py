@@ -172,7 +172,7 @@ def _shown(row: Mapping[str, Any]) -> list[Shown]:
         shown += [(_MARK, part, 0, piece.after)] if piece.after else []
     if shown:
         return shown
-    whole, _ = assistant_text(row)
+    whole = assistant_text(row)
     return [(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else []
 
 

@@ -63,7 +63,7 @@ class Rows:
             raise DatasetError(
                 f"push_to_hub got a {kind}. A Dataset, an IterableDataset or a journal is expected.{hint}"
             )
-        missing = [name for name in columns.COLUMNS if name not in self._features]
+        missing = [name for name in columns.COLUMNS if name not in (*self._features, *columns.LATER)]
         if missing:
             raise DatasetError(
                 f"The rows have no {', '.join(missing)}. Columns: {', '.join(self._features)}. Expected are rows that "
@@ -185,7 +185,7 @@ def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> 
 
 
 def journal_features(journal: JournalReader) -> Features:
-    """Return the types of a journal's rows; whether thinking has a key of its own is read from them."""
+    """Return the types of a journal's rows; the key that holds the thinking is read from them."""
     from datasets import Features, Value
 
     keys: set[str] = set()
@@ -193,4 +193,4 @@ def journal_features(journal: JournalReader) -> Features:
         keys = {key for message in row["messages"] for key in message}
         if row["spans"]:
             break
-    return Features({"key": Value("string"), **columns.schema(marks_in_content="thinking" not in keys)})
+    return Features({"key": Value("string"), **columns.schema(columns.thinking_key(keys))})

@@ -80,8 +80,12 @@ class _Lease:
     state: Mapping[str, Any] | None = None
     columns: bytes | None = None
     finish_reason: str | None = None
-    failed: bool = False
+    failed: int = 0
     ended: bool = False
+
+
+FINAL = 1 << 20
+"""Failed attempts that stand for one that no other can better."""
 
 
 class Journal(JournalReader):
@@ -168,16 +172,22 @@ class Journal(JournalReader):
         """Buffer a finished row, of JSON values, and end the claim. Durable once flushed."""
         self._end(key, columns, finish_reason=str(columns.get("finish_reason")))
 
-    def fail(self, key: Key, columns: Mapping[str, Any]) -> None:
-        """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt."""
-        self._end(key, columns, failed=True)
+    def fail(self, key: Key, columns: Mapping[str, Any], *, final: bool = False) -> None:
+        """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt.
+
+        Args:
+            key: The row.
+            columns: The row, with its error.
+            final: Whether no attempt can help, in this run or another: the failure counts as more than any maximum.
+        """
+        self._end(key, columns, failed=FINAL if final else 1)
 
     def release(self, key: Key) -> None:
         """Buffer the end of the claim on an unfinished row. The text kept so far stays."""
         self._end(key, None)
 
     def _end(
-        self, key: Key, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: bool = False
+        self, key: Key, columns: Mapping[str, Any] | None, finish_reason: str | None = None, failed: int = 0
     ) -> None:
         key, lease = row_key(key), self._lease(key)
         if columns is not None:

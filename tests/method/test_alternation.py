@@ -342,7 +342,7 @@ def test_an_end_token_of_the_author_closes_the_thinking(kind, marker, author):
     assert row.generated["teacher"] == (len(ids_of(" Zoo", kind)) if author == "teacher" else 0)
 
 
-@pytest.mark.parametrize(("kind", "marker"), [("gpt2", "</think>"), ("harmony", "<|end|>"), ("harmony", "</think>")])
+@pytest.mark.parametrize(("kind", "marker"), [("gpt2", "</think>"), ("harmony", "</think>")])
 @pytest.mark.parametrize("before", ["", " ", "\n"])
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_a_spelled_out_end_marker_closes_the_thinking(kind, marker, before, k):
@@ -356,13 +356,23 @@ def test_a_spelled_out_end_marker_closes_the_thinking(kind, marker, before, k):
     assert row.closed and row.text("answer") == "Three."
 
 
-@pytest.mark.parametrize("k", CHUNKS)
-@pytest.mark.parametrize("kind", ["qwen", "gpt2"])
-def test_an_end_marker_beyond_the_boundary_is_discarded(k, kind):
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_an_end_marker_that_is_a_token_does_not_close_the_thinking_as_text(k):
     row = write(
-        scripted([" Zoo be</think> X", " End</think>"], kind),
-        scripted(["all Then</think>", " its No"]),
+        scripted([" Zoo X <|end|>\n\nY"], "harmony"),
+        scripted(Script(["all Then"], "Three."), "gpt2"),
         both(by_first_letter),
+        chunk_tokens=k,
+    )
+    assert spans(row) == [("student", "all"), ("teacher", " Zoo X <|end|>\n\nY")]
+
+
+@pytest.mark.parametrize("k", CHUNKS)
+def test_an_end_marker_beyond_the_boundary_is_discarded(k):
+    row = write(
+        scripted([" Zoo be</think> X", " End</think>"], "gpt2"),
+        scripted(["all Then</think>", " its No"], "gpt2"),
+        both(by_first_letter, "gpt2"),
         chunk_tokens=k,
     )
     assert spans(row) == [("student", "all"), ("teacher", " Zoo"), ("student", " its"), ("teacher", " End")]
