@@ -68,6 +68,7 @@ def finished_row(number, run="run-a"):
         "generated_teacher_tokens": 0,
         "generated_student_tokens": 9,
         "finish_reason": "error" if failed else "stop",
+        "exhausted_budget": None,
         "error": "The server gave up." if failed else None,
         "verdict": None,
         "teacher_score": None,

@@ -7,6 +7,7 @@ text is generated.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -278,23 +279,16 @@ def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, 
 
 
 def _check_open(vocabulary: Vocabulary, thinking_format: ThinkingFormat, template: str, /, **options: Any) -> None:
-    name, prompt = vocabulary.name, _generation_prompt(vocabulary, **options)
-    if thinking_format.end_marker in prompt:
-        switch = next((one for one in SWITCHES if one in template and one not in options), SWITCHES[0])
+    switches = [one for one in SWITCHES if re.search(rf"\b{one}\b", template) and one not in options]
+    plain, prompt = _rendered(vocabulary, _USER, True, **options), _generation_prompt(vocabulary, **options)
+    off = [one for one in switches if _rendered(vocabulary, _USER, True, **options, **{one: True}) != plain]
+    if off or thinking_format.end_marker in prompt:
         raise TemplateError(
-            f"The chat template of {name!r} does not leave the thinking open; it ends in {prompt[-60:]!r}. It must "
-            f"end in {thinking_format.open!r}. Pass the option that switches thinking on, for instance "
-            f'Speaker(..., template_options={{"{switch}": True}}), or Speaker(..., thinking_format="none") to use the '
-            "model without thinking."
+            f"The chat template of {vocabulary.name!r} does not leave the thinking open; it ends in {prompt[-60:]!r}. "
+            f"Expected is a prompt that lets the model go on from {thinking_format.open!r}. Pass the option that "
+            f'switches thinking on, for instance Speaker(..., template_options={{"{[*off, *SWITCHES][0]}": True}}), '
+            'or thinking_format="none" to use the model without thinking.'
         )
-    plain = _rendered(vocabulary, _USER, True, **options)
-    for switch in (one for one in SWITCHES if one in template and one not in options):
-        if _rendered(vocabulary, _USER, True, **options, **{switch: True}) != plain:
-            raise TemplateError(
-                f"The chat template of {name!r} switches thinking on by its option {switch!r}, which is not given. "
-                f'Pass Speaker(..., template_options={{"{switch}": True}}), or Speaker(..., thinking_format="none") '
-                "to use the model without thinking."
-            )
 
 
 def _remedy(thinking_format: ThinkingFormat) -> str:
