@@ -96,6 +96,13 @@ FAMILIES = {
         tokens=_THINK,
         special=("<|user|>", "<|assistant|>", "<|im_end|>"),
     ),
+    "a key and newlines of its own": Family(
+        _chatml("{{ '<think>' + (m.thinking or '') + '</think>' + m.content }}", "<think>\n"),
+        "<|im_start|>assistant\n<think>",
+        "</think>",
+        key="thinking",
+        tokens=_THINK,
+    ),
     "Olmo-3": Family(
         _chatml("{{ m.content }}", "<think>"), "<|im_start|>assistant\n<think>", "\n</think>\n\n", tokens=_THINK
     ),
@@ -117,8 +124,8 @@ FAMILIES = {
     ),
     "Seed-OSS": Family(
         _chatml(
-            "{% if m.reasoning_content %}{{ '<seed:think>' + m.reasoning_content | trim + '</seed:think>' }}{% endif %}"
-            "{{ m.content | trim }}",
+            "{% set thought = m.reasoning_content %}"
+            "{% if thought %}{{ '<seed:think>' + thought | trim + '</seed:think>' }}{% endif %}{{ m.content | trim }}",
             "",
         ),
         "<|im_start|>assistant\n<seed:think>",
@@ -129,7 +136,7 @@ FAMILIES = {
         _chatml("{{ m.content }}", "<thought>\n"), "<|im_start|>assistant\n<thought>\n", "\n</thought>\n\n"
     ),
     "Granite-3": Family(
-        "{% if thinking %}<|im_start|>system\nWrite your thoughts after 'Here is my thought process:' and the response "
+        "{% if thinking %}<|im_start|>system\nWrite thoughts after 'Here is my thought process:' and the response "
         "after 'Here is my response:'.<|im_end|>\n{% endif %}" + CHATML,
         "<|im_start|>assistant\nHere is my thought process:\n",
         "\n\nHere is my response:\n",

@@ -1,7 +1,7 @@
 """Rows of every family of thinking formats: what is trained is what was prompted and written."""
 
+import copy
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,6 @@ from datasets import Dataset
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform
 from tessy_hf.errors import SettingsError, TemplateError
 from tessy_hf.rows.columns import assistant_text, pieces
-from tessy_hf.run.journal import Journal
 from tessy_hf.text.thinking_format import ThinkingFormat
 from tests.families import FAMILIES, tokenizer
 from tests.rules import RulePredictor, by_first_letter
@@ -87,6 +86,16 @@ def test_the_loss_by_author_finds_every_span_in_the_trained_text(name, monkeypat
     assert all(piece.text.strip() in span for piece, span in zip(pieces(row), bare, strict=True))
 
 
+def test_a_chat_of_several_turns_trains_on_what_was_prompted():
+    chat = [{"role": "user", "content": "2 + 1?"}, {"role": "assistant", "content": "3"}, *PROMPT_OF_TWO]
+    student = speaker("Qwen3", "okay so 5 .")
+    (row,) = rows_of(student, student, "student-only", Dataset.from_dict({"prompt": [chat]}))
+    assert row["finish_reason"] == "stop"
+
+
+PROMPT_OF_TWO = [{"role": "user", "content": "And 2 more?"}]
+
+
 # --- markers as text
 
 
@@ -128,17 +137,12 @@ def test_an_answer_with_markers_is_kept_where_the_template_keeps_it(name):
     check_row(name, row, student)
 
 
-def test_markers_of_two_spans_together_end_the_row_as_an_error():
-    student = speaker("Granite-3", ["Here is my Zoo", " go"])
-    (row, _) = rows_of(speaker("gpt-oss", [" response: so Take", " Take"]), student, "tessy")
-    assert row["error"] is None  # "Here" is the teacher's kind, by the rule of these tests
-    student = speaker("Granite-3", ["here is my Zoo", " go"], thinking_format=replace_marker("here is my response:"))
-    (row, _) = rows_of(speaker("gpt-oss", [" Response: so Take", " Take"]), student, "tessy")
-    assert row["finish_reason"] == "stop"
-
-
-def replace_marker(marker):
-    return ThinkingFormat("Here is my thought process:\n", f"\n\n{marker}\n", marker)
+def test_a_marker_of_two_authors_words_ends_the_row_as_an_error():
+    marker = "here is my Response:"
+    student = speaker("instruct", ["here is my Zoo", " go"], thinking_format=ThinkingFormat("Now:\n", marker, marker))
+    (row, _) = rows_of(speaker("gpt-oss", [" Response: so", " Take"]), student, "tessy")
+    assert row["finish_reason"] == "error"
+    assert f"the thinking contains its own end marker {marker!r}" in row["error"]
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, "auto"])
@@ -295,17 +299,14 @@ def test_methods_that_need_an_answer_apart_are_refused(teacher, student, method)
 @pytest.mark.parametrize(
     ("name", "template", "told"),
     [
-        ("EXAONE-Deep, kept", ("{{ m.content }}", "{{ m.content.split('</thought>')[-1] }}"), "drops the thinking"),
-        ("Olmo-3", ("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), "drops the thinking"),
-        ("Magistral", ("{{ m.content }}", "{{ m.content | upper }}"), "thinking_format=ThinkingFormat("),
+        ("EXAONE-Deep, kept", "{{ m.content.split('</thought>')[-1] }}", "drops the thinking"),
+        ("Olmo-3", "{{ m.content.split('</think>')[-1] }}", "drops the thinking"),
+        ("Magistral", "{{ m.content | upper }}", "thinking_format=ThinkingFormat("),
     ],
 )
 def test_a_template_that_fits_no_format_is_refused_with_what_fits_its_family(name, template, told):
-    before, _, after = FAMILIES[name].template.rpartition(template[0])
-    if name == "Magistral":
-        before, _, after = FAMILIES[name].template.partition(template[0] + "<|im_end|>")
-        after = "<|im_end|>" + after
-    student = speaker(name, "a", chat_template=before + template[1] + after)
+    engine = ScriptedEngine(lambda row: "a", tokenizer=copy.deepcopy(tokenizer(name)))
+    student = Speaker(engine, chat_template=FAMILIES[name].template.replace("{{ m.content }}", template, 1))
     with pytest.raises(TemplateError) as caught:
         student.check_templates(student=True)
     for shown in (told, FAMILIES[name].between.strip(), "Speaker(..., chat_template=...)"):

@@ -159,7 +159,7 @@ def _read_template(vocabulary: Vocabulary, draft: ThinkingFormat, /, **options: 
     row = [*_USER, draft.assistant_message(_THINKING, _ANSWER)]
     before, thought, rest = _rendered(vocabulary, row, False, **options).partition(_THINKING)
     close, answered, _ = rest.partition(_ANSWER)
-    prompt = _rendered(vocabulary, _USER, True, **options).removesuffix(draft.prompted)
+    prompt = _as_trained(_rendered(vocabulary, _USER, True, **options).removesuffix(draft.prompted), before)
     opened = before[len(prompt) :]
     fits = thought and answered and before.startswith(prompt) and opened.strip() == draft.open.strip()
     return replace(draft, open=opened, close=close) if fits and close.count(draft.end_marker) == 1 else None
@@ -232,10 +232,10 @@ def misfit(
     """
     if thinking_format.thinks and thinking_format.end_marker in thinking:
         return f"the thinking contains its own end marker {thinking_format.end_marker!r} as text"
-    prompt = render(vocabulary, thinking_format, messages, **options)
-    expected = prompt + thinking + thinking_format.close + answer
     row = [*messages, thinking_format.assistant_message(thinking, answer)]
     trained = _rendered(vocabulary, row, False, **options)
+    prompt = _as_trained(render(vocabulary, thinking_format, messages, **options), trained)
+    expected = prompt + thinking + thinking_format.close + answer
     if trained.startswith(expected):
         return None
     at = max(0, len(commonprefix([trained, expected])) - 10)
@@ -243,6 +243,15 @@ def misfit(
     found = [repr(mark) for mark in marks if mark and mark in thinking + answer]
     cause = f"the text contains {' and '.join(found)}, where the chat template cuts it: " if found else ""
     return f"{cause}{expected[at : at + 50]!r} was written, the chat template renders {trained[at : at + 50]!r}"
+
+
+def _as_trained(prompt: str, trained: str) -> str:
+    """Return a prompt with the assistant's role named as in finished turns: some templates call it otherwise there."""
+    begin = len(re.sub(r"\w*$", "", commonprefix([prompt, trained])))
+    for role, other in (("model", "assistant"), ("assistant", "model")):
+        if prompt.startswith(role, begin) and trained.startswith(other, begin):
+            return prompt[:begin] + other + prompt[begin + len(role) :]
+    return prompt
 
 
 def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, student: bool, **options: Any) -> None:

@@ -646,19 +646,20 @@ def test_the_thinking_budget_keeps_the_most_words_that_fit(teacher, student, bud
     assert row.text("thinking") == (fitting or [""])[-1]
     assert (row.finish_reason, row.closed) == (("length", False) if budget < 100 else ("stop", True))
     assert budget == 100 or row.text("answer") == ""
+    assert row.budget in ((None,) if budget == 100 else ("thinking", "word"))
 
 
 def test_a_full_context_ends_the_row_and_keeps_what_fits():
     student = scripted(["add all " * 30], context_length=50)
     row = write(CannedEngine(), student, both(by_first_letter), chunk_tokens=7)
     assert (row.finish_reason, row.closed, row.error) == ("length", False, None)
-    assert row.text("thinking").startswith("add all add")
+    assert row.budget == "context" and row.text("thinking").startswith("add all add")
     assert row.generated["student"] - row.discarded["student"] == len(ids_of(row.text("thinking")))
 
 
 def test_a_long_answer_is_cut_at_its_budget():
     row = write(CannedEngine(), scripted(Script(["all"], "It is three.")), both(by_first_letter), max_answer_tokens=2)
-    assert (row.finish_reason, row.closed) == ("length", True)
+    assert (row.finish_reason, row.budget, row.closed) == ("length", "answer", True)
     assert ids_of(row.text("answer")) == ids_of("It is three.")[:2]
 
 
@@ -701,14 +702,14 @@ def test_the_thinking_budget_binds_where_no_word_ends(text, method, k):
         thinking=method,
         max_thinking_tokens=50,
     )
-    assert (row.finish_reason, row.text("thinking")) == ("length", "all")
+    assert (row.finish_reason, row.budget, row.text("thinking")) == ("length", "word", "all")
     assert row.generated["student"] <= 2 * 50 + 20
 
 
 def test_an_answer_that_goes_round_in_circles_is_called_repetition():
     answer, budget = "again " * 600, len(ids_of("again " * 550))
     row = write(CannedEngine(), scripted(Script(["all"], answer)), both(always_style), max_answer_tokens=budget)
-    assert (row.finish_reason, row.closed) == ("repetition", True)
+    assert (row.finish_reason, row.budget, row.closed) == ("repetition", None, True)
 
 
 @pytest.mark.parametrize("retryable", [True, False])
@@ -861,7 +862,7 @@ def test_one_author_alone_is_held_to_the_budget(author, teacher, student):
     row = write(*engines.values(), thinking=author, max_thinking_tokens=25)
     fitting = [text[:end] for _, end in words(text) if len(ids_of(text[:end], student)) <= 25]
     assert spans(row) == [(author, fitting[-1])]
-    assert (row.finish_reason, row.closed) == ("length", False)
+    assert (row.finish_reason, row.budget, row.closed) == ("length", "thinking", False)
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)

@@ -127,7 +127,12 @@ def test_a_tokenizer_without_a_template_is_refused():
 def test_a_students_template_that_drops_finished_thinking_is_refused():
     with pytest.raises(TemplateError) as caught:
         check_templates(vocabulary("r1"), THINK_TAGS, student=True)
-    for shown in ("student 'r1'", "drops the thinking", "the chat template renders", "Speaker(..., chat_template=...)"):
+    for shown in (
+        "student 'r1'",
+        "drops the thinking",
+        "the chat template renders",
+        "Speaker(..., chat_template=...)",
+    ):
         assert shown in str(caught.value)
     check_templates(vocabulary("r1"), detect(vocabulary("r1")), student=False)  # a teacher's rows are never written
     keeps = with_template("r1", R1_KEEPS)
