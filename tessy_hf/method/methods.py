@@ -64,7 +64,7 @@ async def write(
     """
     row = _Row(prompt, teacher, student, plan, draft, verify, record or (lambda _, piece: None))
     try:
-        student.check_row(prompt.key, prompt.messages)
+        student.check_row(prompt)
         shown = await row.shown_prompt()
         for number in range(plan.max_candidates):
             candidate = await row.candidate(number, shown)
@@ -166,9 +166,7 @@ class _Row:
         """End a text as ``error``, for good, that would be trained on otherwise than it was written."""
         try:
             if text.closed and text.finish_reason != "error":
-                self.student.check_row(
-                    self.prompt.key, self.prompt.messages, text.text("thinking"), text.text("answer")
-                )
+                self.student.check_row(self.prompt, text.text("thinking"), text.text("answer"))
         except PromptError as error:
             text.finish_reason, text.budget, text.error, text.final = "error", None, str(error), True
 

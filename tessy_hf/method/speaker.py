@@ -17,7 +17,7 @@ from tessy_hf.errors import PromptError, SettingsError
 from tessy_hf.plan import Plan
 from tessy_hf.text.thinking_format import FAMILIES, ThinkingFormat, check_templates, detect, end_ids, misfit, render
 from tessy_hf.text.vocabulary import Vocabulary
-from tessy_hf.trajectory import Author, Message
+from tessy_hf.trajectory import Author, Message, Prompt
 
 _EXPECTED = (
     f"Expected is one of {', '.join(FAMILIES)}, or the markers: ThinkingFormat(open=..., close=..., end_marker=..., "
@@ -136,23 +136,23 @@ class Speaker:
         """
         check_templates(self.vocabulary, self.thinking_format, student=student, **self.template_options)
 
-    def check_row(self, key: str, messages: Sequence[Message], thinking: str = "Okay.", answer: str = "Yes.") -> None:
+    def check_row(self, prompt: Prompt, thinking: str = "Okay.", answer: str = "Yes.") -> None:
         """Refuse a row in this model's format that would be trained on other text than was prompted and written.
 
         Args:
-            key: The row's id, for the error.
-            messages: Its prompt.
+            prompt: Its prompt.
             thinking: Its thinking; before there is one, a sample.
             answer: Its answer.
 
         Raises:
             PromptError: It would, and where.
         """
-        found = misfit(self.vocabulary, self.thinking_format, messages, thinking, answer, **self.template_options)
+        options = self.template_options
+        found = misfit(self.vocabulary, self.thinking_format, prompt.messages, thinking, answer, **options)
         if found is not None:
             raise PromptError(
-                f"Row {key!r} would be trained on other text than was written: {found}. Leave such prompts out, or "
-                "give the student a chat template that keeps the text: Speaker(..., chat_template=...)."
+                f"Row {prompt.key!r} would be trained on other text than was written: {found}. Leave such prompts "
+                "out, or give the student a chat template that keeps the text: Speaker(..., chat_template=...)."
             )
 
     def open_turn(self, messages: Sequence[Message]) -> tuple[list[int], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from typing import Any
@@ -124,15 +125,16 @@ def detect(vocabulary: Vocabulary, given: ThinkingFormat | None = None, /, **opt
         return family
     try:
         prompted = _opened_by_template(vocabulary, family, **options)
-        if family not in FAMILIES.values():  # the user's own, taken as it is
-            return replace(family, prompted=prompted)
-        draft = replace(family, open=prompted or family.open, prompted=prompted)
-        for key in dict.fromkeys((family.key, *KEYS)):
+    except PromptError:  # check_templates tells why
+        return family
+    if family not in FAMILIES.values():  # the user's own, taken as it is
+        return replace(family, prompted=prompted)
+    draft = replace(family, open=prompted or family.open, prompted=prompted)
+    for key in dict.fromkeys((family.key, *KEYS)):
+        with suppress(PromptError):  # the next key may be the one that it accepts
             found = _read_template(vocabulary, replace(draft, key=key), **options)
             if found and misfit(vocabulary, found, _USER, _THINKING, _ANSWER, **options) is None:
                 return family if found == family else found
-    except PromptError:  # check_templates tells why
-        return family
     return draft
 
 
@@ -273,11 +275,17 @@ def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, 
             "pass it with Speaker(..., chat_template=...)."
         )
     try:
+        opened = render(vocabulary, thinking_format, _USER, **options)
         if thinking_format.thinks:
             _check_open(vocabulary, thinking_format, str(template), **options)
         fault = misfit(vocabulary, thinking_format, _USER, _THINKING, _ANSWER, **options) if student else None
     except PromptError as error:
         raise TemplateError(str(error)) from error
+    if _USER[0]["content"] not in opened:
+        raise TemplateError(
+            f"The chat template of {name!r} drops the prompt; it renders {opened[:60]!r}. A Jinja template of the "
+            "messages is expected, its text and not the name of a file."
+        )
     if fault is not None:
         row = [*_USER, thinking_format.assistant_message(_THINKING, _ANSWER)]
         trained = _rendered(vocabulary, row, False, **options)
