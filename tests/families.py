@@ -97,8 +97,15 @@ FAMILIES = {
         special=("<|user|>", "<|assistant|>", "<|im_end|>"),
     ),
     "a key and newlines of its own": Family(
-        _chatml("{{ '<think>' + (m.thinking or '') + '</think>' + m.content }}", "<think>\n"),
+        _chatml("{{ '<think>' + (m['my_thoughts'] or '') + '</think>' + m.content }}", "<think>\n"),
         "<|im_start|>assistant\n<think>",
+        "</think>",
+        key="my_thoughts",
+        tokens=_THINK,
+    ),
+    "harmony's key with tags": Family(
+        _chatml("<think>\n{{ m.thinking or '' }}</think>{{ m.content }}", "<think>\n"),
+        "<|im_start|>assistant\n<think>\n",
         "</think>",
         key="thinking",
         tokens=_THINK,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
-from tessy_hf.text.thinking_format import FAMILIES, HARMONY, KEYS, ThinkingFormat
+from tessy_hf.text.thinking_format import FAMILIES, HARMONY, ThinkingFormat
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ COLUMNS = (
     "run_fingerprint",
     "seed",
 )
+
+_MESSAGE_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id"))
+"""Keys of messages that hold no thinking."""
 
 LATER = ("exhausted_budget",)
 """Columns that rows written before may lack; they read as null."""
@@ -115,7 +118,7 @@ def schema(thinking_key: str | None = None) -> dict[str, Any]:
 
 def thinking_key(keys: Collection[str]) -> str | None:
     """Return which of a message's keys holds the thinking; ``None`` where it is in the content."""
-    return next((key for key in KEYS if key in keys), None)
+    return next((key for key in keys if key not in _MESSAGE_KEYS), None)
 
 
 def check_columns(

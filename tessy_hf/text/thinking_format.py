@@ -96,8 +96,10 @@ FAMILIES = {
 }
 """The families that are told from a tokenizer, by name. The first that fits is taken."""
 
-KEYS = (None, "reasoning_content", "thinking", "reasoning")
-"""Where templates read thinking from, in the order in which they are tried."""
+KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of thinking to prefer where a template reads several."""
+
+_KEY = re.compile(r"\b\w*(?:reason|think|thought)\w*\b")
 
 SWITCHES = ("enable_thinking", "thinking")
 """Options by which templates switch thinking on."""
@@ -130,7 +132,8 @@ def detect(vocabulary: Vocabulary, given: ThinkingFormat | None = None, /, **opt
     if family not in FAMILIES.values():  # the user's own, taken as it is
         return replace(family, prompted=prompted)
     draft = replace(family, open=prompted or family.open, prompted=prompted)
-    for key in dict.fromkeys((family.key, *KEYS)):
+    read = _KEY.findall(template)
+    for key in dict.fromkeys((family.key, None, *(key for key in KEYS if key in read), *read)):
         with suppress(PromptError):  # the next key may be the one that it accepts
             found = _read_template(vocabulary, replace(draft, key=key), **options)
             if found and misfit(vocabulary, found, _USER, _THINKING, _ANSWER, **options) is None:
