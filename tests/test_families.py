@@ -186,6 +186,14 @@ def test_a_format_decides_the_fingerprint_only_where_it_is_given():
     assert none.identity["thinking_format"]["name"] == "none"
 
 
+def test_the_manifest_tells_the_formats_as_the_templates_have_them():
+    student = speaker("GLM-4.5", "a")
+    with TessyTransform(teacher=student, student=student, method="student-only", journal=None) as tessy:
+        tessy.features(PROMPTS)
+        told = tessy.record().student.thinking_format
+    assert (told["name"], told["open"], told["close"]) == ("think-tags", "\n<think>", "</think>\n")
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

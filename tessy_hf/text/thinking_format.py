@@ -7,6 +7,7 @@ text is generated.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -95,6 +96,8 @@ FAMILIES = {
     )
 }
 """The families that are told from a tokenizer, by name. The first that fits is taken."""
+
+_log = logging.getLogger("tessy_hf")
 
 KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys of thinking to prefer where a template reads several."""
@@ -277,25 +280,29 @@ def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, 
             f"The tokenizer of {name!r} has no chat template. One is needed to render prompts; "
             "pass it with Speaker(..., chat_template=...)."
         )
+    row = [*_USER, thinking_format.assistant_message(_THINKING, _ANSWER)]
     try:
         opened = render(vocabulary, thinking_format, _USER, **options)
+        if _USER[0]["content"] not in opened:
+            raise TemplateError(
+                f"The chat template of {name!r} drops the prompt; it renders {opened[:60]!r}. A Jinja template of the "
+                "messages is expected, its text and not the name of a file."
+            )
         if thinking_format.thinks:
             _check_open(vocabulary, thinking_format, str(template), **options)
-        fault = misfit(vocabulary, thinking_format, _USER, _THINKING, _ANSWER, **options) if student else None
+        if not student:
+            return
+        trained = _rendered(vocabulary, row, False, **options)
+        fault = misfit(vocabulary, thinking_format, _USER, _THINKING, _ANSWER, **options)
     except PromptError as error:
         raise TemplateError(str(error)) from error
-    if _USER[0]["content"] not in opened:
-        raise TemplateError(
-            f"The chat template of {name!r} drops the prompt; it renders {opened[:60]!r}. A Jinja template of the "
-            "messages is expected, its text and not the name of a file."
-        )
     if fault is not None:
-        row = [*_USER, thinking_format.assistant_message(_THINKING, _ANSWER)]
-        trained = _rendered(vocabulary, row, False, **options)
         lost = next((f"drops the {part}" for part, text in _SAMPLE.items() if text not in trained), "changes the text")
         raise TemplateError(
             f"The chat template of the student {name!r} {lost} of a finished row: {fault}. {_remedy(thinking_format)}"
         )
+    if not trained.startswith(opened):
+        _log.warning("The chat template of %r names the assistant otherwise in finished turns than in prompts.", name)
 
 
 def _check_open(vocabulary: Vocabulary, thinking_format: ThinkingFormat, template: str, /, **options: Any) -> None:

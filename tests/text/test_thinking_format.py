@@ -163,6 +163,17 @@ def test_a_template_that_closes_the_thinking_is_refused_until_it_is_switched_on(
     check_templates(known, detect(known, **on), student=True, **on)
 
 
+def test_a_template_that_drops_the_prompt_is_refused():
+    with pytest.raises(TemplateError, match="drops the prompt; it renders 'chat.jinja"):
+        check_templates(with_template("qwen", "chat.jinja"), THINK_TAGS, student=False)
+
+
+def test_another_name_of_the_assistants_role_in_finished_turns_is_told(caplog):
+    known = with_template("qwen", CHATML.replace("<|im_start|>assistant", "<|im_start|>model"))
+    check_templates(known, detect(known), student=True)
+    assert "names the assistant otherwise" in caplog.text
+
+
 def test_a_template_that_refuses_any_prompt_is_refused():
     with pytest.raises(TemplateError, match="not today"):
         check_templates(with_template("qwen", "{{ raise_exception('not today') }}"), THINK_TAGS, student=False)
