@@ -211,14 +211,14 @@ def check_pair(teacher: Speaker, student: Speaker, plan: Plan) -> None:
     Raises:
         SettingsError: The answer would have no author of its own.
     """
-    speakers: dict[Author, Speaker] = {"teacher": teacher, "student": student}
-    thinkers = set(speakers) if plan.alternates else {plan.first_author}
-    formats = [speakers[author].thinking_format for author in thinkers]
-    apart = any(one.thinks or one.final_answer for one in (*formats, student.thinking_format))
-    if student.thinking_format.thinks:
-        apart = speakers[plan.answer].thinking_format.thinks or plan.answer not in thinkers
-    elif not apart:
-        apart = thinkers == {plan.answer} or (plan.alternates and plan.answer == "student")
+    formats: dict[Author, ThinkingFormat] = {"teacher": teacher.thinking_format, "student": student.thinking_format}
+    thinkers: set[Author] = set(formats) if plan.alternates else {plan.first_author}
+    if formats["student"].thinks:
+        apart = formats[plan.answer].thinks or plan.answer not in thinkers
+    else:
+        marked = any(formats[author].thinks or formats[author].final_answer for author in thinkers)
+        one_text = thinkers == {plan.answer} or (plan.alternates and plan.answer == "student")
+        apart = marked or bool(formats["student"].final_answer) or one_text
     if not apart:
         raise SettingsError(
             f"The method {plan.method!r} lets the {plan.answer} write the final answer, but no one marks where the "
