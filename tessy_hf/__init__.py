@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tessy_hf.hub.push import push_to_hub as push_to_hub
     from tessy_hf.method.speaker import Speaker as Speaker
     from tessy_hf.settings import Settings as Settings
+    from tessy_hf.text.thinking_format import ThinkingFormat as ThinkingFormat
     from tessy_hf.transform import TessyTransform as TessyTransform
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "Speaker": "tessy_hf.method.speaker",
     "TessyError": "tessy_hf.errors",
     "TessyTransform": "tessy_hf.transform",
+    "ThinkingFormat": "tessy_hf.text.thinking_format",
     "TransformersEngine": "tessy_hf.engines.transformers",
     "VLLMEngine": "tessy_hf.engines.vllm",
     "push_to_hub": "tessy_hf.hub.push",

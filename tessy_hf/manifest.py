@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -76,6 +77,8 @@ class SpeakerRecord(_Record):
     chat_template: str | None = None
     """The template used in place of the tokenizer's own."""
     template_options: dict[str, Any] = Field(default_factory=dict)
+    thinking_format: dict[str, Any] | None = None
+    """Markers and message key; null where neither given nor read from the tokenizer."""
 
 
 class SourceRecord(_Record):
@@ -288,6 +291,7 @@ def _speaker(speaker: Speaker) -> SpeakerRecord:
         boundary=_boundary(speaker.boundary.identity) if speaker.boundary is not None else None,
         chat_template=speaker.chat_template,
         template_options=speaker.template_options,
+        thinking_format=asdict(speaker.known_format) if speaker.known_format is not None else None,
     )
 
 

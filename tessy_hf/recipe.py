@@ -65,6 +65,7 @@ class _Speaker(BaseModel):
     boundary: str | _Boundary | None = None
     chat_template: str | None = None
     template_options: dict[str, Any] = Field(default_factory=dict)
+    thinking_format: str | dict[str, str] | None = None
 
 
 class Placement(BaseModel):
@@ -214,6 +215,7 @@ def _speaker(described: _Speaker, path: Path | str) -> Speaker:
         predictor,
         chat_template=described.chat_template,
         template_options=described.template_options,
+        thinking_format=described.thinking_format,
     )
 
 

@@ -21,7 +21,7 @@ from tessy_hf.verifiers import verifiers
 SPEED = frozenset({"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"})
 """Settings that never change the rows: how fast and how safely a run goes."""
 
-FORMAT = 4
+FORMAT = 5
 """Goes up when the same settings would give other rows or columns, so that cached results are not mixed up."""
 
 _Path = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]

@@ -24,6 +24,17 @@ FinishReason = Literal["stop", "length", "repetition", "error"]
 ``repetition``: a degenerate loop was cut off. ``error``: the prompt was unusable or an engine failed after retries.
 """
 
+Budget = Literal["thinking", "answer", "context", "word"]
+"""What ran out in a row of ``length``: the thinking or answer budget, a model's context, or the room for one word."""
+
+
+class Ending(NamedTuple):
+    """How a row ended, and by which budget where it was one."""
+
+    finish_reason: FinishReason
+    budget: Budget | None = None
+
+
 Message = Mapping[str, Any]
 """One chat message, ``{"role": ..., "content": ...}``."""
 
@@ -87,10 +98,13 @@ class Trajectory:
         key: The row's identity.
         spans: The kept text in order; neighbours of the same part differ in author.
         finish_reason: How the row ended.
+        budget: Which budget ran out, for ``finish_reason="length"``; else ``None``.
         closed: Whether the thinking was closed, so that the answer could begin.
+        whole: Whether the thinking is the whole text: a model that does not think apart has ended its answer.
         error: What went wrong, for ``finish_reason="error"``; else ``None``.
         retryable: Whether writing the row again may help.
         refused: Whether the prompt itself cannot be used.
+        final: Whether the error is the text's own, so that no attempt, in this run or another, can help.
         discarded: Generated tokens that were rolled back, per author, in that author's own tokens.
         generated: All generated tokens, per author, in that author's own tokens.
         seed: The row's seed.
@@ -101,10 +115,13 @@ class Trajectory:
     key: str
     spans: list[Span] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
+    budget: Budget | None = None
     closed: bool = False
+    whole: bool = False
     error: str | None = None
     retryable: bool = False
     refused: bool = False
+    final: bool = False
     discarded: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     generated: dict[Author, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     seed: int = 0
@@ -114,6 +131,21 @@ class Trajectory:
     def text(self, part: Part) -> str:
         """Return the text of one part, markers not included."""
         return "".join(span.text for span in self.spans if span.part == part)
+
+    @property
+    def response(self) -> str:
+        """The answer; of a model that does not think apart, its whole text."""
+        return self.text("answer") or (self.text("thinking") if self.whole else "")
+
+    def last_text(self, length: int) -> str:
+        """Return at least the last ``length`` characters kept, or all."""
+        texts: list[str] = []
+        for span in reversed(self.spans):
+            if length <= 0:
+                break
+            texts.append(span.text)
+            length -= len(span.text)
+        return "".join(reversed(texts))
 
     def add(self, author: Author, part: Part, text: str) -> None:
         """Append kept text, joining it to the last span where author and part are the same."""
@@ -136,6 +168,7 @@ class Trajectory:
         """Return what is needed besides the spans to resume, as JSON values."""
         return {
             "closed": self.closed,
+            **({"whole": True} if self.whole else {}),
             "turn": self.turn,
             "turn_is_empty": self.turn_is_empty,
             "discarded": dict(self.discarded),
@@ -214,7 +247,8 @@ class Draft:
         for one in told["done"]:
             kept, left = _split(left, one["characters"])
             trajectory = Trajectory.resume(key, one["seed"], kept, one["state"])
-            trajectory.finish_reason = one["finish_reason"]
+            trajectory.finish_reason, trajectory.budget = one["finish_reason"], one.get("budget")
+            trajectory.error, trajectory.final = one.get("error"), one.get("error") is not None
             draft.candidates.append(Candidate(trajectory, True, one["score"], one["judgement"], one["verdict"]))
         if told["seed"] is not None:
             draft.candidates.append(Candidate(Trajectory.resume(key, told["seed"], left, own)))
@@ -227,6 +261,8 @@ def _described(candidate: Candidate) -> dict[str, Any]:
     return {
         "seed": trajectory.seed,
         "finish_reason": trajectory.finish_reason,
+        "budget": trajectory.budget,
+        "error": trajectory.error,
         "characters": sum(len(span.text) for span in trajectory.spans),
         "state": trajectory.state(),
         "score": candidate.score,

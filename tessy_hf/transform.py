@@ -213,7 +213,7 @@ class TessyTransform(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        given, layout = Batch.read(batch, extra), self.student.thinking_format.marks_in_content
+        given, layout = Batch.read(batch, extra), self.student.thinking_format.key
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), layout)
         return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
@@ -303,13 +303,13 @@ def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
 
-async def _later(given: Batch, written: Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
+async def _later(given: Batch, written: Future[dict[str, list[Any]]], key: str | None) -> Any:
     # Not asyncio.wrap_future: it would keep the tasks of a stream that was dropped, which `datasets` leaves pending.
     waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     written.add_done_callback(functools.partial(_wake, weakref.ref(waiter)))
     try:
         await waiter
-        return given.returned(written.result(), marks_in_content)
+        return given.returned(written.result(), key)
     finally:
         written.cancel()
 

@@ -11,7 +11,7 @@ from tests.rules import vocabulary
 
 STYLE = ["Okay, so", "Hmm, wait.", "Let me check:", "So far so good,", "Größe 🙂 — maybe"]
 WORK = ["2 + 3 = 5", "`f(x) = x^2`", "the sum of primes is 129", "f(10) == 45", "你好 is 3 x 4"]
-FEATURES = Features({"id": Value("string"), "prompt": Value("string"), **columns.schema(marks_in_content=True)})
+FEATURES = Features({"id": Value("string"), "prompt": Value("string"), **columns.schema()})
 
 
 def trajectory(draw, turns):

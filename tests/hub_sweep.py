@@ -41,7 +41,7 @@ def finished(n, run="run-a", first=0):
     """Return finished rows, typed; each tenth failed, with nothing written."""
     from datasets import Features, Value
 
-    features = Features({"id": Value("string"), "question": Value("string"), **columns.schema(marks_in_content=True)})
+    features = Features({"id": Value("string"), "question": Value("string"), **columns.schema()})
     assert isinstance(features["spans"], List)
     return Dataset.from_list([finished_row(number, run) for number in range(first, first + n)], features=features)
 
@@ -68,6 +68,7 @@ def finished_row(number, run="run-a"):
         "generated_teacher_tokens": 0,
         "generated_student_tokens": 9,
         "finish_reason": "error" if failed else "stop",
+        "exhausted_budget": None,
         "error": "The server gave up." if failed else None,
         "verdict": None,
         "teacher_score": None,

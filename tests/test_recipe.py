@@ -9,6 +9,7 @@ from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.transformers import TransformersEngine
 from tessy_hf.errors import SettingsError
 from tessy_hf.recipe import ENGINES, read
+from tessy_hf.text.thinking_format import NONE, ThinkingFormat
 
 RECIPE = """
 method: tessy
@@ -123,6 +124,13 @@ def test_a_file_that_is_not_yaml_is_told(tmp_path, content):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(SettingsError, match=r"nowhere\.yaml' cannot be read"):
         read(tmp_path / "nowhere.yaml")
+
+
+def test_a_recipe_may_name_or_describe_thinking_formats(recipe):
+    own = {"open": "<r>", "close": "</r>", "end_marker": "</r>", "key": "reasoning"}
+    teacher, student, _ = read(recipe(("teacher", "thinking_format", "none"), ("student", "thinking_format", own)))
+    assert teacher.given_format is NONE
+    assert student.given_format == ThinkingFormat("<r>", "</r>", "</r>", "reasoning")
 
 
 def test_yaml_cannot_make_objects(tmp_path):

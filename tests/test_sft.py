@@ -162,7 +162,7 @@ def test_each_token_has_the_weight_of_the_span_it_ends_in(recipe, rows, tokenize
         tokens = ours.tokenize(row, tokenizer=tokenizer, template=None, weights=weights, max_length=None)
         columns = (tokens[name] for name in ("input_ids", "labels", "loss_weights"))
         trained = [(token, weight) for token, label, weight in zip(*columns, strict=True) if label != -100]
-        assert tokenizer.decode([token for token, _ in trained]) == assistant_text(row)[0] + "<|im_end|>"
+        assert tokenizer.decode([token for token, _ in trained]) == assistant_text(row) + "<|im_end|>"
         marks = tokenizer("<think>\n</think>\n\n")["input_ids"]  # in the spans beside them, but not in their counts
         for *kind, weight in (("student", "thinking", 0.25), ("teacher", "thinking", 2.0), ("student", "answer", 0.5)):
             counted = sum(span["tokens"] for span in row["spans"] if [span["author"], span["part"]] == kind)
@@ -236,7 +236,7 @@ def test_spans_are_found_in_what_trls_own_templates_render(recipe, kind):
     row = as_row(trajectory(), world, HARMONY) if kind == "gptoss" else as_row(trajectory(), world)
     text = make_tokenizer(world).apply_chat_template(row["messages"], tokenize=False, chat_template=template)
     start, ends = ours.locate(row, text)
-    whole, _ = assistant_text(row)
+    whole = assistant_text(row)
     cut = [text[begin:end].strip() for begin, end in zip([start, *ends[:-1]], ends, strict=True)]
     assert cut == [whole[span["start"] : span["end"]].strip() for span in row["spans"]]
 

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import pad
 
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
-from tessy_hf.rows.columns import pieces
+from tessy_hf.rows.columns import pieces, thinking_key
 from tessy_hf.text.vocabulary import owners
 
 
@@ -75,17 +75,22 @@ def locate(row, text):
 
     A template may only add or remove whitespace at the ends of spans, such as around the thinking.
     """
-    texts = [(piece.before + piece.text + piece.after).strip() for piece in pieces(row)]
+    cut = pieces(row)
+    texts = [(piece.before + piece.text + piece.after).strip() for piece in cut]
     if not texts:
         raise DatasetError(
             "A row has no spans that cover its text, so its authors are unknown. Train on unedited rows that ended "
             "with 'stop'."
         )
     start = at = max(text.rfind(texts[0]), 0)
+    keyed = thinking_key([key for key, value in row["messages"][-1].items() if value is not None]) is not None
     ends = []
-    for piece in texts:
+    for number, piece in enumerate(texts):
         found = text.find(piece, at)
-        if found < 0 or text[at:found].strip():
+        marked = (
+            keyed and number and cut[number].part != cut[number - 1].part
+        )  # by the template, not in the row's text
+        if found < 0 or (text[at:found].strip() and not marked):
             raise TemplateError(
                 f"The chat template changes the assistant's text: expected {piece[:60]!r}, found "
                 f"{text[at : at + 60]!r}. Pass a chat_template that keeps the whole content."

@@ -143,7 +143,7 @@ def _thinks(annotator: Speaker) -> bool:
         annotator.check_templates(student=False)
     except ChatTemplateError:
         return False
-    return True
+    return annotator.thinking_format.thinks
 
 
 async def _ask_thinking(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) -> tuple[str, bool]:

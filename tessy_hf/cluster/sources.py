@@ -10,22 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tessy_hf.errors import MergeError, PartsError
 from tessy_hf.manifest import RunRecord
-from tessy_hf.rows import run_record
+from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.prompt import hashed_columns
 from tessy_hf.run.finished import journal_features, open_journal
 from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.run.shared_rows import list_shared
 from tessy_hf.run.storage import ParquetRows, file_system
 from tessy_hf.settings import Settings
-from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
+from tessy_hf.text.thinking_format import ThinkingFormat
 from tessy_hf.trajectory import RowKey
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Sources:
         self.rows: dict[RowKey, list[Found]] = {}
         self._runs: dict[str, int] = {}
         self._record: dict[str, Any] = {}
-        self._marks_in_content: bool | None = None
+        self._keys: set[str] | None = None
         for place in map(str, places):
             self._add(place)
         self._check_runs()
@@ -82,7 +79,7 @@ class Sources:
         files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            self._describe(run_record.of_schema(schema), _keeps_marks(schema))
+            self._describe(run_record.of_schema(schema), set(schema.field("messages").type.value_type.names))
             known = self._settings_known
             hashed = hashed_columns(known, schema.names) if known is not None else []
             hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
@@ -108,13 +105,12 @@ class Sources:
             one = JournalReader(journal.path, run, max_attempts=1)
             stored = run_record.parse(one.description() or "{}", one.path)
             record = stored.model_dump(mode="json") if stored is not None else {}
-            self._describe(record, "thinking" not in journal_features(one)["messages"].feature)
+            self._describe(record, set(journal_features(one)["messages"].feature))
             for key, failed in one.keys():
                 self._keep(key, run, Found(failed, lambda one=one, key=key: one.row(key) or {}))  # type: ignore[misc]
 
-    def _describe(self, record: Mapping[str, Any], marks_in_content: bool) -> None:
-        if self._marks_in_content is None:
-            self._marks_in_content = marks_in_content
+    def _describe(self, record: Mapping[str, Any], keys: set[str]) -> None:
+        self._keys = keys if self._keys is None else self._keys
         if record and self._wanted in (None, record.get("fingerprint")):  # of many hosts, the one that began first
             self._record = min(filter(None, (self._record, dict(record))), key=_age)
 
@@ -160,15 +156,9 @@ class Sources:
 
     @property
     def thinking_format(self) -> ThinkingFormat:
-        """The format of the rows' messages."""
-        return HARMONY if self._marks_in_content is False else THINK_TAGS
+        """The format of the rows' messages, as far as they tell it: the key that holds the thinking."""
+        return ThinkingFormat(key=columns.thinking_key(self._keys or ()))
 
 
 def _age(record: Mapping[str, Any]) -> tuple[str, str]:
     return str(record.get("begun") or "~"), json.dumps(record, sort_keys=True)
-
-
-def _keeps_marks(schema: pa.Schema) -> bool:
-    """Whether thinking stands in a message's content, and not under a key of its own."""
-    message = schema.field("messages").type.value_type
-    return bool(message.get_field_index("thinking") < 0)

@@ -43,7 +43,7 @@ async def synthesize(
         EngineDeadError: An engine is gone; no row can go on.
     """
     y = begun or Trajectory(prompt.key, seed=prompt.seed)
-    y.error, y.retryable = None, False
+    y.error, y.retryable, y.final = None, False, False
     try:
         async with open_turns(prompt, {"teacher": teacher, "student": student}, plan, y) as turns:  # 1-4
             await _write(y, turns, plan, record or (lambda _, piece: None))
@@ -66,14 +66,14 @@ async def _write(y: Trajectory, turns: Turns, plan: Plan, record: Record) -> Non
         z = await turn.keep(chunk, count, boundary=b, ends=ends)  # 10: the rest is rolled back
         y.add(author, "thinking", z)  # 11
         if limit is not None:
-            y.finish_reason = limit
+            y.finish_reason, y.budget = limit
         elif b is not None:  # 12, 13
             y.hand_over()  # 14-17: the other model and its predictor
         else:  # 18
-            y.closed, y.turn_is_empty = chunk.closed, y.turn_is_empty and not z
+            y.closed, y.whole, y.turn_is_empty = chunk.closed, chunk.whole, y.turn_is_empty and not z
         record(y, Span(author, "thinking", z))
         if limit is not None:
             return
         author = y.turn  # 19, 20
-    text, y.finish_reason = await turns[plan.answer].answer()  # 21
+    text, (y.finish_reason, y.budget) = await turns[plan.answer].answer()  # 21
     y.add(plan.answer, "answer", text)  # 22

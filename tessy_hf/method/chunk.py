@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from tessy_hf.text.vocabulary import words
+
+LOOKBACK = 256
+"""Characters of kept text in which the mark of a final answer may begin."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What ends the thinking of a row as text.
+
+    Attributes:
+        ends: End markers that are not tokens of their own; they are not kept.
+        final_answer: The mark of the final answer, which is kept.
+    """
+
+    ends: tuple[str, ...] = ()
+    final_answer: re.Pattern[str] | None = None
+
+    def find(self, text: str, kept: str, stopped: bool) -> int | None:
+        """Return how many characters of an author's text are thinking where it has a mark, else ``None``.
+
+        A mark of the final answer counts once a character follows it: it might become longer.
+        """
+        found = [at for at in map(text.find, self.ends) if at >= 0]
+        if self.final_answer is not None:
+            before = kept[-LOOKBACK:]
+            whole = before + text
+            ends = (match.end() for match in self.final_answer.finditer(whole))
+            found += [end - len(before) for end in ends if len(before) < end < len(whole) + stopped]
+        return min(found, default=None)
+
+    def begun(self, text: str) -> int:
+        """Return how many characters at the end of a text may be the beginning of an end marker of several words."""
+        several = [mark for mark in self.ends if " " in mark]
+        return max((n for mark in several for n in range(len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 class Chunk(NamedTuple):
@@ -19,6 +55,7 @@ class Chunk(NamedTuple):
         begins: The token that holds each word's first letter.
         lead: Characters of whitespace before the row's first word, which are not kept.
         closed: Whether the author ended the thinking after it.
+        whole: Whether the author ended its whole answer after it, having no mark for the end of thinking.
         full: Whether the author's context is full, so that it can write no more.
     """
 
@@ -28,29 +65,34 @@ class Chunk(NamedTuple):
     begins: Sequence[int] = ()
     lead: int = 0
     closed: bool = False
+    whole: bool = False
     full: bool = False
 
     @classmethod
-    def read(cls, text: str, ends: Sequence[int], *, markers: Iterable[str], first: bool, stopped: bool) -> Chunk:
+    def read(
+        cls, text: str, ends: Sequence[int], marks: Marks, *, kept: str, stopped: bool, whole: bool = False
+    ) -> Chunk:
         """Read generated text.
 
         Args:
             text: The text of the tokens.
             ends: Where each token's text ends in it.
-            markers: What ends the thinking where it is spelled out in tokens that are not special.
-            first: Whether the row has no text before it.
+            marks: What ends the thinking as text.
+            kept: The row's text before it; its end is enough.
             stopped: Whether a special token ended the thinking.
+            whole: Whether that ends the whole answer.
         """
-        found = [at for at in map(text.find, markers) if at >= 0]
-        if found:
-            text, stopped = text[: min(found)], True
+        cut = marks.find(text, kept, stopped)
+        if cut is not None:
+            text, stopped, whole = text[:cut], True, False
         elif not stopped:
             text = text.rstrip("\ufffd")  # the last character may lack some of its bytes
+            text = text[: len(text) - marks.begun(text)]
         spans = words(text)
         letters = (end - len(text[start:end].lstrip()) for start, end in spans)
         begins = [bisect_right(ends, letter) for letter in letters]
-        lead = len(text) - len(text.lstrip()) if first and spans else 0
-        return cls(text, ends, spans, begins, lead, stopped)
+        lead = len(text) - len(text.lstrip()) if not kept and spans else 0
+        return cls(text, ends, spans, begins, lead, stopped, stopped and whole)
 
     @property
     def complete(self) -> int:

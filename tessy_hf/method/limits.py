@@ -1,6 +1,6 @@
 """Budgets and degenerate loops: how much of a chunk may be kept, and how the row ends if that is all.
 
-Words go in, a number of words and a finish reason come out. What is decided depends on the text alone, wherever
+Words go in, a number of words and an ending come out. What is decided depends on the text alone, wherever
 chunks end. Knows nothing of engines or predictors.
 """
 
@@ -11,7 +11,7 @@ from collections import deque
 from tessy_hf.method.chunk import Chunk
 from tessy_hf.text.transcript import TokenList
 from tessy_hf.text.vocabulary import words
-from tessy_hf.trajectory import FinishReason
+from tessy_hf.trajectory import Ending
 
 WINDOW = 256
 """Words that must repeat for a loop, and how often the text is looked at."""
@@ -78,7 +78,7 @@ class Limits:
         """Forget the first ``count`` words of the author's text: they are settled. ``None``: the turn is over."""
         self._seen = 0 if count is None else self._seen - count
 
-    def apply(self, chunk: Chunk, boundary: int | None, *, waits: bool = False) -> tuple[int, FinishReason | None]:
+    def apply(self, chunk: Chunk, boundary: int | None, *, waits: bool = False) -> tuple[int, Ending | None]:
         """Apply loop detector and budget to the words before a boundary.
 
         Args:
@@ -90,30 +90,30 @@ class Limits:
             How many words may be kept, and how the row ends if that is all; ``None`` where it goes on.
         """
         if chunk.full:
-            return 0, "length"
+            return 0, Ending("length", "context")
         kept = chunk.complete if boundary is None else boundary
         seen, self._seen = min(self._seen, kept), kept
         looped = self._loops.feed(chunk.upto(kept)[chunk.size(seen) :])
         if looped is not None:
             stop = chunk.size(seen) + looped
-            return max(n for n in range(seen, kept + 1) if chunk.size(n) <= stop), "repetition"
+            return max(n for n in range(seen, kept + 1) if chunk.size(n) <= stop), Ending("repetition")
         tail = chunk.text[chunk.end(kept) :] if boundary is None else chunk.word(kept) if waits else ""
         if boundary is None and len(tail) > LONGEST_WORD:
-            return kept, "repetition"
+            return kept, Ending("repetition")
         return self._within_budget(chunk, kept, tail)
 
-    def _within_budget(self, chunk: Chunk, kept: int, tail: str) -> tuple[int, FinishReason | None]:
+    def _within_budget(self, chunk: Chunk, kept: int, tail: str) -> tuple[int, Ending | None]:
         """Return how many words fit. The row also ends at a word too long to fit, whoever writes it."""
         if self.tokens_left >= _MOST_TOKENS_PER_CHARACTER * (chunk.size(kept) + len(tail)):
             return kept, None  # spares the exact count while the budget is far
         left = self.tokens_left
         for count in range(kept):
             if self._pieces(chunk.word(count)) > left + SLACK:
-                return count, "length"
+                return count, Ending("length", "word")
             left = self._budget - self._counter.preview(chunk.upto(count + 1)).length
             if left < 0:
-                return count, "length"
-        return kept, "length" if self._pieces(tail) > left + SLACK else None
+                return count, Ending("length", "thinking")
+        return kept, Ending("length", "word") if self._pieces(tail) > left + SLACK else None
 
     def _pieces(self, word: str) -> int:
         """Count the tokens of a word's whole pieces."""

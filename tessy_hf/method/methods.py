@@ -57,11 +57,14 @@ async def write(
     """
     row = _Row(prompt, teacher, student, plan, draft, verify, record or (lambda _, piece: None))
     try:
+        student.check_row(prompt)
         shown = await row.shown_prompt()
         for number in range(plan.max_candidates):
             candidate = await row.candidate(number, shown)
             if candidate.trajectory.finish_reason == "error":
-                return candidate.trajectory
+                if not candidate.trajectory.final:
+                    return candidate.trajectory
+                continue
             await row.judge(number, candidate)
             if not plan.scored and candidate.verdict is not None and candidate.verdict >= 1:
                 break
@@ -112,7 +115,7 @@ class _Row:
     async def reference(self) -> str:
         """Let the teacher answer, as in a row of ``teacher-only``."""
         written = await self.by_teacher(replace(self.prompt, key=f"{self.prompt.key}#reference"))
-        text = written.text("answer")
+        text = written.response
         if written.finish_reason == "stop" and text:
             return text
         raise RequestError(
@@ -139,10 +142,19 @@ class _Row:
             record=lambda _, piece: self.record(self.draft, piece),
         )
         candidate.done = candidate.trajectory.finish_reason != "error"
+        self.check(candidate.trajectory)
         if candidate.done and self.draft.judged:
             answer = [span for span in candidate.trajectory.spans if span.part == "answer"]
             self.record(self.draft, answer[0] if answer else None)
         return candidate
+
+    def check(self, text: Trajectory) -> None:
+        """End a text as ``error``, for good, that would be trained on otherwise than it was written."""
+        try:
+            if text.closed and text.finish_reason != "error":
+                self.student.check_row(self.prompt, text.text("thinking"), text.text("answer"))
+        except PromptError as error:
+            text.finish_reason, text.budget, text.error, text.final = "error", None, str(error), True
 
     async def judge(self, number: int, candidate: Candidate) -> None:
         """Have a finished candidate judged by the verifier and the teacher, where they have not done so yet."""
@@ -150,7 +162,7 @@ class _Row:
             return
         if self.verify is not None and candidate.verdict is None:
             text = candidate.trajectory
-            parts = {"thinking": text.text("thinking"), "answer": text.text("answer")}
+            parts = {"thinking": text.text("thinking"), "answer": text.response}
             candidate.verdict = await self.verify({**parts, "finish_reason": text.finish_reason})
             self.record(self.draft, None)
         if self.plan.scored and candidate.judgement is None:
@@ -161,8 +173,8 @@ class _Row:
     async def judgement(self, number: int, text: Trajectory) -> str:
         """Ask the teacher for a score of a final answer."""
         key = _numbered(f"{self.prompt.key}#score", number)
-        question = self.with_question("score", key, text.seed, answer=text.text("answer"))
-        return (await self.by_teacher(question)).text("answer")
+        question = self.with_question("score", key, text.seed, answer=text.response)
+        return (await self.by_teacher(question)).response
 
     async def by_teacher(self, prompt: Prompt) -> Trajectory:
         """Let the teacher alone think and answer.
@@ -172,7 +184,8 @@ class _Row:
             RequestError: It failed.
         """
         plan = replace(self.plan, thinking="teacher", answer="teacher")
-        written = await synthesize(prompt, self.teacher, self.student, plan)
+        thinks = self.teacher.thinking_format.thinks  # else its text is whole, not another's chain of thought
+        written = await synthesize(prompt, self.teacher, self.student if thinks else self.teacher, plan)
         self.draft.extra_tokens["teacher"] += written.generated["teacher"]
         if written.refused:
             raise PromptError(str(written.error))

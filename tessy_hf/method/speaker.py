@@ -5,16 +5,24 @@ A speaker is a light description until :meth:`Speaker.start`, so that it can be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Engine
-from tessy_hf.errors import SettingsError
-from tessy_hf.text.thinking_format import ThinkingFormat, check_templates, detect, end_ids, render
+from tessy_hf.errors import PromptError, SettingsError
+from tessy_hf.plan import Plan
+from tessy_hf.text.thinking_format import FAMILIES, ThinkingFormat, check_templates, detect, end_ids, misfit, render
 from tessy_hf.text.vocabulary import Vocabulary
-from tessy_hf.trajectory import Message
+from tessy_hf.trajectory import Author, Message, Prompt
+
+_EXPECTED = (
+    f"Expected is one of {', '.join(FAMILIES)}, or the markers: ThinkingFormat(open=..., close=..., end_marker=..., "
+    "key=...), or ThinkingFormat(final_answer=...) for a model without thinking; in YAML as a mapping."
+)
 
 
 class _Tokenizer(NamedTuple):
@@ -23,7 +31,7 @@ class _Tokenizer(NamedTuple):
     vocabulary: Vocabulary
     thinking_format: ThinkingFormat
     end_ids: frozenset[int]
-    close_ids: list[int]
+    closing: tuple[str, list[int]]
 
 
 class Speaker:
@@ -35,9 +43,12 @@ class Speaker:
             alternate use the small predictor shipped with this package if none is given, with a warning.
         chat_template: A Jinja template to use in place of the tokenizer's own.
         template_options: Passed to the chat template, for instance ``{"reasoning_effort": "high"}`` for gpt-oss.
+        thinking_format: How the model marks its thinking, where that is not to be told from tokenizer and template:
+            a family's name (:data:`tessy_hf.text.thinking_format.FAMILIES`; ``"none"`` for a model that does not
+            think), a :class:`ThinkingFormat`, or its attributes as a mapping.
 
     Raises:
-        SettingsError: ``engine`` is not an engine.
+        SettingsError: ``engine`` is not an engine, or ``thinking_format`` is not a format.
     """
 
     def __init__(
@@ -47,6 +58,7 @@ class Speaker:
         *,
         chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
+        thinking_format: ThinkingFormat | str | Mapping[str, Any] | None = None,
     ) -> None:
         if not callable(getattr(engine, "complete", None)):
             raise SettingsError(
@@ -57,16 +69,19 @@ class Speaker:
         self.boundary = BoundaryPredictor(str(boundary)) if isinstance(boundary, str | Path) else boundary
         self.chat_template = chat_template
         self.template_options = dict(template_options or {})
+        self.given_format = _format(thinking_format)
         self._loaded: _Tokenizer | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides this speaker's text, for the run's fingerprint."""
+        given = {} if self.given_format is None else {"thinking_format": asdict(self.given_format)}
         return {
             "engine": self.engine.identity,
             "boundary": self.boundary.identity if self.boundary else None,
             "chat_template": self.chat_template,
             "template_options": self.template_options,
+            **given,
         }
 
     @property
@@ -91,16 +106,27 @@ class Speaker:
             if self.chat_template is not None:
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)
-            found = detect(vocabulary)
-            _, marker, after = found.close.partition(found.end_marker)
-            closing = vocabulary.encode_template(marker + after)
+            found = detect(vocabulary, self.given_format, **self.template_options)
+            before = found.close.partition(found.end_marker)[0] if found.thinks else ""
+            closing = before, vocabulary.encode_template(found.close[len(before) :])
             self._loaded = _Tokenizer(vocabulary, found, end_ids(found, vocabulary), closing)
         return self._loaded
 
     @property
-    def close_ids(self) -> list[int]:
-        """The ids from the marker that ends this model's thinking up to its answer."""
-        return self._tokenizer.close_ids
+    def known_format(self) -> ThinkingFormat | None:
+        """The thinking format as far as it is known without loading the tokenizer."""
+        return self._loaded.thinking_format if self._loaded is not None else self.given_format
+
+    @property
+    def closing(self) -> tuple[str, list[int]]:
+        """What stands between thinking and answer: text, then ids from the end marker on."""
+        return self._tokenizer.closing
+
+    @property
+    def text_markers(self) -> tuple[str, ...]:
+        """What ends this model's thinking as text: its end marker, unless that is a token, which is told by its id."""
+        marker = self.thinking_format.end_marker
+        return (marker,) if marker and self.vocabulary.token_id(marker) is None else ()
 
     def check(self, *, student: bool) -> None:
         """Refuse what cannot be used before a model is loaded: what engine and predictor say themselves, templates.
@@ -122,6 +148,25 @@ class Speaker:
             TemplateError: See :func:`tessy_hf.text.thinking_format.check_templates`.
         """
         check_templates(self.vocabulary, self.thinking_format, student=student, **self.template_options)
+
+    def check_row(self, prompt: Prompt, thinking: str = "Okay.", answer: str = "Yes.") -> None:
+        """Refuse a row in this model's format that would be trained on other text than was prompted and written.
+
+        Args:
+            prompt: Its prompt.
+            thinking: Its thinking; before there is one, a sample.
+            answer: Its answer.
+
+        Raises:
+            PromptError: It would, and where.
+        """
+        options = self.template_options
+        found = misfit(self.vocabulary, self.thinking_format, prompt.messages, thinking, answer, **options)
+        if found is not None:
+            raise PromptError(
+                f"Row {prompt.key!r} would be trained on other text than was written: {found}. Leave such prompts "
+                "out, or give the student a chat template that keeps the text: Speaker(..., chat_template=...)."
+            )
 
     def open_turn(self, messages: Sequence[Message]) -> tuple[list[int], str]:
         """Render an open assistant turn; return its ids and its trailing whitespace.
@@ -147,3 +192,49 @@ class Speaker:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
         return {**self.__dict__, "_loaded": None}
+
+
+def _format(given: ThinkingFormat | str | Mapping[str, Any] | None) -> ThinkingFormat | None:
+    """Read a thinking format: a family's name, or markers.
+
+    Raises:
+        SettingsError: It is neither, or contradicts itself.
+    """
+    if isinstance(given, str) and given in FAMILIES:
+        return FAMILIES[given]
+    try:
+        made = ThinkingFormat(**given) if isinstance(given, Mapping) else given
+        if isinstance(made, ThinkingFormat):
+            re.compile(made.final_answer or "")
+    except (TypeError, re.error) as error:
+        raise SettingsError(f"thinking_format={given!r} cannot be used: {error}. {_EXPECTED}") from error
+    if not isinstance(made, ThinkingFormat | None):
+        raise SettingsError(f"thinking_format={given!r} is not a thinking format. {_EXPECTED}")
+    if made is not None and (made.end_marker not in made.close or bool(made.open.strip()) != made.thinks):
+        raise SettingsError(
+            f"thinking_format={given!r} contradicts itself: `close` must contain `end_marker`, and a model that "
+            f"thinks has `open` and `end_marker`, one that does not has neither. {_EXPECTED}"
+        )
+    return made
+
+
+def check_pair(teacher: Speaker, student: Speaker, plan: Plan) -> None:
+    """Refuse a method that needs thinking apart from the answer, for models that have none.
+
+    Raises:
+        SettingsError: The answer would have no author of its own.
+    """
+    formats: dict[Author, ThinkingFormat] = {"teacher": teacher.thinking_format, "student": student.thinking_format}
+    thinkers: set[Author] = set(formats) if plan.alternates else {plan.first_author}
+    if formats["student"].thinks:
+        apart = formats[plan.answer].thinks or plan.answer not in thinkers
+    else:
+        marked = any(formats[author].thinks or formats[author].final_answer for author in thinkers)
+        one_text = thinkers == {plan.answer} or (plan.alternates and plan.answer == "student")
+        apart = marked or bool(formats["student"].final_answer) or one_text
+    if not apart:
+        raise SettingsError(
+            f"The method {plan.method!r} lets the {plan.answer} write the final answer, but no one marks where the "
+            "chain of thought ends: the models do not think apart. Pass a mark, for instance "
+            'Speaker(..., thinking_format={"final_answer": "Final answer:"}), or method="tessy" or "student-only".'
+        )

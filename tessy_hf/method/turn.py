@@ -6,20 +6,21 @@ turn it is. Knows nothing of datasets, HTTP, retries or waiting.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from tessy_hf.engines.base import Completion, Request
 from tessy_hf.errors import PromptError, RequestError
-from tessy_hf.method.chunk import Chunk
+from tessy_hf.method.chunk import LOOKBACK, Chunk, Marks
 from tessy_hf.method.chunk_size import ChunkSizes
 from tessy_hf.method.judging import Judge
 from tessy_hf.method.limits import Limits, LoopDetector
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
 from tessy_hf.text.transcript import TokenList, Transcript
-from tessy_hf.trajectory import Author, FinishReason, Part, Prompt, Trajectory
+from tessy_hf.trajectory import Author, Ending, Part, Prompt, Trajectory
 
 Speakers = Mapping[Author, Speaker]
 Turns = dict[Author, "Turn"]
@@ -36,7 +37,8 @@ class Row:
         transcript: The kept text as each model sees it.
         limits: The limits of the thinking.
         chunk_sizes: How many tokens to ask for at once.
-        end_markers: What ends the thinking, in either author's format.
+        marks: What ends the thinking as text, in either author's format.
+        row_thinks: Whether the row's format, the student's, marks the thinking.
     """
 
     prompt: Prompt
@@ -45,7 +47,8 @@ class Row:
     transcript: Transcript
     limits: Limits
     chunk_sizes: ChunkSizes
-    end_markers: tuple[str, ...]
+    marks: Marks
+    row_thinks: bool
 
 
 @asynccontextmanager
@@ -68,13 +71,19 @@ async def open_turns(
         limits.restore(span.text)
         if span.author in views and plan.chunk_tokens is None:
             sizes.observe(span.author, len(views[span.author].vocabulary.encode(span.text).ids))
-    markers = tuple(speaker.thinking_format.end_marker for speaker in speakers.values())
-    row = Row(prompt, plan, y, transcript, limits, sizes, markers)
+    row = Row(prompt, plan, y, transcript, limits, sizes, _marks(speakers), speakers["student"].thinking_format.thinks)
     async with AsyncExitStack() as stack:
         turns = {author: Turn(author, speakers[author], row) for author in views}
         for turn in turns.values():
             stack.push_async_callback(turn.close_stream)
         yield turns
+
+
+def _marks(speakers: Speakers) -> Marks:
+    patterns = (speakers[author].thinking_format.final_answer for author in ("student", "teacher"))
+    pattern = next(filter(None, patterns), None)
+    ends = (marker for speaker in speakers.values() for marker in speaker.text_markers)
+    return Marks(tuple(ends), re.compile(pattern) if pattern else None)
 
 
 def _open_view(author: Author, speaker: Speaker, prompt: Prompt) -> TokenList:
@@ -121,7 +130,9 @@ class Turn:
         self._view.push(completion.token_ids)
         text, ends = self._view.tentative()
         row, stopped = self._row, completion.stop_id is not None
-        return Chunk.read(text, ends, markers=row.end_markers, first=not row.trajectory.spans, stopped=stopped)
+        whole = not (row.row_thinks or self._speaker.thinking_format.thinks)
+        kept = row.trajectory.last_text(LOOKBACK if row.marks.final_answer else 1)
+        return Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole)
 
     async def _next_tokens(self) -> Completion | None:
         """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
@@ -183,7 +194,7 @@ class Turn:
             return None
         return other
 
-    def limit(self, chunk: Chunk, boundary: int | None) -> tuple[int, FinishReason | None]:
+    def limit(self, chunk: Chunk, boundary: int | None) -> tuple[int, Ending | None]:
         """Return how many words before the boundary the limits allow, and how the row ends if they end it."""
         waits = self._judge is not None and self._judge.waits
         return self._row.limits.apply(chunk, boundary, waits=waits)
@@ -230,26 +241,45 @@ class Turn:
 
     # --- lines 21, 22
 
-    async def answer(self) -> tuple[str, FinishReason]:
+    async def answer(self) -> tuple[str, Ending]:
         """Close the thinking and write the final answer; return its text and how it ended.
 
         Raises:
             RequestError: The engine failed for good, or the row would have no text at all.
             EngineDeadError: The engine is gone.
         """
-        speaker, view, row = self._speaker, self._view, self._row
-        view.append(speaker.thinking_format.close.partition(speaker.thinking_format.end_marker)[0])
-        view.ids.extend(speaker.close_ids)
-        request = self._request("answer", row.plan.max_answer_tokens)
-        if request is None:
-            return "", "length"
-        completion = self._count(await speaker.engine.complete(request))
-        text = speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]).strip()
+        row = self._row
+        text, ending = ("", Ending("stop")) if row.trajectory.whole else await self._final_answer()
         if not text and not row.trajectory.spans:
             raise RequestError(
-                f"Row {row.prompt.key!r}: the {self._author} {speaker.engine.model!r} ended at once: it wrote neither "
-                "thinking nor answer. Text was expected; look at the prompt and at the chat template."
+                f"Row {row.prompt.key!r}: the {self._author} {self._speaker.engine.model!r} ended at once: it wrote "
+                "neither thinking nor answer. Text was expected; look at the prompt and at the chat template."
             )
+        return text, ending
+
+    async def _final_answer(self) -> tuple[str, Ending]:
+        speaker, view, row = self._speaker, self._view, self._row
+        before, marker_ids = speaker.closing
+        view.append(before)
+        view.ids.extend(marker_ids)
+        request = self._request("answer", row.plan.max_answer_tokens)
+        if request is None:
+            return "", Ending("length", "context")
+        completion = self._count(await speaker.engine.complete(request))
+        text = self._as_answer(speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]))
         if completion.stop_id is not None:
-            return text, "stop"
-        return text, "repetition" if LoopDetector().feed(text) is not None else "length"
+            return text, Ending("stop")
+        if LoopDetector().feed(text) is not None:
+            return text, Ending("repetition")
+        return text, Ending("length", "answer" if request.max_tokens == row.plan.max_answer_tokens else "context")
+
+    def _as_answer(self, text: str) -> str:
+        """Return an answer as the row has it: without white space around it, but for what parts it from the thinking.
+
+        A row that marks its thinking has that in the mark.
+        """
+        answer = text.strip()
+        if not answer or self._row.row_thinks or not self._row.trajectory.spans:
+            return answer
+        own = text[: len(text) - len(text.lstrip())]
+        return ("\n\n" if self._speaker.thinking_format.thinks else own) + answer

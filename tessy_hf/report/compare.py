@@ -99,7 +99,7 @@ def read(row: Mapping[str, Any]) -> Text | None:
     if not cut:
         thinking, answer = thinking_of(row) or "", row.get("answer")
         if answer is None and row.get("messages"):
-            answer = assistant_text(row)[0].rpartition("</think>")[2].strip()
+            answer = assistant_text(row).rpartition("</think>")[2].strip()
         cut = (("", "thinking", thinking), ("", "answer", answer or ""))
     return Text(prompt, cut) if prompt and any(text for *_, text in cut) else None
 

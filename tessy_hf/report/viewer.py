@@ -123,7 +123,7 @@ def shown(row: Mapping[str, Any]) -> list[Shown]:
         found += [(_MARK, part, 0, piece.before)] if piece.before else []
         found.append((_AUTHORS.get(piece.author, _UNKNOWN), part, piece.tokens, piece.text))
         found += [(_MARK, part, 0, piece.after)] if piece.after else []
-    whole, _ = assistant_text(row)
+    whole = assistant_text(row)
     return found or ([(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else [])
 
 

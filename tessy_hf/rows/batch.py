@@ -55,12 +55,12 @@ class Batch:
             "map(transform, batched=True) without input_columns=, with_indices= and with_rank=."
         )
 
-    def returned(self, written: dict[str, list[Any]], marks_in_content: bool) -> Any:
+    def returned(self, written: dict[str, list[Any]], thinking_key: str | None) -> Any:
         """Return what a mapped function returns: the new columns, or for tables one that has its own columns too.
 
         Args:
             written: The new columns.
-            marks_in_content: See :func:`tessy_hf.rows.columns.schema`.
+            thinking_key: See :func:`tessy_hf.rows.columns.schema`.
         """
         if self.source is None:
             return written
@@ -69,7 +69,7 @@ class Batch:
         merged = {**self.columns, **written}
         rows = (dict(zip(merged, values, strict=True)) for values in zip(*merged.values(), strict=True))
         given = Features.from_arrow_schema(self.source.schema)
-        return table(rows, Features({**given, **columns.schema(marks_in_content)}))
+        return table(rows, Features({**given, **columns.schema(thinking_key)}))
 
 
 def rows_of(batch: Columns, names: Sequence[str], prompt_column: str) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
-from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
+from tessy_hf.text.thinking_format import FAMILIES, HARMONY, ThinkingFormat
 from tessy_hf.text.vocabulary import owners
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
@@ -34,6 +34,7 @@ COLUMNS = (
     "generated_teacher_tokens",
     "generated_student_tokens",
     "finish_reason",
+    "exhausted_budget",
     "error",
     "verdict",
     "teacher_score",
@@ -44,6 +45,12 @@ COLUMNS = (
     "seed",
 )
 
+_MESSAGE_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id"))
+"""Keys of messages that hold no thinking."""
+
+LATER = ("exhausted_budget",)
+"""Columns that rows written before may lack; they read as null."""
+
 
 def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_format: ThinkingFormat) -> Features:
     """Return the schema of a dataset once the transform has been mapped over it.
@@ -51,7 +58,7 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_fo
     Args:
         dataset: The prompts. Where a stream has no schema, its first row is read.
         prompt_column: The column that may be replaced (a ``messages`` column of prompts becomes the finished chat).
-        thinking_format: The student's thinking_format, which decides the keys of a message.
+        thinking_format: The student's thinking format, which decides the keys of a message.
 
     Raises:
         DatasetError: The prompt column is missing, or a column of the dataset would be overwritten.
@@ -60,19 +67,19 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_fo
 
     given = features_of(dataset)
     check_columns(list(given), prompt_column)
-    return Features({**given, **schema(thinking_format.marks_in_content)})
+    return Features({**given, **schema(thinking_format.key)})
 
 
-def schema(marks_in_content: bool) -> dict[str, Any]:
+def schema(thinking_key: str | None = None) -> dict[str, Any]:
     """Return the types of :data:`COLUMNS`.
 
     Args:
-        marks_in_content: Whether thinking stands in a message's content, or under a key of its own.
+        thinking_key: The key of a message that holds the thinking, where that is not in its content.
     """
     from datasets import List, Value
 
     text = Value("string")
-    message = {"role": text, "content": text} | ({} if marks_in_content else {"thinking": text})
+    message = {"role": text, "content": text} | ({} if thinking_key is None else {thinking_key: text})
     span = {"author": text, "part": text, "start": Value("int32"), "end": Value("int32"), "tokens": Value("int32")}
     candidate = {
         "seed": Value("int64"),
@@ -98,6 +105,7 @@ def schema(marks_in_content: bool) -> dict[str, Any]:
         "generated_teacher_tokens": Value("int32"),
         "generated_student_tokens": Value("int32"),
         "finish_reason": text,
+        "exhausted_budget": text,
         "error": text,
         "verdict": Value("float64"),
         "teacher_score": Value("float64"),
@@ -107,6 +115,11 @@ def schema(marks_in_content: bool) -> dict[str, Any]:
         "run_fingerprint": text,
         "seed": Value("int64"),
     }
+
+
+def thinking_key(keys: Collection[str]) -> str | None:
+    """Return which of a message's keys holds the thinking; ``None`` where it is in the content."""
+    return next((key for key in keys if key not in _MESSAGE_KEYS), None)
 
 
 def check_columns(
@@ -151,15 +164,15 @@ def row(
         trajectory: What was written.
         messages: The prompt's messages.
         vocabulary: The student's vocabulary, by which tokens are counted; not needed where nothing was written.
-        thinking_format: The student's thinking_format, in which the row is written.
+        thinking_format: The student's thinking format, in which the row is written.
         method: The data recipe.
         run_fingerprint: The run's fingerprint.
         draft: All that was written for the row, where that is more than the trajectory.
 
     Returns:
         One value per name in :data:`COLUMNS`. Span offsets are into the assistant text: the ``content`` of the last
-        message, or for formats that keep thinking apart, thinking and answer with the markers between them. The
-        markers belong to the neighboring thinking spans and are not counted as tokens.
+        message; where thinking has a key of its own, thinking and content laid end to end (of harmony, with the
+        markers around the thinking). Markers belong to the neighboring thinking spans and are not counted as tokens.
     """
     thinking, answer = trajectory.text("thinking"), trajectory.text("answer")
     spans = _spans(trajectory, vocabulary, thinking_format) if vocabulary is not None else []
@@ -187,6 +200,7 @@ def row(
         "generated_teacher_tokens": draft.generated("teacher"),
         "generated_student_tokens": draft.generated("student"),
         "finish_reason": trajectory.finish_reason,
+        "exhausted_budget": trajectory.budget,
         "error": trajectory.error,
         "verdict": chosen.verdict,
         "teacher_score": chosen.score,
@@ -203,21 +217,43 @@ def content_text(content: Any) -> str:
     return content if isinstance(content, str) else "" if content is None else json.dumps(content, default=str)
 
 
-def assistant_text(row: Mapping[str, Any]) -> tuple[str, ThinkingFormat]:
-    """Return the text that a finished row's span offsets point into (see :func:`row`), and its thinking_format.
+def assistant_text(row: Mapping[str, Any]) -> str:
+    """Return the text that a finished row's span offsets point into (see :func:`row`).
 
-    The text is empty where the row ends in no assistant message.
+    It is empty where the row ends in no assistant message.
     """
-    messages = row["messages"] or []
+    return "".join(_parts(row))
+
+
+def _parts(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Return a finished row's assistant text in four parts: open, thinking, close, answer.
+
+    Of rows that lack the columns ``thinking`` and ``answer``, all is answer.
+    """
+    messages, spans = row["messages"] or [], row.get("spans") or []
     if not messages or messages[-1]["role"] != "assistant":
-        return "", THINK_TAGS
-    thinking, content = messages[-1].get("thinking"), content_text(messages[-1]["content"])
-    if thinking is None:
-        return content, THINK_TAGS
-    begun = HARMONY.open + thinking
-    spans = row.get("spans") or []
-    closed = not spans or spans[-1]["end"] > len(begun)
-    return begun + (HARMONY.close if closed else "") + content, HARMONY
+        return "", "", "", ""
+    message, content = messages[-1], content_text(messages[-1]["content"])
+    key = thinking_key([name for name, value in message.items() if value is not None])
+    if key is not None:
+        bare = spans and spans[-1]["end"] == len(message[key]) + len(content)
+        if bare or key != HARMONY.key:
+            return "", message[key], "", content
+        closed = not spans or spans[-1]["end"] > len(HARMONY.open + message[key])
+        return HARMONY.open, message[key], HARMONY.close if closed else "", content
+    thinking, answer = row.get("thinking") or "", row.get("answer") or ""
+    marked = content[: len(content) - len(answer)] if content.endswith(answer) else ""
+    places = [at for at in range(LONGEST_MARK) if marked.startswith(thinking, at)]
+    if not places:
+        return "", "", "", content
+    at = next((at for at in places if marked[:at].strip() in _OPENINGS), places[0]) if thinking else 0
+    return marked[:at], thinking, marked[at + len(thinking) :], answer
+
+
+LONGEST_MARK = 64
+"""Characters that may open the thinking in a message's content."""
+
+_OPENINGS = frozenset(one.open.strip() for one in FAMILIES.values())
 
 
 class Piece(NamedTuple):
@@ -247,17 +283,17 @@ def pieces(row: Mapping[str, Any]) -> list[Piece]:
         The spans in order, or nothing where they do not cover the text (edited rows, rows of other origin). Markers
         and texts, laid end to end, are the assistant text.
     """
-    whole, thinking_format = assistant_text(row)
-    spans = row.get("spans") or []
+    open_, thinking, close, answer = _parts(row)
+    whole, spans = open_ + thinking + close + answer, row.get("spans") or []
     if not whole or not spans or spans[0]["start"] != 0 or spans[-1]["end"] != len(whole):
         return []
     closing = max((at for at, span in enumerate(spans) if span["part"] == "thinking"), default=None)
-    opening = thinking_format.open if closing is not None else thinking_format.open + thinking_format.close
+    opening = open_ if closing is not None else open_ + close
     cut = []
     for at, span in enumerate(spans):
         text = whole[span["start"] : span["end"]]
         before = opening if at == 0 and text.startswith(opening) else ""
-        after = thinking_format.close if at == closing and text.endswith(thinking_format.close) else ""
+        after = close if at == closing and text.endswith(close) else ""
         text = text[len(before) : len(text) - len(after)]
         cut.append(Piece(str(span["author"]), str(span["part"]), span["tokens"], text, before, after))
     return cut
@@ -285,11 +321,11 @@ def _spans(trajectory: Trajectory, vocabulary: Vocabulary, thinking_format: Thin
     spans, closed = trajectory.spans, trajectory.closed
     counts = [*_count(trajectory, vocabulary, "thinking"), *_count(trajectory, vocabulary, "answer")]
     thinking = [index for index, span in enumerate(spans) if span.part == "thinking"]
-    laid, at = [], 0
+    (opening, closing), laid, at = thinking_format.row_marks, [], 0
     for index, (span, tokens) in enumerate(zip(spans, counts, strict=True)):
         length = len(span.text)
-        length += len(thinking_format.open) if index == 0 and (thinking or closed) else 0
-        length += len(thinking_format.close) if closed and index == (thinking[-1] if thinking else 0) else 0
+        length += len(opening) if index == 0 and (thinking or closed) else 0
+        length += len(closing) if closed and index == (thinking[-1] if thinking else 0) else 0
         laid.append({"author": span.author, "part": span.part, "start": at, "end": at + length, "tokens": tokens})
         at += length
     return laid

@@ -99,7 +99,7 @@ def load_rows(source: str) -> Dataset:
     """Load finished rows from files, with the types of a run, whatever is empty in them; see :func:`load`."""
     dataset: Dataset = load(source)
     message = getattr(dataset.features.get("messages"), "feature", {})
-    types = columns.schema(marks_in_content="thinking" not in message)
+    types = columns.schema(columns.thinking_key(message))
     typed = {name: kind for name, kind in types.items() if name in dataset.features}
     return dataset.cast(type(dataset.features)({**dataset.features, **typed}))
 

@@ -83,7 +83,7 @@ class Rows:
             )
         if prompts is not None and self.answered is None:
             raise DatasetError("Only a journal needs prompts; other rows have their columns. Leave them out.")
-        missing = [name for name in columns.COLUMNS if name not in features]
+        missing = [name for name in columns.COLUMNS if name not in (*features, *columns.LATER)]
         if missing:
             raise DatasetError(
                 f"The rows have no {', '.join(missing)}. Columns: {', '.join(features)}. Expected are rows that "
@@ -197,10 +197,10 @@ def _journal(rows: Journal | str | Path, run: str | None, max_attempts: int) -> 
 
 
 def journal_features(journal: JournalReader) -> Features:
-    """Return the types of a journal's rows; whether thinking has a key of its own is read from them."""
+    """Return the types of a journal's rows; the key that holds the thinking is read from them."""
     keys: set[str] = set()
     for _, row in journal.finished():
         keys = {key for message in row["messages"] for key in message}
         if row["spans"]:
             break
-    return Features({"key": Value("string"), **columns.schema(marks_in_content="thinking" not in keys)})
+    return Features({"key": Value("string"), **columns.schema(columns.thinking_key(keys))})

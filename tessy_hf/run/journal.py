@@ -75,7 +75,12 @@ class _Lease:
     state: Mapping[str, Any] | None = None
     columns: bytes | None = None
     finish_reason: str | None = None
+    failed: int = 0
     ended: bool = False
+
+
+FINAL = 1 << 20
+"""Failed attempts that stand for one that no other can better."""
 
 
 class Journal(JournalReader):
@@ -145,19 +150,27 @@ class Journal(JournalReader):
         """Buffer a finished row, of JSON values, and end the claim. Durable once flushed."""
         self._end(key, columns, finish_reason=str(columns.get("finish_reason")))
 
-    def fail(self, key: Key, columns: Mapping[str, Any]) -> None:
-        """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt."""
-        self._end(key, columns)
+    def fail(self, key: Key, columns: Mapping[str, Any], *, final: bool = False) -> None:
+        """Buffer a failed attempt and end the claim. The text kept so far stays, for the next attempt.
+
+        Args:
+            key: The row.
+            columns: The row, with its error.
+            final: Whether no attempt can help, in this run or another: the failure counts as more than any maximum.
+        """
+        self._end(key, columns, failed=FINAL if final else 1)
 
     def release(self, key: Key) -> None:
         """Buffer the end of the claim on an unfinished row. The text kept so far stays."""
         self._end(key)
 
-    def _end(self, key: Key, columns: Mapping[str, Any] | None = None, finish_reason: str | None = None) -> None:
+    def _end(
+        self, key: Key, columns: Mapping[str, Any] | None = None, finish_reason: str | None = None, failed: int = 0
+    ) -> None:
         key, lease = row_key(key), self._lease(key)
         if columns is not None:
             lease.columns = _json(columns)
-        lease.finish_reason, lease.ended = finish_reason, True
+        lease.finish_reason, lease.failed, lease.ended = finish_reason, failed, True
         self._unwritten[key] = lease
         del self._held[key]
 
@@ -239,9 +252,8 @@ class Journal(JournalReader):
         db.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, CAST(? AS TEXT))", pieces)
         for lease in leases:
             if lease.ended:
-                failed = lease.columns is not None and lease.finish_reason is None
                 change = "UPDATE rows SET owner = NULL, finish_reason = ?, attempts = attempts + ? WHERE id = ?"
-                db.execute(change, (lease.finish_reason, failed, lease.row))
+                db.execute(change, (lease.finish_reason, lease.failed, lease.row))
             if lease.columns is not None:
                 db.execute("INSERT OR REPLACE INTO results VALUES (?, CAST(? AS TEXT))", (lease.row, lease.columns))
             if lease.finish_reason is not None:

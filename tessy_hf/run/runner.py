@@ -150,7 +150,7 @@ class Run:
         if self._commits is not None:
             self._commits.journal.describe(record)
         if self._outbox is not None:
-            self._outbox.shared.describe(columns.schema(self._student.thinking_format.marks_in_content), record)
+            self._outbox.shared.describe(columns.schema(self._student.thinking_format.key), record)
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -206,7 +206,7 @@ class Run:
         finally:
             for one in tasks.values():
                 one.cancel()
-        return {name: [row[name] for row in rows] for name in columns.COLUMNS}
+        return {name: [row.get(name) for row in rows] for name in columns.COLUMNS}  # old rows lack some
 
     def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:
         try:

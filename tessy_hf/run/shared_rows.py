@@ -133,7 +133,7 @@ def encode(rows: Mapping[RowKey, Mapping[str, Any]], features: Mapping[str, Any]
 
     names = {"key": Value("string"), PROMPT_HASH: Value("string")}
     keyed = (
-        {"key": key.id, PROMPT_HASH: key.prompt_hash, **{name: row[name] for name in columns.COLUMNS}}
+        {"key": key.id, PROMPT_HASH: key.prompt_hash, **{name: row.get(name) for name in columns.COLUMNS}}
         for key, row in rows.items()
     )
     written = table(keyed, Features({**names, **features}))

@@ -14,7 +14,7 @@ from typing import Any
 
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.method import methods
-from tessy_hf.method.speaker import Speaker
+from tessy_hf.method.speaker import Speaker, check_pair
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.run.commits import Commits
@@ -59,11 +59,13 @@ class Synthesis:
 
         Raises:
             TessyError: An engine or predictor is not there, or a chat template would lose the thinking.
-            SettingsError: The verifier does not work.
+            SettingsError: The verifier does not work, or the models cannot write by this method.
             SandboxError: The verifier needs more than this system permits.
         """
         self._teacher.check(student=False)
         self._student.check(student=True)
+        for plan in map(self._settings.plan, map(str, range(16))):  # teacher-mix has rows of two plans
+            check_pair(self._teacher, self._student, plan)
         verifiers.check(self._verifier)
 
     def enroll(self, keys: Iterable[RowKey], other_prompts: dict[str, str]) -> None:
@@ -162,7 +164,10 @@ class Synthesis:
                 commits.journal.release(key)
             raise
         if commits is not None:
-            (commits.journal.fail if written.finish_reason == "error" else commits.journal.finish)(key, row)
+            if written.finish_reason == "error":
+                commits.journal.fail(key, row, final=written.final)
+            else:
+                commits.journal.finish(key, row)
             commits.soon()
         return row, written
 

@@ -9,13 +9,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tessy_hf.text.thinking_format import FAMILIES
+
 COLUMNS = ("thinking", "reasoning", "reasoning_content")
 """Keys under which thinking stands by itself: datasets' own, and those of OpenAI-compatible servers."""
 
 TAGGED = ("text", "content", "response", "completion", "output", "generation")
 """Keys under which thinking may stand, marked, before the answer."""
 
-_TAGS = re.compile(r"^\s*(?:<think>)?(?P<thinking>.*?)</think>|^\s*<think>(?P<open>.*)", re.DOTALL)
+
+def _tags(start: str, end: str) -> re.Pattern[str]:
+    begun = f"(?:{start})?" if end.startswith("</") else start  # R1's completions lack the opening tag
+    return re.compile(rf"^\s*{begun}(?P<thinking>.*?){end}|^\s*{start}(?P<open>.*)", re.DOTALL)
+
+
+_TAGS = [_tags(*map(re.escape, (one.open.strip(), one.end_marker))) for one in FAMILIES.values() if one.thinks]
 _ANALYSIS = re.compile(
     r"<\|channel\|>analysis(?:[^<]*<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
@@ -27,8 +35,8 @@ def thinking(row: Mapping[str, Any]) -> str | None:
 
     Read are, in this order: a column ``thinking``, ``reasoning`` or ``reasoning_content``; the last assistant message
     of ``messages`` or ``conversations``, by these keys or in its content; and a column with a whole answer. In
-    content, thinking is what stands in ``<think>`` tags (Qwen3, DeepSeek-R1; the opening tag may be missing, as in
-    R1's completions) or in harmony's analysis channel (gpt-oss).
+    content, thinking is what stands between the marks of a known family
+    (:data:`tessy_hf.text.thinking_format.FAMILIES`); an opening tag may be missing, as in R1's completions.
     """
     for key in COLUMNS:
         if isinstance(row.get(key), str) and row[key].strip():
@@ -47,7 +55,7 @@ def find_thinking(text: str) -> str | None:
     if "<|channel|>" in text:
         parts = [part.strip() for part in _ANALYSIS.findall(text)]
         return "\n\n".join(part for part in parts if part) or None
-    found = _TAGS.match(text)
+    found = next(filter(None, (tags.match(text) for tags in _TAGS)), None)
     if found is None:
         return None
     return (found["thinking"] if found["thinking"] is not None else found["open"]).strip() or None

@@ -168,7 +168,7 @@ def test_texts_are_not_held_in_memory(tmp_path, monkeypatch):
     """Rows of 40 kB from many parts: a few row groups are in memory at a time, whatever their number."""
     rows = {row["id"]: row for row in rows_of(prompts(40), scripted(long, max_answer_tokens=10**6))}
     written = SharedRows(str(tmp_path / "parts"), rows["r0"]["run_fingerprint"])
-    written.describe(schema(True), "{}")
+    written.describe(schema(), "{}")
     for key, row in rows.items():
         written.write({RowKey(key, finished_prompt_hash(row["messages"])): row})
     monkeypatch.setattr(storage, "CACHE_BYTES", 1 << 18)

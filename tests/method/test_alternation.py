@@ -342,7 +342,7 @@ def test_an_end_token_of_the_author_closes_the_thinking(kind, marker, author):
     assert row.generated["teacher"] == (len(ids_of(" Zoo", kind)) if author == "teacher" else 0)
 
 
-@pytest.mark.parametrize(("kind", "marker"), [("gpt2", "</think>"), ("harmony", "<|end|>"), ("harmony", "</think>")])
+@pytest.mark.parametrize(("kind", "marker"), [("gpt2", "</think>"), ("harmony", "</think>")])
 @pytest.mark.parametrize("before", ["", " ", "\n"])
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_a_spelled_out_end_marker_closes_the_thinking(kind, marker, before, k):
@@ -356,13 +356,23 @@ def test_a_spelled_out_end_marker_closes_the_thinking(kind, marker, before, k):
     assert row.closed and row.text("answer") == "Three."
 
 
-@pytest.mark.parametrize("k", CHUNKS)
-@pytest.mark.parametrize("kind", ["qwen", "gpt2"])
-def test_an_end_marker_beyond_the_boundary_is_discarded(k, kind):
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_an_end_marker_that_is_a_token_does_not_close_the_thinking_as_text(k):
     row = write(
-        scripted([" Zoo be</think> X", " End</think>"], kind),
-        scripted(["all Then</think>", " its No"]),
+        scripted([" Zoo X <|end|>\n\nY"], "harmony"),
+        scripted(Script(["all Then"], "Three."), "gpt2"),
         both(by_first_letter),
+        chunk_tokens=k,
+    )
+    assert spans(row) == [("student", "all"), ("teacher", " Zoo X <|end|>\n\nY")]
+
+
+@pytest.mark.parametrize("k", CHUNKS)
+def test_an_end_marker_beyond_the_boundary_is_discarded(k):
+    row = write(
+        scripted([" Zoo be</think> X", " End</think>"], "gpt2"),
+        scripted(["all Then</think>", " its No"], "gpt2"),
+        both(by_first_letter, "gpt2"),
         chunk_tokens=k,
     )
     assert spans(row) == [("student", "all"), ("teacher", " Zoo"), ("student", " its"), ("teacher", " End")]
@@ -638,19 +648,20 @@ def test_the_thinking_budget_keeps_the_most_words_that_fit(teacher, student, bud
     assert row.text("thinking") == (fitting or [""])[-1]
     assert (row.finish_reason, row.closed) == (("length", False) if budget < 100 else ("stop", True))
     assert budget == 100 or row.text("answer") == ""
+    assert row.budget in ((None,) if budget == 100 else ("thinking", "word"))
 
 
 def test_a_full_context_ends_the_row_and_keeps_what_fits():
     student = scripted(["add all " * 30], context_length=50)
     row = write(CannedEngine(), student, both(by_first_letter), chunk_tokens=7)
     assert (row.finish_reason, row.closed, row.error) == ("length", False, None)
-    assert row.text("thinking").startswith("add all add")
+    assert row.budget == "context" and row.text("thinking").startswith("add all add")
     assert row.generated["student"] - row.discarded["student"] == len(ids_of(row.text("thinking")))
 
 
 def test_a_long_answer_is_cut_at_its_budget():
     row = write(CannedEngine(), scripted(Script(["all"], "It is three.")), both(by_first_letter), max_answer_tokens=2)
-    assert (row.finish_reason, row.closed) == ("length", True)
+    assert (row.finish_reason, row.budget, row.closed) == ("length", "answer", True)
     assert ids_of(row.text("answer")) == ids_of("It is three.")[:2]
 
 
@@ -693,14 +704,14 @@ def test_the_thinking_budget_binds_where_no_word_ends(text, method, k):
         thinking=method,
         max_thinking_tokens=50,
     )
-    assert (row.finish_reason, row.text("thinking")) == ("length", "all")
+    assert (row.finish_reason, row.budget, row.text("thinking")) == ("length", "word", "all")
     assert row.generated["student"] <= 2 * 50 + 20
 
 
 def test_an_answer_that_goes_round_in_circles_is_called_repetition():
     answer, budget = "again " * 600, len(ids_of("again " * 550))
     row = write(CannedEngine(), scripted(Script(["all"], answer)), both(always_style), max_answer_tokens=budget)
-    assert (row.finish_reason, row.closed) == ("repetition", True)
+    assert (row.finish_reason, row.budget, row.closed) == ("repetition", None, True)
 
 
 @pytest.mark.parametrize("retryable", [True, False])
@@ -853,7 +864,7 @@ def test_one_author_alone_is_held_to_the_budget(author, teacher, student):
     row = write(*engines.values(), thinking=author, max_thinking_tokens=25)
     fitting = [text[:end] for _, end in words(text) if len(ids_of(text[:end], student)) <= 25]
     assert spans(row) == [(author, fitting[-1])]
-    assert (row.finish_reason, row.closed) == ("length", False)
+    assert (row.finish_reason, row.budget, row.closed) == ("length", "thinking", False)
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)

@@ -135,7 +135,7 @@ def test_spans_that_do_not_fit_the_text_name_nobody(rows):
     row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": "edited"}]
     assert viewer.shown(row) == [(3, 1, 0, "edited")]
     assert viewer.shown({**row, "spans": None}) == [(3, 1, 0, "edited")]
-    assert set(schema(True)) >= {"messages", "spans"}
+    assert set(schema()) >= {"messages", "spans"}
 
 
 def test_rows_are_taken_evenly():

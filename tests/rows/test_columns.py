@@ -93,7 +93,7 @@ def test_spans_lie_end_to_end_over_the_whole_text(thinking_format, thinking, ans
     assert laid[-1][1] == len(whole)
     texts = [whole[start:end] for start, end in laid]
     assert all(text in shown for (_, text), shown in zip([*thinking, *answer], texts, strict=False))
-    if thinking_format.marks_in_content:
+    if thinking_format.key is None:
         assert row["messages"][-1]["content"] == whole
         assert "".join(span_texts(row)) == whole
     cut = columns.pieces(row)

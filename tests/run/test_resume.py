@@ -1,5 +1,6 @@
 """Nothing finished is lost or done twice: the journal in the transform. Sudden deaths are in `test_kills.py`."""
 
+import contextlib
 import os
 from collections import Counter
 
@@ -8,6 +9,8 @@ from datasets import Dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform
 from tessy_hf.errors import DatasetError, EngineDeadError, JournalError, RequestError
+from tessy_hf.run.finished import Rows
+from tessy_hf.run.journal import Journal
 from tests.run.test_journal import empty, foreign, header_gone, newer, pages_gone, text_file, truncated
 from tests.test_transform import prompts, scripted
 
@@ -24,6 +27,20 @@ def test_a_rerun_is_a_look_up(tmp_path):
     assert requests == 60  # thinking and answer of each row
     again, requests = run(prompts(30), scripted(journal=journal, rows_in_flight=3), batch_size=7)
     assert requests == 0 and again == first
+
+
+def test_rows_of_a_journal_from_before_a_column_read_as_null(tmp_path):
+    path, old = tmp_path / "rows.journal", tmp_path / "old.journal"
+    transform = scripted(journal=str(path))
+    run(prompts(2), transform)
+    new = Journal(path, transform.run_fingerprint)
+    with contextlib.closing(Journal(old, transform.run_fingerprint)) as before:
+        for key, _ in new.keys():
+            before.claim(key)
+            before.finish(key, {name: value for name, value in new.row(key).items() if name != "exhausted_budget"})
+    rows, requests = run(prompts(2), scripted(journal=str(old)))
+    assert requests == 0 and [row["exhausted_budget"] for row in rows] == [None, None]
+    assert Rows(old).dataset()["exhausted_budget"][:] == [None, None]
 
 
 def test_only_what_is_new_is_written_when_rows_are_added_and_shuffled(tmp_path):

@@ -1,11 +1,12 @@
 """A model family's way to think is told from its tokenizer, and prompts are rendered with the thinking left open."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 
 from tessy_hf.errors import PromptError, TemplateError
-from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, check_templates, detect, end_ids, render
+from tessy_hf.text.thinking_format import HARMONY, NONE, THINK_TAGS, check_templates, detect, end_ids, render
 from tessy_hf.text.vocabulary import Vocabulary
 from tests.rules import vocabulary
 from tests.worlds import CHATML, HARMONY_SYSTEM, R1, R1_KEEPS, make_tokenizer
@@ -29,18 +30,18 @@ def with_template(kind, template):
 )
 def test_a_thinking_format_is_told_from_the_tokenizer_whatever_the_model_is_called(kind, thinking_format):
     for name in ("gpt-oss-20b", "Qwen/Qwen3-8B", "my/finetune"):
-        assert detect(Vocabulary(make_tokenizer(kind), name)) is thinking_format
+        found = detect(Vocabulary(make_tokenizer(kind), name))
+        assert replace(found, prompted="") == thinking_format
+        assert found.prompted == ("<think>\n" if kind == "r1" else "")  # its template opens the thinking itself
 
 
 def test_thinking_tags_in_the_vocabulary_are_enough():
     assert detect(with_template("qwen", CHATML)) is THINK_TAGS
 
 
-def test_a_model_without_a_way_to_think_is_refused_with_what_to_do():
-    with pytest.raises(TemplateError) as caught:
-        detect(with_template("gpt2", CHATML))
-    for shown in ("'my/gpt2'", "no </think> token", "reasoning model is expected", "Speaker(..., chat_template=...)"):
-        assert shown in str(caught.value)
+def test_a_model_without_thinking_marks_writes_plain_text():
+    assert detect(with_template("gpt2", CHATML)) is NONE
+    assert NONE.assistant_message("First 3. ", "Then 4.") == {"role": "assistant", "content": "First 3. Then 4."}
 
 
 @pytest.mark.parametrize("kind", ["qwen", "r1", "gpt2", "harmony"])
@@ -126,10 +127,16 @@ def test_a_tokenizer_without_a_template_is_refused():
 def test_a_students_template_that_drops_finished_thinking_is_refused():
     with pytest.raises(TemplateError) as caught:
         check_templates(vocabulary("r1"), THINK_TAGS, student=True)
-    for shown in ("student 'r1'", "drops the thinking", "It rendered", "Speaker(..., chat_template=...)"):
+    for shown in (
+        "student 'r1'",
+        "drops the thinking",
+        "the chat template renders",
+        "Speaker(..., chat_template=...)",
+    ):
         assert shown in str(caught.value)
-    check_templates(vocabulary("r1"), THINK_TAGS, student=False)  # a teacher's rows are never written
-    check_templates(with_template("r1", R1_KEEPS), THINK_TAGS, student=True)
+    check_templates(vocabulary("r1"), detect(vocabulary("r1")), student=False)  # a teacher's rows are never written
+    keeps = with_template("r1", R1_KEEPS)
+    check_templates(keeps, detect(keeps), student=True)
 
 
 def test_a_students_template_that_drops_the_answer_is_refused():
@@ -152,7 +159,19 @@ def test_a_template_that_closes_the_thinking_is_refused_until_it_is_switched_on(
             check_templates(known, THINK_TAGS, student=False, **options)
         for shown in ("'my/qwen'", "does not leave the thinking open", "'<think>\\n'", 'template_options={"enable_'):
             assert shown in str(caught.value)
-    check_templates(known, THINK_TAGS, student=True, enable_thinking=True)
+    on = {"enable_thinking": True}
+    check_templates(known, detect(known, **on), student=True, **on)
+
+
+def test_a_template_that_drops_the_prompt_is_refused():
+    with pytest.raises(TemplateError, match="drops the prompt; it renders 'chat.jinja"):
+        check_templates(with_template("qwen", "chat.jinja"), THINK_TAGS, student=False)
+
+
+def test_another_name_of_the_assistants_role_in_finished_turns_is_told(caplog):
+    known = with_template("qwen", CHATML.replace("<|im_start|>assistant", "<|im_start|>model"))
+    check_templates(known, detect(known), student=True)
+    assert "names the assistant otherwise" in caplog.text
 
 
 def test_a_template_that_refuses_any_prompt_is_refused():
@@ -162,4 +181,4 @@ def test_a_template_that_refuses_any_prompt_is_refused():
 
 def test_the_r1_template_opens_the_thinking_itself():
     assert R1.endswith("<think>\n{% endif %}")
-    assert render(vocabulary("r1"), THINK_TAGS, USER).count("<think>") == 1
+    assert render(vocabulary("r1"), detect(vocabulary("r1")), USER).count("<think>") == 1
