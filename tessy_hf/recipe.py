@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -182,7 +184,10 @@ def _change(given: Any, change: str) -> None:
             f"{change!r} is not an override. Expected NAME=VALUE with a dotted name, for instance "
             "--set teacher.options.base_url=http://127.0.0.1:8000/v1."
         )
-    inner[last] = yaml.safe_load(value)
+    try:
+        inner[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{change!r} is not an override: {error}. A YAML value is expected.") from error
 
 
 def _speaker(described: _Speaker, path: Path | str) -> Speaker:
@@ -205,6 +210,12 @@ def _engine(described: _Speaker, path: Path | str) -> Engine:
         raise SettingsError(
             f"The recipe {str(path)!r} asks for the engine {described.engine!r}. Known: {', '.join(ENGINES)}."
         )
+    known = [*inspect.signature(ENGINES[described.engine]).parameters]
+    for name in described.options.keys() - {*known}:  # what goes on to the engine's own library is known there only
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise SettingsError(
+                f"The recipe {str(path)!r} has the option {name!r} for {described.model!r}. Did you mean {near[0]!r}?"
+            )
     try:
         engine: Engine = ENGINES[described.engine](described.model, **described.options)
     except TypeError as error:

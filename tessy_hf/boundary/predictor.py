@@ -128,6 +128,20 @@ class BoundaryPredictor:
         identity = {**identify(self.model, self.revision), **self._stated}
         return {**identity, "weights": _shipped_digest()} if self.model == SHIPPED else identity
 
+    def check(self) -> None:
+        """Check before any weights are loaded that there is such a predictor, and how its labels are read.
+
+        Raises:
+            BoundaryError: There is none, or its label convention is not stated anywhere.
+            EngineDeadError: It is to run in vLLM, which is not installed.
+        """
+        if self._engine == "vllm":
+            from tessy_hf.engines.vllm_process import check_installed
+
+            check_installed()
+        if self.model != SHIPPED:
+            _convention(self.model, _describe(self.model, self.revision)[0], self._stated)
+
     def start(self) -> None:
         """Load the model, if it is not loaded yet."""
         if self._live is None:

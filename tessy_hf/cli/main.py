@@ -1,7 +1,7 @@
 """The `tessy` command. Each command is a thin function: arguments in, one call, words for people out.
 
-Exit codes: 0, all is well; 1, more rows failed than allowed, or rows to merge are missing or differ; 2, the command could
-not start or go on, as one sentence says; 130, stopped by Ctrl-C.
+Exit codes: 0, all is well; 1, more rows failed than allowed, or rows to merge are missing or differ; 2, it could not
+start or go on, as one sentence says; 130, stopped by Ctrl-C.
 """
 
 from __future__ import annotations

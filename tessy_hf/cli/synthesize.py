@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,12 +62,15 @@ def synthesize(
     from datasets import Dataset
 
     most_failures(allow_failures, 0)
+    kept = _kept_by(shard)
     if out is not None:
         check_output(out)
     with open_transform(recipe, change or [], run) as transform:
         if out is None and transform.settings.parts is None:
             raise SettingsError("No output path given. Pass a .parquet or .jsonl file, or --set parts=FOLDER.")
-        prompts = _shard(load(data, split, config, line_column="prompt"), shard)
+        prompts = load(data, split, config, line_column="prompt")
+        if kept is not None:
+            prompts = prompts.filter(kept, with_indices=True)
         if ray:
             _synthesize_on_ray(prompts, transform, out, recipe, change or [], allow_failures)
             return
@@ -118,17 +121,17 @@ def _synthesize_on_ray(
     check_failures(report.failed, report.prompts - report.unusable, allow_failures)
 
 
-def _shard(prompts: Any, shard: str | None) -> Any:
-    """Return every n-th of the prompts.
+def _kept_by(shard: str | None) -> Callable[[Any, int], bool] | None:
+    """Return which rows a shard keeps, by their numbers: every n-th.
 
-    Not by ``split_dataset_by_node``: in a stream of fewer files than hosts it skips rows only after they are mapped.
+    Not ``split_dataset_by_node``: in a stream of fewer files than hosts it skips rows only after they are mapped.
     """
     if shard is None:
-        return prompts
+        return None
     rank, _, world = shard.partition("/")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise SettingsError(f"--shard {shard!r} is not RANK/WORLD. Use 0/8 for the first of eight hosts.")
-    return prompts.filter(lambda _, number: number % int(world) == int(rank), with_indices=True)
+    return lambda _, number: number % int(world) == int(rank)
 
 
 def plan(

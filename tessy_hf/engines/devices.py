@@ -5,15 +5,29 @@ from __future__ import annotations
 import os
 from threading import Lock, Thread
 
+from tessy_hf.errors import SettingsError
+
 _IMPORTED_IN = os.getpid()
 _setting = Lock()
 
 
 def pick_device(device: str | None) -> str:
-    """Return the device asked for, or the best there is: CUDA, MPS, CPU."""
+    """Return the device asked for, or the best there is: CUDA, MPS, CPU.
+
+    Raises:
+        SettingsError: The device is not there.
+    """
     import torch
 
     if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise SettingsError(
+                f"The device {device!r} cannot be used: {reason}. Pass one that this machine and this torch have, "
+                "such as cuda, mps or cpu, or leave it out."
+            ) from error
         return device
     if torch.cuda.is_available():
         return "cuda"

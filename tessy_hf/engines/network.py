@@ -29,7 +29,7 @@ def load(model: str, revision: str | None, dtype: str, device: str, options: Map
         network = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=dtype, use_safetensors=True, **options
         )
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise EngineDeadError(
             f"The model {model!r} could not be loaded: {error} A Hub id or a folder with config.json and safetensors "
             "is expected, and options of AutoModelForCausalLM.from_pretrained; check the name, and HF_TOKEN for gated "

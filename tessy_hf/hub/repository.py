@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import httpx2
 
 from tessy_hf.errors import HubError
-from tessy_hf.retries import Failures, RetryPolicy, is_transient, own_words, status_of
+from tessy_hf.retries import Failures, RetryPolicy, causes, is_transient, own_words, status_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -293,6 +293,10 @@ def _seen(error: BaseException) -> str:
 
 def may_pass(error: BaseException) -> bool:
     """Whether another try may succeed; a :class:`HubError` has been through the retries of an inner call."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     if isinstance(error, HubError):
         return isinstance(error, _Stale)
+    if any(isinstance(one, OfflineModeIsEnabled) for one in causes(error)):
+        return False
     return is_transient(error) or status_of(error) == BASE_CHANGED

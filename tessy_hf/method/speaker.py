@@ -102,6 +102,19 @@ class Speaker:
         """The ids from the marker that ends this model's thinking up to its answer."""
         return self._tokenizer.close_ids
 
+    def check(self, *, student: bool) -> None:
+        """Refuse what cannot be used before a model is loaded: what engine and predictor say themselves, templates.
+
+        Raises:
+            TemplateError: See :meth:`check_templates`.
+            EngineDeadError: The engine cannot run here, or has no tokenizer.
+            BoundaryError: There is no such predictor.
+        """
+        for part in (self.engine, self.boundary):
+            if callable(check := getattr(part, "check", None)):
+                check()
+        self.check_templates(student=student)
+
     def check_templates(self, *, student: bool) -> None:
         """Refuse templates that would lose thinking, before anything is generated.
 

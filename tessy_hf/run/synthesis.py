@@ -65,12 +65,12 @@ class Synthesis:
         """Check what can be checked before anything heavy is loaded.
 
         Raises:
-            TemplateError: A chat template would lose the thinking.
+            TessyError: An engine or predictor is not there, or a chat template would lose the thinking.
             SettingsError: The verifier does not work.
             SandboxError: The verifier needs more than this system permits.
         """
-        self._teacher.check_templates(student=False)
-        self._student.check_templates(student=True)
+        self._teacher.check(student=False)
+        self._student.check(student=True)
         verifiers.check(self._verifier)
 
     def enroll(self, keys: Iterable[RowKey], other_prompts: dict[str, str]) -> None:

@@ -132,6 +132,11 @@ def check_templates(vocabulary: Vocabulary, thinking_format: ThinkingFormat, *, 
         opened = render(vocabulary, thinking_format, user, **options)
     except PromptError as error:
         raise TemplateError(str(error)) from error
+    if user[0]["content"] not in opened:
+        raise TemplateError(
+            f"The chat template of {vocabulary.name!r} drops the prompt; it renders {opened[:60]!r}. A Jinja template "
+            "of the messages is expected, its text and not the name of a file."
+        )
     generation_prompt = opened.removeprefix(vocabulary.chat_text(user, add_generation_prompt=False, **options))
     if thinking_format.end_marker in generation_prompt:
         raise TemplateError(
