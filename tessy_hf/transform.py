@@ -199,8 +199,7 @@ class TessyTransform(functools.partial[Any]):
         given, layout = Batch.read(batch, extra), self.student.thinking_format.marks_in_content
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), layout)
-        written = asyncio.wrap_future(self._run().submit(given.columns, asyncio.get_running_loop()))
-        return _later(given, written, layout)
+        return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
 
     def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
         """Hand over a batch of columns without waiting for it: the future of the new columns.
@@ -287,8 +286,27 @@ def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
 
-async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
-    return given.returned(await written, marks_in_content)
+async def _later(given: Batch, written: Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
+    # Not asyncio.wrap_future: it would keep the tasks of a stream that was dropped, which `datasets` leaves pending.
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    written.add_done_callback(functools.partial(_wake, weakref.ref(waiter)))
+    try:
+        await waiter
+        return given.returned(written.result(), marks_in_content)
+    finally:
+        written.cancel()
+
+
+def _wake(waiter: weakref.ref[asyncio.Future[None]], written: Future[Any]) -> None:
+    if (waits := waiter()) is not None and not waits.get_loop().is_closed():
+        waits.get_loop().call_soon_threadsafe(_end, waits, written.cancelled())
+
+
+def _end(waiter: asyncio.Future[None], cancelled: bool) -> None:
+    if cancelled:
+        waiter.cancel()
+    elif not waiter.done():
+        waiter.set_result(None)
 
 
 async def _coroutine_function(batch: Batch) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -402,6 +404,29 @@ def test_dropping_a_stream_early_leaves_a_usable_transform():
         stream = dataset.map(transform, batched=True, batch_size=5, features=transform.features(dataset))
         assert next(iter(stream))["answer"] == "the answer is r0 ."
         assert [row["answer"] for row in stream.take(2)] == ["the answer is r0 .", "the answer is r1 ."]
+
+
+def test_a_stream_that_is_dropped_stops_its_batches_and_logs_nothing(caplog):
+    """`datasets` leaves the tasks of a dropped stream pending, which asyncio would report one by one."""
+    blocked = threading.Event()
+
+    def latency(request):
+        if request.row in ("r0", "r1"):
+            return 0.0
+        blocked.set()
+        return 3600.0
+
+    with scripted(latency=latency, rows_in_flight=4) as transform:
+        dataset = prompts(8).to_iterable_dataset()
+        rows = iter(dataset.map(transform, batched=True, batch_size=2, features=transform.features(dataset)))
+        assert next(rows)["answer"] == "the answer is r0 ." and blocked.wait(60)
+        del rows
+        gc.collect()
+        first = prompts(2)  # they get the places of the rows that were dropped
+        assert [row["answer"] for row in first.map(transform, batched=True)] == [
+            f"the answer is r{i} ." for i in (0, 1)
+        ]
+    assert "was destroyed" not in caplog.text
 
 
 INTERRUPTED = """

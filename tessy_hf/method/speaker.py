@@ -133,10 +133,10 @@ class Speaker:
         return self.vocabulary.encode_template(text), text[len(text.rstrip()) :]
 
     async def start(self) -> None:
-        """Start engine and predictor."""
+        """Start engine and predictor: the engine first, so that a server that is not up is named at once."""
+        await self.engine.start()
         if self.boundary is not None:
             self.boundary.start()
-        await self.engine.start()
 
     async def close(self) -> None:
         """Close engine and predictor."""

@@ -82,7 +82,7 @@ class Run:
         self._warned = False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
+        self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pass] = weakref.WeakKeyDictionary()
         self._admission = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tessy", daemon=True)
@@ -92,8 +92,11 @@ class Run:
 
     def submit(self, batch: Columns, caller: asyncio.AbstractEventLoop | None) -> Future[dict[str, list[Any]]]:
         """Hand a batch to the loop. ``caller`` distinguishes one pass over a dataset from the next."""
-        seen = self._passes.setdefault(caller, set()) if caller is not None else set()
-        return self._call(self._batch(batch, seen))
+        if caller is None:
+            return self._call(self._batch(batch, set()))
+        if caller not in self._passes:
+            self._passes[caller] = _Pass(caller)
+        return self._call(self._batch(batch, self._passes[caller].enter()))
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -238,6 +241,29 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
+
+
+class _Pass:
+    """One pass over a stream, on a loop of `datasets`, which leaves it with its tasks where the stream is dropped.
+
+    Our coroutines in these tasks cancel their batches then; the loop is told not to log that they were pending.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._seen: set[str] = set()
+        self._tasks: set[int] = set()
+        self._handler = loop.get_exception_handler()
+        loop.set_exception_handler(self._handle)
+
+    def enter(self) -> set[str]:
+        """Note the task that hands over a batch; return the ids that this pass has seen."""
+        if (task := asyncio.current_task()) is not None:
+            self._tasks.add(id(task))
+        return self._seen
+
+    def _handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if id(context.get("task")) not in self._tasks:
+            self._handler(loop, context) if self._handler is not None else loop.default_exception_handler(context)
 
 
 def _longest_first(prompts: Sequence[Prompt | PromptError]) -> list[int]:
