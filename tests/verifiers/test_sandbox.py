@@ -125,19 +125,24 @@ def test_its_processes_are_limited(run):
 # --- files
 
 
+def attempts(*calls):
+    """A program that makes calls, and prints which of them succeed."""
+    return "import os\n" + "".join(
+        f"try: {call}\nexcept OSError: pass\nelse: print({number})\n" for number, call in enumerate(calls)
+    )
+
+
 def test_it_reads_no_file_of_the_user(run, tmp_path):
-    secret = tmp_path / "token"
-    secret.write_text("secret")
     beside = tmp_path.parent / "beside"
     beside.write_text("secret")
-    for name in (secret, beside, Path(__file__), Path(sandbox.__file__), "/etc/passwd", "/proc/self/environ"):
-        outside = run(f"print(open({str(name)!r}).read())", files=True)
-        assert outside.code == 0 and outside.output, name
-        found = run(f"print(open({str(name)!r}).read())")
-        assert found == (1, ""), name
-    for folder in (Path.home(), tmp_path, "/tmp/..", "/etc", "/proc"):
-        program = f"import os\nprint('token' in os.listdir({str(folder)!r}) or os.listdir({str(folder)!r}))"
-        assert "True" not in run(program).output and "passwd" not in run(program).output
+    files = [beside, Path(__file__), Path(sandbox.__file__), "/etc/passwd", "/proc/self/environ"]
+    folders = [tmp_path.parent, Path(__file__).parent, "/var", "/proc"]
+    program = attempts(
+        *(f"open({str(name)!r}).read()" for name in files), *(f"os.listdir({str(n)!r})" for n in folders)
+    )
+    everything = "".join(f"{number}\n" for number in range(len(files) + len(folders)))
+    assert run(program, files=True) == (0, everything)
+    assert run(program) == (0, "")
 
 
 def test_links_lead_nowhere(run, tmp_path):
@@ -161,14 +166,18 @@ def test_it_changes_nothing_outside_its_folder(run, tmp_path):
         sys.base_prefix,
         Path(sandbox.__file__).parent,
     ]
-    for place in map(str, places):
-        assert run(f"open({place!r} + '/written-by-the-sandbox', 'w')").code == 1
-        assert not os.path.exists(f"{place}/written-by-the-sandbox")
+    written = [f"{place}/written-in-a-sandbox" for place in places]
     name = str(kept)
-    for change in (f"remove({name!r})", f"truncate({name!r}, 0)", f"rename({name!r}, 'x')", f"chmod({name!r}, 0)"):
-        if run.means == "namespaces" or not change.startswith("chmod"):  # a file's mode is not guarded by Landlock
-            assert run(f"import os; os.{change}").code == 1
-    assert kept.read_text() == "x"
+    changes = [
+        f"os.remove({name!r})",
+        f"os.truncate({name!r}, 0)",
+        f"os.rename({name!r}, 'x')",
+        f"open({name!r}, 'w')",
+    ]
+    if run.means == "namespaces":  # Landlock does not guard a file's mode
+        changes.append(f"os.chmod({name!r}, 0)")
+    assert run(attempts(*(f"open({path!r}, 'w')" for path in written), *changes)) == (0, "")
+    assert kept.read_text() == "x" and not any(map(os.path.exists, written))
 
 
 def test_its_folder_is_its_own_and_gone_afterwards(run):
