@@ -114,6 +114,7 @@ class CompletionsAPI:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            **request.set_sampling,
         }
         if request.temperature:
             options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
