@@ -7,13 +7,13 @@ the seams of :mod:`tessy_hf.text.transcript` need character offsets.
 from __future__ import annotations
 
 import codecs
-import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from tessy_hf.errors import TemplateError
 
@@ -26,6 +26,9 @@ CLAUSE_END = "，。！？；：、"
 
 WORD = re.compile(rf"\s*(?:[^\s{CLAUSE_END}]+[{CLAUSE_END}]*|[{CLAUSE_END}]+)")
 """A word with the whitespace before it. Scripts without spaces are cut after their punctuation instead."""
+
+LONGEST_TAIL = 200
+"""Characters of a prompt's end that are looked at for the place up to which a token may reach into what follows."""
 
 LONGEST_FRAGMENT = 32
 """Characters up to which a piece of text is cached with its ids; longer ones rarely come again."""
@@ -81,14 +84,25 @@ class Vocabulary:
         self._template_backend = backend
         backend.no_truncation()
         backend.no_padding()
+        described = backend.to_str()
+        key = hashlib.sha256(f"{sorted(tokenizer.all_special_ids)} {described}".encode()).digest()
+        if (same := _BUILT.get(key)) is not None:
+            vars(self).update({**vars(same), **vars(self)})
+        else:
+            self._build(described, [int(i) for i in tokenizer.all_special_ids])
+            _BUILT[key] = self
+
+    def _build(self, described: str, special_ids: Sequence[int]) -> None:
+        """Read the tokenizer, which takes seconds where it is large, and whatever its speaker is the same."""
+        from tokenizers import Tokenizer
+
         # A private copy: here "<|im_end|>" written by a model is text, while chat templates need it to be special.
-        self._backend: Tokenizer = copy.deepcopy(backend)
+        self._backend: Tokenizer = Tokenizer.from_str(described)
         self._backend.encode_special_tokens = True
         self._backend.post_processor = None  # may trim whitespace off offsets; here each character belongs to a token
         self.fingerprint = _fingerprint(self._backend)
-        added = backend.get_added_tokens_decoder()
-        special = (*(i for i, token in added.items() if token.special), *tokenizer.all_special_ids)
-        self.special_ids = frozenset(map(int, special))
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset((*(i for i, token in added.items() if token.special), *special_ids))
         self._piece = cache(self._read_token)
         self._pairs = _pairs_in_tokens(self._backend)
         self._choose_anchors(frozenset(added))
@@ -168,6 +182,20 @@ class Vocabulary:
         ids: list[int] = self._template_backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_open(self, text: str) -> tuple[list[int], str]:
+        """Encode a rendered template that a model writes on.
+
+        Returns:
+            The ids, and the text's end that a token may join with what follows: from a special token or a word on.
+        """
+        encoded = self._template_backend.encode(text, add_special_tokens=False)
+        ends = (end for i, (_, end) in zip(encoded.ids, encoded.offsets, strict=True) if i in self.special_ids)
+        begin = max(ends, default=0)
+        if len(text) - begin > LONGEST_TAIL:
+            space = re.compile(r"(?<=\S)\s").search(text, len(text) - LONGEST_TAIL)
+            begin = space.start() if space else len(text)
+        return encoded.ids, text[begin:]
+
     def joins(self, before: str, after: str) -> bool:
         """Return whether some token may hold two neighboring characters, or bytes of both.
 
@@ -227,6 +255,10 @@ class Vocabulary:
     def chat_text(self, messages: Sequence[Any], **options: Any) -> str:
         """Render ``messages`` through the tokenizer's chat template as text."""
         return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+
+
+_BUILT: WeakValueDictionary[bytes, Vocabulary] = WeakValueDictionary()
+"""Vocabularies in use by what their tokenizers are: those of one family share what was read."""
 
 
 def words(text: str) -> list[tuple[int, int]]:
