@@ -140,8 +140,8 @@ class Engine(Protocol):
         ...
 
 
-def load_tokenizer(model: str, revision: str | None, hint: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, and never code that comes with it.
+def load_tokenizer(model: str, revision: str | None, hint: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, and never code that comes with it; ``options`` are those of ``from_pretrained``.
 
     Raises:
         EngineDeadError: There is none. The message ends in ``hint``.
@@ -149,8 +149,8 @@ def load_tokenizer(model: str, revision: str | None, hint: str) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, **options)
+    except (ImportError, OSError, ValueError) as error:
         raise EngineDeadError(f"The tokenizer of {model!r} could not be loaded: {error} {hint}") from error
     return tokenizer
 
