@@ -64,7 +64,7 @@ def test_greedy_rows_depend_neither_on_k_nor_on_their_company(rows, settings):
 def test_a_run_that_is_killed_is_resumed(rows, tmp_path):
     work = crashes.Work("real", tmp_path, (0, 1, 2), {"rows_in_flight": 2, "chunk_tokens": 8})
     process = crashes.begin(work)
-    assert crashes.kill_when(process, work, grown=2500, pause=0.0) != 0
+    assert crashes.kill_when(process, work, grown=900, pause=0.0) != 0
     done, begun = crashes.kept(work)
     start = crashes.size(work)
     assert crashes.end(crashes.begin(work), work) == said(rows)[:3]

@@ -277,9 +277,9 @@ def uncached_tokens(answer: Any) -> int | None:
 
 
 def served(answer: Any) -> dict[str, int | None]:
-    """Return the models of `/v1/models` and the context length of each, where it is told."""
+    """Return the models of `/v1/models` and the context length of each, where it is told: by vLLM or llama.cpp."""
     models = [entry for entry in _list(answer, "data") if isinstance(entry, Mapping)]
-    lengths = [entry.get("max_model_len") for entry in models]
+    lengths = [entry.get("max_model_len") or _mapping(entry, "meta").get("n_ctx") for entry in models]
     known = [length if type(length) is int and length > 0 else None for length in lengths]
     return dict(zip((str(entry.get("id")) for entry in models), known, strict=True))
 

@@ -332,6 +332,8 @@ def test_served_models_and_their_context():
     assert api.served({"data": [{"id": "a", "max_model_len": 9}, {"id": "b"}, "c", {"max_model_len": 1}]}) == {
         "a": 9, "b": None, "None": 1
     }  # fmt: skip
+    llama_cpp = {"id": "c", "meta": {"n_ctx": 2048, "n_ctx_train": 8192}}
+    assert api.served({"data": [llama_cpp]}) == {"c": 2048}
     for odd in ("9", 9.0, True, -1, 0, None):
         assert api.served({"data": [{"id": "a", "max_model_len": odd}]}) == {"a": None}
     assert api.served({"data": "a"}) == api.served([]) == api.served(None) == {}
