@@ -183,18 +183,14 @@ class Vocabulary:
         return ids
 
     def encode_open(self, text: str) -> tuple[list[int], str]:
-        """Encode a rendered template that a model writes on.
-
-        Returns:
-            The ids, and the text's end that a token may join with what follows: from a special token or a word on.
-        """
+        """Encode a rendered template; return its ids, and its end that a token may join with what follows."""
         encoded = self._template_backend.encode(text, add_special_tokens=False)
-        ends = (end for i, (_, end) in zip(encoded.ids, encoded.offsets, strict=True) if i in self.special_ids)
-        begin = max(ends, default=0)
-        if len(text) - begin > LONGEST_TAIL:
-            space = re.compile(r"(?<=\S)\s").search(text, len(text) - LONGEST_TAIL)
-            begin = space.start() if space else len(text)
-        return encoded.ids, text[begin:]
+        last = max((at for at, i in enumerate(encoded.ids) if i in self.special_ids), default=None)
+        end = text if last is None else text[encoded.offsets[last][1] :]
+        if len(end) > LONGEST_TAIL:
+            _, space, end = end[-LONGEST_TAIL:].partition(" ")
+            end = space + end  # whole words
+        return encoded.ids, end
 
     def joins(self, before: str, after: str) -> bool:
         """Return whether some token may hold two neighboring characters, or bytes of both.
