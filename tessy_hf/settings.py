@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
 
 from tessy_hf.errors import SettingsError
-from tessy_hf.plan import Plan
+from tessy_hf.plan import Plan, Sampling
+from tessy_hf.trajectory import Author
 from tessy_hf.verifiers import verifiers
 
 SPEED = frozenset({"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"})
@@ -48,6 +49,22 @@ _AUTHORS: dict[str, tuple[Any, Any]] = {
     "teacher-reference": ("student", "student"),  # who is shown the teacher's answer
     "teacher-score": ("student", "student"),  # several times, and the teacher scores each
 }
+
+Value = TypeVar("Value")
+PerAuthor = Annotated[dict[Author, Value], Field(min_length=2)]
+"""A value for each author: ``{"teacher": 0.6, "student": 0.7}``."""
+
+TokenCount = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Penalty = Annotated[float, Field(gt=0)]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"chunk_tokens": 20, "temperature": 0.6},
+    "authors": {"chunk_tokens": {"teacher": 10, "student": 5}, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+}
+"""Settings by the name of a preset: the paper's text, and its authors' released scripts (which read their predictors
+with a window of 200 tokens and labels about the next token, as :class:`BoundaryPredictor` reads those checkpoints)."""
 
 SCORED_CANDIDATES = 5
 """How many candidates the paper lets the teacher choose from."""
@@ -87,16 +104,24 @@ class Settings(Checked):
 
     method: Method = "tessy"
     """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
-    chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """k, the most tokens asked of an author at once: a number (the paper uses 20), or "auto" to follow the lengths of
-    each author's spans. A speed knob: greedy rows do not depend on it."""
+    chunk_tokens: TokenCount | Literal["auto"] | PerAuthor[TokenCount] = "auto"
+    """k, the most tokens asked of an author at once: a number (the paper uses 20), one for each author, or "auto" to
+    follow the lengths of each author's spans. A speed knob: greedy rows do not depend on it."""
     stream: bool = False
     """Whether an author's turn is taken as one stream, broken off at its boundary, instead of chunk by chunk; engines
     that cannot stream go on in chunks. A speed knob as well."""
-    temperature: float = Field(default=0.6, ge=0)
-    """Sampling temperature of both authors; 0 is greedy. The paper uses 0.6."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling mass of both authors."""
+    temperature: Temperature | PerAuthor[Temperature] = 0.6
+    """Sampling temperature, of both authors or of each, as all sampling: ``{"teacher": 1.0, "student": 0.6}``. 0 is
+    greedy. The paper uses 0.6."""
+    top_p: Share | PerAuthor[Share] = 1.0
+    """Nucleus sampling mass."""
+    top_k: TokenCount | PerAuthor[TokenCount] | None = None
+    """How many of the most probable tokens to draw from; all by default."""
+    min_p: Share | PerAuthor[Share] | None = None
+    """Least probability of a token to draw, as a share of the most probable one's."""
+    repetition_penalty: Penalty | PerAuthor[Penalty] | None = None
+    """Above 1, makes tokens that the prompt or the text has already less probable. Penalties that count what one
+    request wrote are not offered: rows would depend on how they are cut into requests."""
     seed: int = 0
     """The run's seed. Each row draws from (seed, row key, position), so a rerun repeats it."""
     max_thinking_tokens: int = Field(default=32_768, ge=1)
@@ -135,12 +160,12 @@ class Settings(Checked):
 
     @classmethod
     def check(cls, **given: Any) -> Self:
-        """Check settings given by name.
+        """Check settings given by name; ``preset`` sets those of :data:`PRESETS` that are not given.
 
         Raises:
             SettingsError: A name is unknown, a value is out of range, or two values do not go together.
         """
-        checked = super().check(**given)
+        checked = super().check(**expand_preset(given))
         verifiers.build(checked.verifier)
         checked._check_candidates()
         return checked
@@ -151,7 +176,7 @@ class Settings(Checked):
                 f"Setting best_of={self.best_of} leaves nothing to choose by. Pass a verifier, for instance "
                 'verifier="number", or method="teacher-score".'
             )
-        if self.max_candidates > 1 and self.temperature == 0:
+        if self.max_candidates > 1 and not any(self.sampling(author).temperature for author in self.plan("").writers):
             raise SettingsError(
                 f"At temperature=0 all {self.max_candidates} candidates of a row would be the same. Pass a higher "
                 "temperature, for instance temperature=0.6, or best_of=1."
@@ -186,6 +211,11 @@ class Settings(Checked):
         """Whether the authors take turns within a row."""
         return self.method.startswith("tessy")
 
+    def sampling(self, author: Author) -> Sampling:
+        """Return how an author's tokens are drawn."""
+        given = {name: getattr(self, name) for name in Sampling._fields}
+        return Sampling(**{name: value[author] if isinstance(value, dict) else value for name, value in given.items()})
+
     def plan(self, key: str) -> Plan:
         """Return who writes the row with this key, and how."""
         method: str = self.method
@@ -198,8 +228,7 @@ class Settings(Checked):
             answer=answer,
             chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
             stream=self.stream,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            sampling={"teacher": self.sampling("teacher"), "student": self.sampling("student")},
             max_thinking_tokens=self.max_thinking_tokens,
             max_answer_tokens=self.max_answer_tokens,
             max_candidates=self.max_candidates,
@@ -209,5 +238,20 @@ class Settings(Checked):
 
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:
         """Return a hash of all that decides the rows: these settings and the speakers' identities."""
-        described = {"format": FORMAT, "settings": self.model_dump(exclude=set(SPEED)), "speakers": dict(speakers)}
+        unset = {name for name in ("top_k", "min_p", "repetition_penalty") if getattr(self, name) is None}
+        settings = self.model_dump(exclude={*SPEED, *unset})
+        described = {"format": FORMAT, "settings": settings, "speakers": dict(speakers)}
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def expand_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with those of their ``preset`` in its place, where they are not given themselves.
+
+    Raises:
+        SettingsError: There is no such preset.
+    """
+    given = dict(given)
+    name = given.pop("preset", None)
+    if name is not None and str(name) not in PRESETS:
+        raise SettingsError(f"Setting preset={name!r} is not known. Known: {', '.join(PRESETS)}. Pass one of these.")
+    return {**PRESETS.get(str(name), {}), **given}

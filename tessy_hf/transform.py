@@ -28,7 +28,7 @@ from tessy_hf.run.journal import Counts
 from tessy_hf.run.progress import Summary
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
-from tessy_hf.settings import Settings
+from tessy_hf.settings import Settings, expand_preset
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
@@ -182,7 +182,7 @@ class TessyTransform(functools.partial[Any]):
         Raises:
             SettingsError: A setting is unknown or out of range.
         """
-        changed = Settings.check(**{**dict(self.settings), **settings})
+        changed = Settings.check(**{**dict(self.settings), **expand_preset(settings)})
         return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source)
 
     def loads(self) -> dict[str, Load]:

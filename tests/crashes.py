@@ -27,6 +27,7 @@ from datasets import Dataset
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines.scripted import _Play
 from tessy_hf.run.journal import Journal
+from tests import real_pair
 from tests.rules import RulePredictor, by_first_letter, vocabulary
 from tests.worlds import make_tokenizer
 
@@ -173,7 +174,21 @@ def models(folder, **settings):
     return TessyTransform(**speakers, **{**budgets, **given, **settings})
 
 
-WORLDS = {"scripts": (scripts, script_rows), "models": (models, model_rows)}
+def real(folder, **settings):
+    """A transform over the real models, see :mod:`tests.real_pair`."""
+    transform = real_pair.transform(**{"journal": str(folder / "journal"), **settings})
+    speakers = {"teacher": transform.teacher, "student": transform.student}
+    for author, speaker in speakers.items():
+        speaker.engine = CountedModel(speaker.engine.model, dtype="float32")
+        speaker.engine.log, speaker.engine.author = str(folder / "calls"), author
+    return TessyTransform(**speakers, **dict(transform.settings))
+
+
+WORLDS = {
+    "scripts": (scripts, script_rows),
+    "models": (models, model_rows),
+    "real": (real, lambda numbers: real_pair.prompts().select(numbers)),
+}
 
 
 class Work(NamedTuple):

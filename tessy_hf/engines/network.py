@@ -20,7 +20,7 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 
 
 def load(model: str, revision: str | None, dtype: str, device: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a model from safetensors, and never code that comes with it.
+    """Load a model from safetensors or GGUF, and never code that comes with it.
 
     Raises:
         EngineDeadError: It cannot be loaded.
@@ -29,13 +29,15 @@ def load(model: str, revision: str | None, dtype: str, device: str, options: Map
         network = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=dtype, use_safetensors=True, **options
         )
+        if "device_map" not in options and network.device.type != torch.device(device).type:
+            network = network.to(device)  # some quantized ones are there already, and refuse to be moved
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise EngineDeadError(
             f"The model {model!r} could not be loaded: {error} A Hub id or a folder with config.json and safetensors "
-            "is expected, and options of AutoModelForCausalLM.from_pretrained; check the name, and HF_TOKEN for gated "
-            "models."
+            "(or a gguf_file) is expected, and options of AutoModelForCausalLM.from_pretrained; check the name, and "
+            "HF_TOKEN for gated models."
         ) from error
-    return (network if "device_map" in options else network.to(device)).eval()
+    return network.eval()
 
 
 def row_length(network: PreTrainedModel, asked: int | None) -> int:

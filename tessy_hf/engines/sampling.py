@@ -17,7 +17,9 @@ from tessy_hf.engines.base import Request
 
 
 class Sampler:
-    """Greedy decoding, temperature and nucleus sampling, per row.
+    """Greedy decoding, temperature, top-k, min-p, nucleus sampling and repetition penalty, per row.
+
+    Restrictions apply in vLLM's order: penalty, temperature, then top-k and min-p, then the nucleus of what is left.
 
     Args:
         requests: One for each row of the batch.
@@ -26,18 +28,24 @@ class Sampler:
     """
 
     def __init__(self, requests: Sequence[Request], lengths: Sequence[int], device: torch.device) -> None:
+        def column(values: Sequence[float | bool], kind: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.tensor(values, dtype=kind, device=device)[:, None]
+
         self._seeds = np.array([request.seed for request in requests], dtype=np.uint64)
         self._lengths = np.array(lengths, dtype=np.uint64)
-        temperature = torch.tensor([request.temperature for request in requests], dtype=torch.float32, device=device)[
-            :, None
-        ]
-        self._greedy = temperature[:, 0] == 0
-        self._temperature = torch.where(temperature == 0, 1.0, temperature)
-        self._top_p = torch.tensor([request.top_p for request in requests], dtype=torch.float32, device=device)[
-            :, None
-        ]
-        self._all_greedy = all(request.temperature == 0 for request in requests)
-        self._any_nucleus = any(request.top_p < 1 for request in requests)
+        greedy = [_is_greedy(request) for request in requests]
+        self._all_greedy, self._greedy = all(greedy), column(greedy, torch.bool)[:, 0]
+        self._temperature = column([request.temperature or 1.0 for request in requests])
+        restricted = [request for request in requests if _is_restricted(request)]
+        self._restricted = column([_is_restricted(request) for request in requests], torch.bool)[:, 0]
+        self._top_p = column([request.top_p for request in requests])
+        self._top_k = column([request.top_k or 1 << 30 for request in requests], torch.int64)
+        self._min_p = column([request.min_p or 0.0 for request in requests])
+        self._candidates = max((request.top_k or 1 << 30 for request in restricted), default=0)
+        self._penalty = column([request.repetition_penalty or 1.0 for request in requests])
+        penalizes = any(request.repetition_penalty for request in requests)
+        self._texts = [request.prompt_ids for request in requests] if penalizes else None
+        self._seen: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, step: int) -> torch.Tensor:
         """Return a token for each row.
@@ -46,27 +54,55 @@ class Sampler:
             logits: Of shape (rows, vocabulary).
             step: How many tokens were drawn before.
         """
+        if self._texts is None:
+            return self._choose(logits, step)
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            for seen, ids in zip(self._seen, self._texts, strict=True):
+                seen[torch.tensor(ids, dtype=torch.int64, device=logits.device)] = True
+        logits = logits.float()
+        penalized = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
+        tokens = self._choose(torch.where(self._seen, penalized, logits), step)
+        self._seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _choose(self, logits: torch.Tensor, step: int) -> torch.Tensor:
         best = logits.argmax(-1)
         if self._all_greedy:
             return best
         probabilities = torch.softmax(logits.float() / self._temperature, -1)
         drawn = self._draw(probabilities, step)
-        if self._any_nucleus:
-            drawn = torch.where(self._top_p[:, 0] < 1, self._nucleus(probabilities, step), drawn)
+        if self._candidates:
+            drawn = torch.where(self._restricted, self._draw_restricted(probabilities, step), drawn)
         return torch.where(self._greedy, best, drawn)
 
-    def _nucleus(self, probabilities: torch.Tensor, step: int) -> torch.Tensor:
-        """Draw from the most probable tokens that together have a mass of ``top_p``."""
-        probabilities, order = probabilities.sort(-1, descending=True)
+    def _draw_restricted(self, probabilities: torch.Tensor, step: int) -> torch.Tensor:
+        """Draw from the most probable tokens that top-k, min-p and nucleus leave."""
+        if self._candidates < probabilities.shape[-1]:  # sorting a whole vocabulary takes longer than small models
+            probabilities, order = probabilities.topk(self._candidates)
+        else:
+            probabilities, order = probabilities.sort(-1, descending=True)
+        out = torch.arange(probabilities.shape[-1], device=order.device) >= self._top_k
+        probabilities = probabilities.masked_fill(out | (probabilities < self._min_p * probabilities[:, :1]), 0.0)
         before = probabilities.cumsum(-1) - probabilities
-        place = self._draw(probabilities.masked_fill(before >= self._top_p, 0.0), step)
+        mass = probabilities.sum(-1, keepdim=True)
+        place = self._draw(probabilities.masked_fill(before >= self._top_p * mass, 0.0), step)
         return order.gather(-1, place[:, None])[:, 0]
 
     def _draw(self, probabilities: torch.Tensor, step: int) -> torch.Tensor:
         mass = probabilities.cumsum(-1)
         number = torch.from_numpy(uniform(self._seeds, self._lengths + np.uint64(step))).to(mass.device)
-        target = number[:, None].float() * mass[:, -1:]
-        return torch.searchsorted(mass, target, right=True)[:, 0].clamp_(max=mass.shape[-1] - 1)
+        whole = mass[:, -1:]
+        target = torch.minimum(number[:, None].float() * whole, whole.nextafter(torch.zeros_like(whole)))
+        return torch.searchsorted(mass, target, right=True)[:, 0]
+
+
+def _is_greedy(request: Request) -> bool:
+    return request.temperature == 0 or request.top_k == 1 or (request.min_p or 0) >= 1
+
+
+def _is_restricted(request: Request) -> bool:
+    return request.top_p < 1 or request.top_k is not None or bool(request.min_p)
 
 
 def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:

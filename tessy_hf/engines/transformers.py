@@ -51,9 +51,9 @@ class TransformersEngine:
         context_length: Most tokens of prompt and completion; by default what the model's config says. Models whose
             rotary frequencies change with the longest row of a batch (``longrope``, ``dynamic``) take no more than
             they read with the first frequencies, else a row would depend on its company.
-        **options: Passed to ``AutoModelForCausalLM.from_pretrained``, such as ``attn_implementation`` or
-            ``quantization_config``. Keys and values are always kept in the model's precision: a
-            ``cache_implementation`` in the checkpoint is for ``generate``.
+        **options: Passed to ``AutoModelForCausalLM.from_pretrained``, such as ``attn_implementation``,
+            ``quantization_config`` or ``gguf_file``, of which the tokenizer is read too. Keys and values are always
+            kept in the model's precision: a ``cache_implementation`` in the checkpoint is for ``generate``.
 
     Raises:
         SettingsError: An option is out of range, or would run code that comes with the model.
@@ -103,7 +103,8 @@ class TransformersEngine:
         """The model's tokenizer."""
         if self._tokenizer is None:
             hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
-            self._tokenizer = load_tokenizer(self.model, self._revision, hint)
+            own = {name: self._options[name] for name in ("gguf_file",) if name in self._options}
+            self._tokenizer = load_tokenizer(self.model, self._revision, hint, **own)
         return self._tokenizer
 
     @property

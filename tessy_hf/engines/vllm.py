@@ -161,6 +161,7 @@ class VLLMEngine:
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            **request.set_sampling,
             "seed": derive_seed(request.seed, len(request.prompt_ids)) if request.temperature else None,
             "stop_token_ids": list(request.stop_ids | ({self.tokenizer.eos_token_id} - {None})),
         }

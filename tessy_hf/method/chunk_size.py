@@ -8,7 +8,7 @@ that a row that is sampled again is asked for in the same pieces. Knows nothing 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from tessy_hf.trajectory import Author
@@ -50,13 +50,13 @@ class ChunkSizes:
     Plain lists: numpy would let go of the interpreter's lock at each turn, which predictors then hold.
 
     Args:
-        fixed: The same size always; ``None`` to follow the spans.
+        fixed: The same size always, perhaps one for each author; ``None`` to follow the spans.
     """
 
     __slots__ = ("_costs", "_fixed", "_lengths")
 
-    def __init__(self, fixed: int | None) -> None:
-        self._fixed = fixed
+    def __init__(self, fixed: int | Mapping[Author, int] | None) -> None:
+        self._fixed = dict.fromkeys(PRIOR, fixed) if isinstance(fixed, int) else fixed
         self._lengths: dict[Author, deque[int]] = {author: deque(lengths) for author, lengths in PRIOR.items()}
         self._costs = _PRIOR_COSTS.copy()
 
@@ -71,7 +71,7 @@ class ChunkSizes:
     def next(self, author: Author, so_far: int) -> int:
         """Return how many tokens to ask for after ``so_far`` tokens of the author's turn."""
         if self._fixed is not None:
-            return self._fixed
+            return self._fixed[author]
         costs = self._costs[author] if not so_far else self._left(author, so_far)
         return CANDIDATES[costs.index(min(costs))]
 

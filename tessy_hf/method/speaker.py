@@ -169,13 +169,13 @@ class Speaker:
             )
 
     def open_turn(self, messages: Sequence[Message]) -> tuple[list[int], str]:
-        """Render an open assistant turn; return its ids and its trailing whitespace.
+        """Render an open assistant turn; return its ids, and its end that a token may join with the first word.
 
         Raises:
             PromptError: The chat template refuses the messages.
         """
         text = render(self.vocabulary, self.thinking_format, messages, **self.template_options)
-        return self.vocabulary.encode_template(text), text[len(text.rstrip()) :]
+        return self.vocabulary.encode_open(text)
 
     async def start(self) -> None:
         """Start engine and predictor: the engine first, so that a server that is not up is named at once."""

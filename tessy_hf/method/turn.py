@@ -165,10 +165,9 @@ class Turn:
             part=part,
             prompt_ids=ids,
             max_tokens=room,
-            temperature=row.plan.temperature,
-            top_p=row.plan.top_p,
             seed=row.prompt.seed,
             stop_ids=self._speaker.end_ids if part == "thinking" else self._speaker.vocabulary.special_ids,
+            **row.plan.sampling[self._author]._asdict(),
         )
 
     def _count(self, completion: Completion) -> Completion:

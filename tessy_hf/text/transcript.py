@@ -80,7 +80,8 @@ class TokenList:
     Args:
         vocabulary: The vocabulary of the model that reads the list.
         ids: The ids of the rendered prompt.
-        tail: The whitespace that ends the rendered prompt, which a tokenizer may join with the first word.
+        tail: The end of the rendered prompt, which a tokenizer may join with the first word
+            (:meth:`Vocabulary.encode_open`).
     """
 
     __slots__ = ("_tail", "_tail_tokens", "_tentative", "ids", "start", "turn", "vocabulary")
@@ -90,10 +91,20 @@ class TokenList:
         self.ids = array("i", ids)
         self.start = len(self.ids)
         self._tentative = 0
-        encoded = vocabulary.encode(tail).ids
-        exact = len(encoded) > 0 and list(self.ids[-len(encoded) :]) == encoded
-        self._tail, self._tail_tokens = (tail, len(encoded)) if exact else ("", 0)
+        self._tail, self._tail_tokens = "", 0
+        spaces = tail[len(tail.rstrip()) :]
+        if not self._open_at(tail) and spaces != tail:
+            self._open_at(spaces)
         self._begin_turn()
+
+    def _open_at(self, tail: str) -> bool:
+        """Let the tail begin in the prompt's end, if that has the ids of an encoding of it."""
+        before = len(self.ids) - len(self.vocabulary.encode(tail).ids)
+        encoded = self._encode(tail, max(before, 0))
+        exact = bool(encoded.ids) and list(self.ids[-len(encoded.ids) :]) == encoded.ids
+        if exact:
+            self._move_seam(tail, encoded)
+        return exact
 
     def _encode(self, text: str, begin: int) -> Encoding:
         """Encode the text from an index of the list on."""

@@ -7,7 +7,6 @@ the seams of :mod:`tessy_hf.text.transcript` need character offsets.
 from __future__ import annotations
 
 import codecs
-import copy
 import hashlib
 import re
 from bisect import bisect_left
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from tessy_hf.errors import TemplateError
 
@@ -27,6 +27,9 @@ CLAUSE_END = "，。！？；：、"
 
 WORD = re.compile(rf"\s*(?:[^\s{CLAUSE_END}]+[{CLAUSE_END}]*|[{CLAUSE_END}]+)")
 """A word with the whitespace before it. Scripts without spaces are cut after their punctuation instead."""
+
+LONGEST_TAIL = 200
+"""Characters of a prompt's end that are looked at for the place up to which a token may reach into what follows."""
 
 LONGEST_FRAGMENT = 32
 """Characters up to which a piece of text is cached with its ids; longer ones rarely come again."""
@@ -82,14 +85,25 @@ class Vocabulary:
         self._template_backend = backend
         backend.no_truncation()
         backend.no_padding()
+        described = backend.to_str()
+        key = hashlib.sha256(f"{sorted(tokenizer.all_special_ids)} {described}".encode()).digest()
+        if (same := _BUILT.get(key)) is not None:
+            vars(self).update({**vars(same), **vars(self)})
+        else:
+            self._build(described, [int(i) for i in tokenizer.all_special_ids])
+            _BUILT[key] = self
+
+    def _build(self, described: str, special_ids: Sequence[int]) -> None:
+        """Read the tokenizer, which takes seconds where it is large, and whatever its speaker is the same."""
+        from tokenizers import Tokenizer
+
         # A private copy: here "<|im_end|>" written by a model is text, while chat templates need it to be special.
-        self._backend: Tokenizer = copy.deepcopy(backend)
+        self._backend: Tokenizer = Tokenizer.from_str(described)
         self._backend.encode_special_tokens = True
         self._backend.post_processor = None  # may trim whitespace off offsets; here each character belongs to a token
         self.fingerprint = _fingerprint(self._backend)
-        added = backend.get_added_tokens_decoder()
-        special = (*(i for i, token in added.items() if token.special), *tokenizer.all_special_ids)
-        self.special_ids = frozenset(map(int, special))
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset((*(i for i, token in added.items() if token.special), *special_ids))
         self._piece = cache(self._read_token)
         self._pairs = _pairs_in_tokens(self._backend)
         self._choose_anchors(frozenset(added))
@@ -169,6 +183,16 @@ class Vocabulary:
         ids: list[int] = self._template_backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_open(self, text: str) -> tuple[list[int], str]:
+        """Encode a rendered template; return its ids, and its end that a token may join with what follows."""
+        encoded = self._template_backend.encode(text, add_special_tokens=False)
+        last = max((at for at, i in enumerate(encoded.ids) if i in self.special_ids), default=None)
+        end = text if last is None else text[encoded.offsets[last][1] :]
+        if len(end) > LONGEST_TAIL:
+            _, space, end = end[-LONGEST_TAIL:].partition(" ")
+            end = space + end  # whole words
+        return encoded.ids, end
+
     def joins(self, before: str, after: str) -> bool:
         """Return whether some token may hold two neighboring characters, or bytes of both.
 
@@ -233,6 +257,10 @@ class Vocabulary:
 def owners(offsets: Iterable[tuple[int, int]], ends: Sequence[int]) -> list[int]:
     """Return for each token the index of the piece of text it ends in, from the character at which each piece ends."""
     return [bisect_left(ends, end) for _, end in offsets]
+
+
+_BUILT: WeakValueDictionary[bytes, Vocabulary] = WeakValueDictionary()
+"""Vocabularies in use by what their tokenizers are: those of one family share what was read."""
 
 
 def words(text: str) -> list[tuple[int, int]]:

@@ -21,7 +21,19 @@ VOCABULARY = Vocabulary(TOKENIZER, "student")
 STOP_IDS = VOCABULARY.special_ids | {VOCABULARY.token_id("</think>")}
 
 
-def request(row="r", *, prompt=0, ids=None, tokens=8, temperature=0.0, seed=0, order=0, stop_ids=STOP_IDS, top_p=1.0):
+def request(
+    row="r",
+    *,
+    prompt=0,
+    ids=None,
+    tokens=8,
+    temperature=0.0,
+    seed=0,
+    order=0,
+    stop_ids=STOP_IDS,
+    top_p=1.0,
+    **sampling,
+):
     """Ask for the beginning of a row's thinking, or to go on after ``ids``."""
     text = f"<|im_start|>user\ncalc {prompt} + 1 + 2<|im_end|>\n<|im_start|>assistant\n<think>\n"
     return Request(
@@ -34,6 +46,7 @@ def request(row="r", *, prompt=0, ids=None, tokens=8, temperature=0.0, seed=0, o
         top_p=top_p,
         seed=seed,
         stop_ids=stop_ids,
+        **sampling,
     )
 
 
@@ -195,6 +208,23 @@ class ModelContract(EngineContract):
         drawn = ask(*(request(f"r{i}", tokens=24, temperature=1.5, seed=s) for i, s in enumerate((1, 1, 2))))
         first, same, other = (list(c.token_ids) for c in drawn)
         assert first == same != other
+
+    @pytest.mark.parametrize("restriction", [{"top_k": 1}, {"min_p": 1.0}])
+    def test_the_one_token_that_is_left_is_the_greedy_one(self, ask, restriction):
+        hot = (request(f"{s}", tokens=24, temperature=1.5, seed=s, **restriction) for s in range(3))
+        greedy, *drawn = ask(request("greedy", tokens=24), *hot)
+        assert [list(completion.token_ids) for completion in drawn] == [list(greedy.token_ids)] * 3
+
+    def test_a_penalty_keeps_tokens_from_coming_again_however_the_text_is_cut(self, ask):
+        """What was asked before counts as text of the row: it is in the next request's prompt."""
+        free = {"tokens": 12, "stop_ids": frozenset(), "repetition_penalty": 50.0}
+        (plain,) = ask(request("plain", tokens=40, stop_ids=frozenset()))
+        assert len(set(plain.token_ids)) < len(plain.token_ids)
+        (whole,) = ask(request("whole", **free))
+        assert len(set(whole.token_ids)) == len(whole.token_ids)
+        begun = array("i", [*request().prompt_ids, *whole.token_ids[:5]])
+        (rest,) = ask(request("cut", ids=begun, **{**free, "tokens": 7}))
+        assert list(rest.token_ids) == list(whole.token_ids[5:])
 
     def test_greedy_text_is_that_of_generate(self, ask):
         import torch

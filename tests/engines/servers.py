@@ -111,11 +111,11 @@ def processes(*described, logs, health):
             process.kill()
 
 
-def vllm(*options, author="student"):
-    """Describe a vLLM server of one of the miniature models."""
+def vllm(*options, author="student", model=None):
+    """Describe a vLLM server of one of the miniature models, or of another one, under the name of its folder."""
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     path = demo.TEACHER if author == "teacher" else demo.STUDENT
-    model = ["--model", str(path), "--served-model-name", author, "--dtype", "float32"]
+    model = ["--model", model or str(path), "--served-model-name", model or author, "--dtype", "float32"]
     cpu = ["--enforce-eager", "--block-size", "32", "--max-num-batched-tokens", "16384"]
     # A worker process of its own would poll without a pause, which other tests feel.
     cpu += ["--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor"]

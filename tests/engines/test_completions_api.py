@@ -74,6 +74,16 @@ def test_a_stream_is_asked_for_by_name(student, protocol):
     assert streamed == {**plain, "stream": True} and "stream" not in plain
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_further_sampling_is_sent_if_it_is_set(student, protocol):
+    sampling = {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
+    sent, plain = (body(student, protocol, request(**given)) for given in (sampling, {}))
+    if protocol == "generate":
+        sent, plain = sent["sampling_params"], plain["sampling_params"]
+    assert {name: sent[name] for name in sampling} == sampling
+    assert not set(sampling) & set(plain)
+
+
 def test_the_end_of_thinking_comes_first_among_the_few_stop_texts(student):
     many = frozenset(range(300, 320)) | {VOCABULARY.token_id("</think>"), TOKENIZER.eos_token_id}
     stops = body(student, "text", request(stop_ids=many))["stop"]
@@ -322,6 +332,8 @@ def test_served_models_and_their_context():
     assert api.served({"data": [{"id": "a", "max_model_len": 9}, {"id": "b"}, "c", {"max_model_len": 1}]}) == {
         "a": 9, "b": None, "None": 1
     }  # fmt: skip
+    llama_cpp = {"id": "c", "meta": {"n_ctx": 2048, "n_ctx_train": 8192}}
+    assert api.served({"data": [llama_cpp]}) == {"c": 2048}
     for odd in ("9", 9.0, True, -1, 0, None):
         assert api.served({"data": [{"id": "a", "max_model_len": odd}]}) == {"a": None}
     assert api.served({"data": "a"}) == api.served([]) == api.served(None) == {}

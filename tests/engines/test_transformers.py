@@ -92,3 +92,12 @@ def test_code_of_a_checkpoint_is_not_run():
 def test_an_option_that_transformers_does_not_know_is_a_dead_engine():
     with pytest.raises(EngineDeadError, match="could not be loaded.*no_such_option"):
         run(TransformersEngine(demo.STUDENT, no_such_option=1))
+
+
+def test_a_gguf_file_is_where_model_and_tokenizer_are_read_from():
+    engine = TransformersEngine(demo.STUDENT, gguf_file="weights.gguf")
+    assert engine.identity["options"] == {"gguf_file": "weights.gguf"}
+    with pytest.raises(EngineDeadError, match=r"tokenizer.*could not be loaded: .*weights\.gguf"):
+        _ = engine.tokenizer
+    with pytest.raises(EngineDeadError, match=r"model.*could not be loaded: .*(weights\.gguf|safetensors)"):
+        asyncio.run(engine.start())

@@ -160,3 +160,15 @@ def test_rows_of_greedy_models_do_not_depend_on_k(teacher, student, weights):
         for k in CHUNKS
     ]
     assert len({(str(spans(row)), row.finish_reason) for row in rows}) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", ["Assistant:\n<think>\n", "[/INST]<think>\n", "So it is: <think>\n\n", "answer ("])
+@pytest.mark.parametrize("first", ["//", "/", "//\n", ")", "=> x", "\n\n- a", "—", "你好", "1.", "'s", ">", "think"])
+def test_a_first_word_that_joins_the_prompts_end_has_the_ids_of_the_whole(kind, prompt, first):
+    known = vocabulary(kind)
+    ids, tail = known.encode_open(prompt)
+    tokens = TokenList(known, ids, tail)
+    tokens.append(first)
+    tokens.append(" and")
+    assert list(tokens.ids) == known.encode_template(f"{prompt}{first} and")

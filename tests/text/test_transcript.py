@@ -161,3 +161,16 @@ def _same_bytes(gpt2_ids):
     """The ids of the same bytes in the vocabulary of "qwen"."""
     tokens = make_tokenizer("gpt2").convert_ids_to_tokens(gpt2_ids)
     return make_tokenizer("qwen").convert_tokens_to_ids([letter for token in tokens for letter in token])
+
+
+@pytest.mark.parametrize("words", [0, 3, 400])
+def test_the_tail_of_a_long_prompt_is_bounded_and_begins_at_a_word(words):
+    vocabulary = VOCABULARIES["qwen"]
+    prompt = "<|im_start|>user\n" + "a long question " * words + "<think>\n"
+    ids, tail = vocabulary.encode_open(prompt)
+    assert ids == vocabulary.encode_template(prompt)
+    assert tail == "user\n<think>\n" if not words else tail.endswith("question <think>\n")
+    assert len(tail) <= 200 and prompt.endswith(tail) and (words < 9 or tail[0] == " ")
+    tokens = TokenList(vocabulary, ids, tail)
+    tokens.append("//x")
+    assert list(tokens.ids) == vocabulary.encode_template(prompt + "//x")

@@ -283,3 +283,14 @@ def test_identity_ignores_how_a_tokenizer_was_used(tokenizer):
         json.loads(used.backend_tokenizer.to_str())["model"]
         == json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     )
+
+
+def test_equal_tokenizers_are_read_once_and_keep_their_own_names_and_templates():
+    one, other, grown = (copy.deepcopy(make_tokenizer("qwen")) for _ in range(3))
+    other.chat_template = "other"
+    grown.add_tokens(["<more>"])
+    first, second, third = Vocabulary(one, "a"), Vocabulary(other, "b"), Vocabulary(grown, "c")
+    assert second.special_ids is first.special_ids and third.special_ids is not first.special_ids
+    chats = [known.chat_text([{"role": "user", "content": "x"}]) for known in (first, second)]
+    assert (first.name, second.name) == ("a", "b") and chats[0] != chats[1] == "other"
+    assert second.encode(TEXT) == first.encode(TEXT) and third.fingerprint != first.fingerprint
