@@ -23,6 +23,7 @@ from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
+from tessy_hf.rows.tools import TOOLS
 from tessy_hf.run.journal import Counts
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
@@ -104,7 +105,11 @@ class TessyTransform(functools.partial[Any]):
 
     @property
     def run_fingerprint(self) -> str:
-        """The hash of all that decides the rows."""
+        """The hash of all that decides the rows. While engines are open it is that of the models they have loaded."""
+        run = RUNS.get(self._token)
+        return (run and run.fingerprint) or self._fingerprint()
+
+    def _fingerprint(self) -> str:
         return self.settings.fingerprint({"teacher": self.teacher.identity, "student": self.student.identity})
 
     def map(self, dataset: AnyDataset, **options: Any) -> Any:
@@ -124,7 +129,8 @@ class TessyTransform(functools.partial[Any]):
             splits: Any = type(dataset)
             return splits({name: self.map(split, **options) for name, split in dataset.items()})
         features, removed = self.features(dataset), options.get("remove_columns") or []
-        for name in {removed} if isinstance(removed, str) else {*removed}.difference(columns.COLUMNS):
+        removed = {removed} if isinstance(removed, str) else {*removed}
+        for name in removed.difference((*columns.COLUMNS, TOOLS)):  # what the rows were shown stays, to train on
             features.pop(name, None)
         return dataset.map(self, **{"batched": True, "features": features, **options})
 
@@ -157,7 +163,7 @@ class TessyTransform(functools.partial[Any]):
             DatasetError: The prompt column or the id column is missing.
             JournalError: The journal cannot be read.
         """
-        counts = [plan(split, self.settings, self.run_fingerprint) for split in _splits(dataset)]
+        counts = [plan(split, self.settings, self.run_fingerprint, self.record) for split in _splits(dataset)]
         return Counts(*map(sum, zip(*counts, strict=True)))
 
     def with_settings(self, **settings: Any) -> Self:
@@ -193,9 +199,10 @@ class TessyTransform(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        given, layout = Batch.read(batch, extra), self.student.thinking_format.marks_in_content
+        given = Batch.read(batch, extra)
+        layout = self.settings.prompt_column, self.student.thinking_format.marks_in_content
         if not (self._async and _loop_is_running()):
-            return given.returned(self.submit(given.columns).result(), layout)
+            return given.returned(self.submit(given.columns).result(), *layout)
         written = asyncio.wrap_future(self._run().submit(given.columns, asyncio.get_running_loop()))
         return _later(given, written, layout)
 
@@ -210,7 +217,7 @@ class TessyTransform(functools.partial[Any]):
         if self._token not in RUNS:
             self._begun = provenance.now()
             STREAMS.open(self)
-            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
+            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self._fingerprint, self.record)
         return RUNS[self._token]
 
     def close(self) -> None:
@@ -284,8 +291,8 @@ def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
 
-async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], marks_in_content: bool) -> Any:
-    return given.returned(await written, marks_in_content)
+async def _later(given: Batch, written: asyncio.Future[dict[str, list[Any]]], layout: tuple[str, bool]) -> Any:
+    return given.returned(await written, *layout)
 
 
 async def _coroutine_function(batch: Batch) -> None:

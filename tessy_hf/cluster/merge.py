@@ -22,6 +22,7 @@ from tessy_hf.rows import columns
 from tessy_hf.rows.datasets_internals import table
 from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter
 from tessy_hf.rows.prompt import PromptReader
+from tessy_hf.rows.tools import TOOLS, stored_tools
 from tessy_hf.settings import Settings
 from tessy_hf.text.thinking_format import THINK_TAGS
 from tessy_hf.trajectory import RowKey, Trajectory
@@ -184,10 +185,10 @@ class Merge:
         self.check()
         for key, prompt, error in self._prompts():
             if error is not None:
-                yield {**prompt, **self._unusable(prompt, error)}
+                yield {**_inputs(prompt), **self._unusable(prompt, error)}
             elif key in self._rows:
                 found = self._rows[key]
-                yield {**prompt, **next((one for one in found if not one.failed), found[0]).read()}
+                yield {**_inputs(prompt), **next((one for one in found if not one.failed), found[0]).read()}
 
     def _id(self, prompt: Mapping[str, Any]) -> Any:
         return prompt[self.settings.id_column] if self.settings.id_column is not None else None
@@ -243,6 +244,10 @@ class Merge:
 def some(ids: Sequence[str], most: int = 10) -> str:
     """Name a few of many ids."""
     return ", ".join(map(repr, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
+
+
+def _inputs(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    return {**prompt, **({TOOLS: stored_tools(prompt[TOOLS])} if TOOLS in prompt else {})}
 
 
 def _said(row: Mapping[str, Any]) -> Any:

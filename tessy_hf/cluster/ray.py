@@ -79,7 +79,8 @@ class RowWriter:
         written = await asyncio.wrap_future(self._transform.submit(given.columns))
         if not self._texts:
             return pa.table({"finish_reason": pa.array(written["finish_reason"], pa.string())})
-        return given.returned(written, self._transform.student.thinking_format.marks_in_content)
+        marks_in_content = self._transform.student.thinking_format.marks_in_content
+        return given.returned(written, self._transform.settings.prompt_column, marks_in_content)
 
 
 def map_options(transform: TessyTransform, placement: Placement) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import MergeError, PartsError
 from tessy_hf.manifest import RunRecord
+from tessy_hf.rows.columns import COLUMNS
 from tessy_hf.rows.prompt import hashed_columns
 from tessy_hf.run.finished import journal_features, open_journal
 from tessy_hf.run.journal_reader import JournalReader
@@ -106,11 +107,12 @@ class Sources:
             one = JournalReader(journal.path, run, max_attempts=1)
             described = one.description()
             record = RunRecord.model_validate_json(described).model_dump(mode="json") if described else {}
-            self._describe(record, "thinking" not in journal_features(one)["messages"].feature)
+            message = journal_features(one)["messages"].feature
+            self._describe(record, "thinking" not in message if isinstance(message, dict) else None)
             for key, failed in one.keys():
-                self._keep(key, run, Found(failed, lambda one=one, key=key: one.row(key) or {}))  # type: ignore[misc]
+                self._keep(key, run, Found(failed, lambda one=one, key=key: _columns_of(one.row(key))))  # type: ignore[misc]
 
-    def _describe(self, record: Mapping[str, Any], marks_in_content: bool) -> None:
+    def _describe(self, record: Mapping[str, Any], marks_in_content: bool | None) -> None:
         if self._marks_in_content is None:
             self._marks_in_content = marks_in_content
         if not self._record and (self._wanted in (None, record.get("fingerprint"))):
@@ -172,7 +174,13 @@ def _unknown(row: Mapping[str, Any]) -> bool:
     raise NotImplementedError
 
 
-def _keeps_marks(schema: pa.Schema) -> bool:
-    """Whether thinking stands in a message's content, and not under a key of its own."""
+def _columns_of(row: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: row[name] for name in COLUMNS} if row else {}
+
+
+def _keeps_marks(schema: pa.Schema) -> bool | None:
+    """Whether thinking stands in a message's content, not under a key of its own; ``None`` for messages as JSON."""
+    import pyarrow as pa
+
     message = schema.field("messages").type.value_type
-    return bool(message.get_field_index("thinking") < 0)
+    return bool(message.get_field_index("thinking") < 0) if pa.types.is_struct(message) else None

@@ -28,7 +28,9 @@ from tessy_hf.engines.client import Client
 from tessy_hf.engines.completions_api import PROTOCOLS, Protocol
 from tessy_hf.engines.connections import Kind, ReplicaError
 from tessy_hf.engines.membership import Membership
+from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.engines.replicas import Replicas
+from tessy_hf.engines.served import ask_root, root
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.retries import Failures, RetryPolicy
 
@@ -94,26 +96,41 @@ class ServerEngine:
         self.timeout, self.max_connections = timeout, max_connections
         self.retry_timeout = retry_timeout if patience is None else patience
         self.given_context_length = context_length
-        self.tokenizer_name, self._revision = str(tokenizer or model), revision
+        self.files = ModelFiles(str(tokenizer or model), revision, weights=False)
+        self._root: str | None = None
+        self._asked = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._session: _Session | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model and its tokenizer; where it is served does not change what it writes."""
-        return {
-            "engine": "server",
-            "model": self.model,
-            "tokenizer": self.tokenizer_name,
-            "revision": self._revision,
-        }
+        """The model, what the servers say is behind its name, and its tokenizer; not where it is served.
+
+        Servers do not tell the revision or the bytes of their weights: serve another checkpoint under another name or
+        from another folder. Asks them once, for a few seconds; then :meth:`start` does.
+        """
+        if not self._asked:
+            self._root, self._asked = ask_root(self.model, self.addresses, self.api_key_env), True
+        tokenizer = self.files.identity
+        served = {"root": self._root} if self._root not in (None, self.model) else {}
+        return {"engine": "server", **tokenizer, "model": self.model, "tokenizer": tokenizer["model"], **served}
+
+    @property
+    def identity_is_known(self) -> bool:
+        """Whether a server has said what it serves."""
+        return self._root is not None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's Hub id or folder."""
+        return self.files.model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         if self._tokenizer is None:
             hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
-            self._tokenizer = load_tokenizer(self.tokenizer_name, self._revision, hint)
+            self._tokenizer = load_tokenizer(self.tokenizer_name, self.files.pinned, hint)
         return self._tokenizer
 
     @property
@@ -157,6 +174,8 @@ class ServerEngine:
         session = self._session
         try:
             await session.ready  # one check, also where teacher and student are one engine
+            if self._root is None:
+                self._root, self._asked = await root(self.model, self.addresses, self.api_key_env), True
         except BaseException:
             if self._session is session:
                 self._session = None

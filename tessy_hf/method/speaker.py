@@ -13,6 +13,7 @@ from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Engine
 from tessy_hf.errors import SettingsError
 from tessy_hf.text.thinking_format import ThinkingFormat, check_templates, detect, end_ids, render
+from tessy_hf.text.tool_rendering import check_tools
 from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Message
 
@@ -110,13 +111,25 @@ class Speaker:
         """
         check_templates(self.vocabulary, self.thinking_format, student=student, **self.template_options)
 
-    def open_turn(self, messages: Sequence[Message]) -> tuple[list[int], str]:
+    def open_turn(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], str]:
         """Render an open assistant turn; return its ids and its trailing whitespace.
 
+        Args:
+            messages: The chat.
+            tools: JSON schemas of tools that the model may call.
+
         Raises:
-            PromptError: The chat template refuses the messages.
+            PromptError: The chat template refuses the messages, or leaves out tools, their calls or their results.
         """
-        text = render(self.vocabulary, self.thinking_format, messages, **self.template_options)
+
+        def rendered(messages: Sequence[Message], tools: Any) -> str:
+            options = {**self.template_options, **({"tools": tools} if tools else {})}
+            return render(self.vocabulary, self.thinking_format, messages, **options)
+
+        text = rendered(messages, tools)
+        check_tools(rendered, text, messages, tools, self.engine.model)
         return self.vocabulary.encode_template(text), text[len(text.rstrip()) :]
 
     async def start(self) -> None:

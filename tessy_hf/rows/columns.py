@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
+from tessy_hf.rows.tools import OF_TOOLS, TOOLS, stored_tools
 from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
@@ -55,23 +56,39 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_fo
     Raises:
         DatasetError: The prompt column is missing, or a column of the dataset would be overwritten.
     """
-    from datasets import Features
-
     given = features_of(dataset)
     check_columns(list(given), prompt_column)
-    return Features({**given, **schema(thinking_format.marks_in_content)})
+    return finished(given, prompt_column, thinking_format.marks_in_content)
 
 
-def schema(marks_in_content: bool) -> dict[str, Any]:
+def finished(given: Features, prompt_column: str, marks_in_content: bool) -> Features:
+    """Return the schema of finished rows: that of the prompts, tools as JSON strings, and :data:`COLUMNS`."""
+    from datasets import Features, Json, Value
+
+    message = getattr(given[prompt_column], "feature", given[prompt_column])  # of a list
+    calls = isinstance(message, Json) or (isinstance(message, dict) and not message.keys().isdisjoint(OF_TOOLS))
+    tools = {TOOLS: Value("string")} if TOOLS in given and prompt_column != TOOLS else {}
+    return Features({**given, **tools, **schema(marks_in_content, calls)})
+
+
+def fitting(features: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the types for rows whose messages may have tool calls."""
+    calls = any(not message.keys().isdisjoint(OF_TOOLS) for row in rows for message in row["messages"])
+    return {**features, **({"messages": schema(True, calls)["messages"]} if calls else {})}
+
+
+def schema(marks_in_content: bool, calls: bool = False) -> dict[str, Any]:
     """Return the types of :data:`COLUMNS`.
 
     Args:
         marks_in_content: Whether thinking stands in a message's content, or under a key of its own.
+        calls: Whether messages may have tool calls. They are JSON then, so that no message gets keys of others.
     """
-    from datasets import List, Value
+    from datasets import Json, List, Value
 
     text = Value("string")
-    message = {"role": text, "content": text} | ({} if marks_in_content else {"thinking": text})
+    typed = {"role": text, "content": text} | ({} if marks_in_content else {"thinking": text})
+    message = Json() if calls else typed
     span = {"author": text, "part": text, "start": Value("int32"), "end": Value("int32"), "tokens": Value("int32")}
     candidate = {
         "seed": Value("int64"),
@@ -143,6 +160,7 @@ def row(
     method: str,
     run_fingerprint: str,
     draft: Draft | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the columns of one row.
 
@@ -154,11 +172,12 @@ def row(
         method: The data recipe.
         run_fingerprint: The run's fingerprint.
         draft: All that was written for the row, where that is more than the trajectory.
+        tools: The tools that the models were shown.
 
     Returns:
-        One value per name in :data:`COLUMNS`. Span offsets are into the assistant text: the ``content`` of the last
-        message, or for formats that keep thinking apart, thinking and answer with the markers between them. The
-        markers belong to the neighboring thinking spans and are not counted as tokens.
+        One value per name in :data:`COLUMNS`, and the tools where there are any. Span offsets are into the assistant
+        text: the ``content`` of the last message, or for formats that keep thinking apart, thinking and answer with
+        the markers between them. The markers belong to the neighboring thinking spans and are not counted as tokens.
     """
     thinking, answer = trajectory.text("thinking"), trajectory.text("answer")
     spans = _spans(trajectory, vocabulary, thinking_format) if vocabulary is not None else []
@@ -169,10 +188,9 @@ def row(
         thought[span["author"]] += span["tokens"] if span["part"] == "thinking" else 0
     draft = draft or Draft(trajectory.key, candidates=[Candidate(trajectory)])
     chosen = next((one for one in draft.candidates if one.trajectory is trajectory), Candidate(trajectory))
-    chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
     wrote = [thinking_format.assistant_message(thinking, answer, trajectory.closed)] if spans else []
     return {
-        "messages": [*chat, *wrote],
+        "messages": [*map(dict, messages), *wrote],
         "thinking": thinking,
         "answer": answer,
         "spans": spans,
@@ -194,6 +212,7 @@ def row(
         "method": method,
         "run_fingerprint": run_fingerprint,
         "seed": trajectory.seed,
+        **({TOOLS: stored_tools(tools)} if tools else {}),
     }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.rows import columns, parquet
 from tessy_hf.rows.datasets_internals import table
+from tessy_hf.rows.tools import OF_TOOLS, TOOLS
 from tessy_hf.run.journal import Journal
 from tessy_hf.run.journal_reader import JournalReader
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 TRAINERS_OWN = frozenset(
     "prompt completion chosen rejected conversations input_ids labels completion_mask assistant_masks seq_lengths "
-    "image images".split()
+    "image images chat_template_kwargs".split()
 )
-"""Columns that ``trl.SFTTrainer`` reads in place of ``messages``, or as tokens it has made itself (TRL 1.16,
-``SFTTrainer._prepare_dataset`` and ``data_utils.is_conversational``)."""
+"""Columns that ``trl.SFTTrainer`` reads in place of ``messages``, as tokens it has made itself, or as options of the
+chat template (TRL 1.16, ``SFTTrainer._prepare_dataset`` and ``data_utils.is_conversational``)."""
 
 
 class Rows:
@@ -103,8 +104,7 @@ class Rows:
         import pyarrow as pa
         from datasets import Dataset
 
-        empty = self.features.arrow_schema.empty_table()
-        return Dataset(pa.concat_tables([empty, *self.tables()]))
+        return Dataset(pa.concat_tables([table([], self.features), *self.tables()]))
 
     def tables(self) -> Iterator[pa.Table]:
         """Iterate over the rows, in order, a bounded number at a time."""
@@ -140,7 +140,10 @@ def _features(rows: Dataset | IterableDataset) -> Features:
 
 
 def _released(features: Features) -> Features:
-    names = {name: f"source_{name}" if name in TRAINERS_OWN else name for name in features}
+    from datasets import Value
+
+    unseen = {TOOLS} if features.get(TOOLS) != Value("string") else set()  # a run stores what it shows as strings
+    names = {name: f"source_{name}" if name in TRAINERS_OWN | unseen else name for name in features}
     twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
     if twice:
         raise DatasetError(
@@ -193,4 +196,6 @@ def journal_features(journal: JournalReader) -> Features:
         keys = {key for message in row["messages"] for key in message}
         if row["spans"]:
             break
-    return Features({"key": Value("string"), **columns.schema(marks_in_content="thinking" not in keys)})
+    tools = {TOOLS: Value("string")} if journal.has_key(TOOLS) else {}
+    typed = columns.schema("thinking" not in keys, any(map(journal.has_key, OF_TOOLS)))
+    return Features({"key": Value("string"), **tools, **typed})

@@ -16,6 +16,7 @@ from tessy_hf.errors import PartsError
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.rows.tools import decoded
 from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ class ParquetRows:
 
         for group, found in enumerate(self._read(path, read)):
             for number, row in enumerate(found.to_pylist()):
-                asked = row.get(PROMPT_HASH) or finished_prompt_hash(row["messages"], {n: row[n] for n in hashed})
+                read = {name: row[name] for name in hashed}
+                asked = row.get(PROMPT_HASH) or finished_prompt_hash(decoded(row["messages"]), read)
                 place = Place(path, group, number, row["finish_reason"] == "error")
                 yield RowKey(str(row[id_column]), asked), row["run_fingerprint"], place
 
@@ -161,7 +163,7 @@ class ParquetRows:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(at)
         (row,) = self._cache[at].slice(place.number, 1).to_pylist()
-        return {name: row[name] for name in columns.COLUMNS}
+        return {**{name: row[name] for name in columns.COLUMNS}, "messages": decoded(row["messages"])}
 
     def _read(self, path: str, read: Callable[[Any], Any]) -> Any:
         import pyarrow as pa

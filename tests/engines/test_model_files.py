@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tessy_hf import BoundaryPredictor, TransformersEngine, VLLMEngine, demo
-from tessy_hf.engines.model_files import digest, identify
+from tessy_hf.engines.model_files import ModelFiles, digest
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_copy_and_a_touched_file_are_the_same_model(folder, tmp_path):
 
 
 def test_a_name_on_the_hub_is_identified_by_name_and_revision():
-    assert identify("me/model", "v1") == {"model": "me/model", "revision": "v1"}
+    assert ModelFiles("me/model", "v1").identity == {"model": "me/model", "revision": "v1"}
 
 
 @pytest.mark.parametrize("kind", [TransformersEngine, VLLMEngine, BoundaryPredictor])

@@ -1,0 +1,98 @@
+"""Tools and tool calls as datasets keep them: JSON schemas, JSON strings, or structs that Arrow filled with nulls.
+
+What comes out is plain JSON, which the prompts are rendered with and the rows are stored with, so that training
+renders the same text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tessy_hf.errors import PromptError
+from tessy_hf.trajectory import Message
+
+TOOLS = "tools"
+"""The column that chat templates and trainers read tools from."""
+
+OF_TOOLS = ("tool_calls", "tool_call_id", "name")
+"""Keys that messages have besides ``role`` and ``content``: the last two those with a tool's result."""
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Read a row's tools: a list of JSON schemas, or that list as a JSON string; ``None`` where there are none.
+
+    Raises:
+        PromptError: It is neither.
+    """
+    return _mappings(value, f"column {TOOLS!r}") or None
+
+
+def read_calls(value: Any, number: int) -> list[dict[str, Any]]:
+    """Read the ``tool_calls`` of a message: a list of calls, or that list as a JSON string.
+
+    Raises:
+        PromptError: It is neither.
+    """
+    calls = _mappings(value, f"tool_calls of message {number}")
+    if not all(function_of(call).get("name") for call in calls):
+        raise PromptError(f"tool_calls of message {number} has a call without a function name")
+    return calls
+
+
+def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the name and arguments of a call, in OpenAI's form or without its wrapper."""
+    function = call.get("function", call)
+    return function if isinstance(function, Mapping) else {}
+
+
+def asked_tools(value: Any) -> Any:
+    """Return a row's tools for its hash, whatever they are."""
+    try:
+        return read_tools(value)
+    except PromptError:
+        return str(value)
+
+
+def stored_tools(value: Any) -> str | None:
+    """Return a row's tools as its finished row has them: a JSON string, which trainers read, or null for none."""
+    try:
+        tools = read_tools(value)
+    except PromptError:  # the row itself says why
+        return value if isinstance(value, str) else json.dumps(value, default=str)
+    return json.dumps(tools) if tools else None
+
+
+def decoded(messages: list[Any]) -> list[Message]:
+    """Return messages as Arrow has them: those with tool calls are stored as JSON."""
+    return [json.loads(message) if isinstance(message, str) else message for message in messages]
+
+
+def _read(value: Any, where: str) -> Any:
+    """Return a value as plain JSON. Nulls in structs go, since Arrow fills in all keys; those in JSON strings stay."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        read = json.loads(value or "null") if isinstance(value, str) else _without_nulls(value)
+        text = json.dumps(read, ensure_ascii=False)
+    except (ValueError, TypeError) as error:
+        raise PromptError(f"{where} cannot be read as JSON: {error}") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PromptError(f"{where} has half of a surrogate pair, which is not valid Unicode")
+    return read
+
+
+def _mappings(value: Any, where: str) -> list[dict[str, Any]]:
+    read = _read(value, where) or []
+    each = [_read(one, where) if isinstance(one, str) else one for one in read] if isinstance(read, list) else [None]
+    if not all(isinstance(one, dict) for one in each):
+        raise PromptError(f"{where} is {str(read)[:60]!r}, and a list of JSON objects is expected")
+    return each
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_nulls(one) for one in value]
+    return _without_nulls(value.tolist()) if hasattr(value, "tolist") else value
