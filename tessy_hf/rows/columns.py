@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
-from tessy_hf.rows.tools import OF_TOOLS, TOOLS, stored_tools
+from tessy_hf.rows.tools import CALL_KEYS, TOOLS, asked_message, has_calls, stored_tools
 from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
@@ -66,14 +66,14 @@ def finished(given: Features, prompt_column: str, marks_in_content: bool) -> Fea
     from datasets import Features, Json, Value
 
     message = getattr(given[prompt_column], "feature", given[prompt_column])  # of a list
-    calls = isinstance(message, Json) or (isinstance(message, dict) and not message.keys().isdisjoint(OF_TOOLS))
+    calls = isinstance(message, Json) or (isinstance(message, dict) and not message.keys().isdisjoint(CALL_KEYS))
     tools = {TOOLS: Value("string")} if TOOLS in given and prompt_column != TOOLS else {}
     return Features({**given, **tools, **schema(marks_in_content, calls)})
 
 
 def fitting(features: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the types for rows whose messages may have tool calls."""
-    calls = any(not message.keys().isdisjoint(OF_TOOLS) for row in rows for message in row["messages"])
+    calls = any(has_calls(row["messages"]) for row in rows)
     return {**features, **({"messages": schema(True, calls)["messages"]} if calls else {})}
 
 
@@ -190,7 +190,7 @@ def row(
     chosen = next((one for one in draft.candidates if one.trajectory is trajectory), Candidate(trajectory))
     wrote = [thinking_format.assistant_message(thinking, answer, trajectory.closed)] if spans else []
     return {
-        "messages": [*map(dict, messages), *wrote],
+        "messages": [*map(asked_message, messages), *wrote],
         "thinking": thinking,
         "answer": answer,
         "spans": spans,

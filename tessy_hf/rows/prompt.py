@@ -9,7 +9,7 @@ from typing import Any
 
 from tessy_hf.errors import PromptError
 from tessy_hf.rows import columns
-from tessy_hf.rows.tools import OF_TOOLS, TOOLS, asked_tools, read_calls, read_tools
+from tessy_hf.rows.tools import TOOLS, asked_message, asked_tools, has_calls, read_calls, read_tools
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.verifiers import verifiers
@@ -109,13 +109,7 @@ def finished_prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | 
     """Hash what a finished row answers, from its ``messages``, as :func:`prompt_hash` did before it was written."""
     ends = bool(messages) and messages[-1]["role"] == "assistant"
     asked = messages[:-1] if ends else messages
-    return prompt_hash([_message_of(message) for message in asked], read)
-
-
-def _message_of(message: Message) -> Message:
-    """Return a finished row's message as it was asked, without the keys that Arrow fills in."""
-    calls = {name: message[name] for name in OF_TOOLS if message.get(name) is not None}
-    return {"role": message["role"], "content": message["content"], **calls}
+    return prompt_hash([asked_message(message) for message in asked], read)
 
 
 def _with_tools(read: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -165,7 +159,7 @@ def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
             f"{_name(row)}: column {column!r}: {error}. A non-empty string or a list of chat messages that ends in "
             "the user's turn is expected; filter such rows or pass prompt_column= with another column."
         ) from None
-    return messages
+    return messages if has_calls(messages) else [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def _name(row: Any) -> str:
@@ -187,7 +181,7 @@ def _message(message: Any, number: int) -> Message | None:
     if calls:
         return {"role": role, "content": None if given is None else content, "tool_calls": calls}
     if role == "tool" and given is not None:
-        names = {key: str(message[key]) for key in OF_TOOLS[1:] if message.get(key)}
+        names = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key)}
         return {"role": role, "content": content, **names}
     if content.strip():
         return {"role": role, "content": content}

@@ -7,7 +7,7 @@ renders the same text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tessy_hf.errors import PromptError
@@ -16,8 +16,8 @@ from tessy_hf.trajectory import Message
 TOOLS = "tools"
 """The column that chat templates and trainers read tools from."""
 
-OF_TOOLS = ("tool_calls", "tool_call_id", "name")
-"""Keys that messages have besides ``role`` and ``content``: the last two those with a tool's result."""
+CALL_KEYS = ("tool_calls", "tool_call_id")
+"""Keys by which chats with tool calls are known. Their tools' results may have a ``name``, too."""
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
@@ -27,6 +27,18 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
         PromptError: It is neither.
     """
     return _mappings(value, f"column {TOOLS!r}") or None
+
+
+def asked_message(message: Message) -> dict[str, Any]:
+    """Return what of a message templates read: role, content, and where there are any calls or whose result it is."""
+    keys = (*CALL_KEYS, "name") if message["role"] == "tool" else CALL_KEYS
+    calls = {key: message[key] for key in keys if message.get(key) is not None}
+    return {"role": message["role"], "content": message["content"], **calls}
+
+
+def has_calls(messages: Iterable[Message]) -> bool:
+    """Return whether a chat has tool calls, or results of them."""
+    return any(message.get(key) is not None for message in messages for key in CALL_KEYS)
 
 
 def read_calls(value: Any, number: int) -> list[dict[str, Any]]:

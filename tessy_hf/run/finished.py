@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.rows import columns, parquet
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.rows.tools import OF_TOOLS, TOOLS
+from tessy_hf.rows.tools import CALL_KEYS, TOOLS
 from tessy_hf.run.journal import Journal
 from tessy_hf.run.journal_reader import JournalReader
 
@@ -197,5 +197,5 @@ def journal_features(journal: JournalReader) -> Features:
         if row["spans"]:
             break
     tools = {TOOLS: Value("string")} if journal.has_key(TOOLS) else {}
-    typed = columns.schema("thinking" not in keys, any(map(journal.has_key, OF_TOOLS)))
+    typed = columns.schema("thinking" not in keys, any(map(journal.has_key, CALL_KEYS)))
     return Features({"key": Value("string"), **tools, **typed})
