@@ -120,6 +120,19 @@ class ServerEngine:
         """Whether a server has said what it serves."""
         return self._root is not None
 
+    def _check_root(self, told: str | None) -> None:
+        """Keep what the servers say they serve.
+
+        Raises:
+            EngineDeadError: It is not what they said before: rows of this run may be by that model.
+        """
+        if told is not None and self._root not in (None, told):
+            raise EngineDeadError(
+                f"The servers of {self.model!r} serve {told!r} now, and served {self._root!r} when this run was made. "
+                "One model for a run is expected; make a new ServerEngine for the new one."
+            )
+        self._root, self._asked = told or self._root, True
+
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's Hub id or folder."""
@@ -174,8 +187,7 @@ class ServerEngine:
         session = self._session
         try:
             await session.ready  # one check, also where teacher and student are one engine
-            if self._root is None:
-                self._root, self._asked = await root(self.model, self.addresses, self.api_key_env), True
+            self._check_root(await root(self.model, self.addresses, self.api_key_env))
         except BaseException:
             if self._session is session:
                 self._session = None
@@ -197,6 +209,7 @@ class ServerEngine:
 
     async def close(self) -> None:
         """Close the connections."""
+        self._tokenizer = None  # its folder may be another when it is opened again
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()

@@ -155,6 +155,7 @@ class TransformersEngine:
 
     async def close(self) -> None:
         """Free the model, after the round that is under way."""
+        self._tokenizer = None  # the folder may be another model when it is opened again
         if self._rounds is not None:
             rounds, self._rounds = self._rounds, None
             rounds.close()

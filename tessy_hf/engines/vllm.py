@@ -173,6 +173,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """Stop vLLM and wait until its process has ended."""
+        self._tokenizer = None  # the folder may be another model when it is opened again
         if self._process is not None:
             process, self._process = self._process, None
             await process.aclose()

@@ -87,8 +87,8 @@ class Speaker:
 
     @property
     def _tokenizer(self) -> _Tokenizer:
-        if self._loaded is None:
-            tokenizer = self.engine.tokenizer
+        tokenizer = self.engine.tokenizer
+        if self._loaded is None or self._loaded.vocabulary.tokenizer is not tokenizer:
             if self.chat_template is not None:
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)

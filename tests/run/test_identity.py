@@ -17,6 +17,7 @@ from tessy_hf.cluster.merge import Merge
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import EngineDeadError, MergeError
 from tessy_hf.run.journal import Counts, Journal
+from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.trajectory import Span
 from tests.engines.servers import FakeServer, free_ports
 from tests.run.test_resume import run
@@ -292,7 +293,7 @@ def test_a_new_run_in_a_journal_says_what_is_different(tmp_path, capfd):
 
 
 def served(url, **settings):
-    speaker = Speaker(ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT)))
+    speaker = Speaker(ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT), retry_timeout=20))
     return TessyTransform(teacher=speaker, student=speaker, method="student-only", id_column="id", **settings)
 
 
@@ -314,11 +315,20 @@ def test_a_server_that_was_down_says_what_it_serves_before_rows_are_looked_up(tm
     [port] = free_ports(1)
     transform = served(f"http://127.0.0.1:{port}/v1", journal=str(tmp_path / "rows.journal"))
     unknown = transform.run_fingerprint
-    with serving("/ckpt/1", at=("127.0.0.1", port)), transform:
-        [first] = rows_of(prompts(1), transform)
+    with serving("/ckpt/1", at=("127.0.0.1", port)):
+        [first] = rows_of(asking(a="What is 7 + 1 ?"), transform)
     with serving("/ckpt/1", at=("127.0.0.1", port)) as server:
         again = served(server.url, journal=str(tmp_path / "rows.journal"))
         assert again.run_fingerprint == first["run_fingerprint"] != unknown
-        assert rows_of(prompts(1), again) == [first] and not server.texts
-    record = Journal(tmp_path / "rows.journal", first["run_fingerprint"]).description()
+        assert rows_of(asking(a="What is 7 + 1 ?"), again) == [first] and not server.texts
+    record = JournalReader(tmp_path / "rows.journal", first["run_fingerprint"]).description()
     assert json.loads(record)["student"]["model"]["root"] == "1"
+
+
+def test_servers_that_serve_another_model_while_a_run_is_made_are_refused(tmp_path):
+    [port] = free_ports(1)
+    transform = served(f"http://127.0.0.1:{port}/v1", journal=None)
+    with serving("/ckpt/1", at=("127.0.0.1", port)):
+        assert transform.run_fingerprint
+    with serving("/ckpt/2", at=("127.0.0.1", port)), pytest.raises(EngineDeadError, match="serve '/ckpt/2' now"):
+        rows_of(asking(a="What is 7 + 1 ?"), transform)
