@@ -9,7 +9,7 @@ from typing import Any
 
 from tessy_hf.errors import PromptError
 from tessy_hf.rows import columns
-from tessy_hf.rows.tools import TOOLS, asked_message, asked_tools, has_calls, read_calls, read_tools
+from tessy_hf.rows.tools import TOOLS, asked_message, asked_tools, has_calls, read_calls, read_tools, without_nulls
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.verifiers import verifiers
@@ -100,7 +100,7 @@ def hashed_columns(settings: Settings, names: Sequence[str]) -> list[str]:
 
 def prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | None = None) -> str:
     """Hash all that a row asks: its messages, and the values of the columns that decide it besides."""
-    asked = [messages, _canonical(_with_tools(read))] if read else messages
+    asked = [messages, without_nulls(_with_tools(read))] if read else messages
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=_hash)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -113,17 +113,8 @@ def finished_prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | 
 
 
 def _with_tools(read: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return columns with the tools as they are rendered: a JSON string hashes as its schemas do."""
+    """Return columns with the tools as rendered, whatever their form, so that rows that did not see them differ."""
     return {**read, TOOLS: None, "rendered_tools": asked_tools(read[TOOLS])} if TOOLS in read else read
-
-
-def _canonical(value: Any) -> Any:
-    """Return a value in one form, whichever table it came from: Arrow fills in missing keys, formats make arrays."""
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(one) for key, one in value.items() if one is not None}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(one) for one in value]
-    return _canonical(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _hash(value: Any) -> str:
@@ -174,7 +165,7 @@ def _message(message: Any, number: int) -> Message | None:
     if not isinstance(role, str):
         raise PromptError(f"message {number} has no role, only {', '.join(map(repr, message))}")
     for key in _UNREAD:
-        if message.get(key):
+        if message.get(key) is not None and str(message[key]) not in ("", "[]", "{}"):
             raise PromptError(f"message {number} has {key!r}, and only tool_calls, or a column 'tools', are rendered")
     given = message["content"] if message.get("content") is not None else message.get("value")
     content, calls = _text(given, number), read_calls(message.get("tool_calls"), number)

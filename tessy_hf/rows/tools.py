@@ -85,7 +85,7 @@ def _read(value: Any, where: str) -> Any:
     """Return a value as plain JSON. Nulls in structs go, since Arrow fills in all keys; those in JSON strings stay."""
     value = value.tolist() if hasattr(value, "tolist") else value
     try:
-        read = json.loads(value or "null") if isinstance(value, str) else _without_nulls(value)
+        read = json.loads(value or "null") if isinstance(value, str) else without_nulls(value)
         text = json.dumps(read, ensure_ascii=False)
     except (ValueError, TypeError) as error:
         raise PromptError(f"{where} cannot be read as JSON: {error}") from None
@@ -96,15 +96,17 @@ def _read(value: Any, where: str) -> Any:
 
 def _mappings(value: Any, where: str) -> list[dict[str, Any]]:
     read = _read(value, where) or []
-    each = [_read(one, where) if isinstance(one, str) else one for one in read] if isinstance(read, list) else [None]
-    if not all(isinstance(one, dict) for one in each):
+    each: list[Any] = read if isinstance(read, list) else [read]
+    each = [_read(one, where) if isinstance(one, str) else one for one in each]
+    if not isinstance(read, list) or not all(isinstance(one, dict) for one in each):
         raise PromptError(f"{where} is {str(read)[:60]!r}, and a list of JSON objects is expected")
     return each
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """Return a value in one form, whichever table it came from: Arrow fills in missing keys, formats make arrays."""
     if isinstance(value, Mapping):
-        return {str(key): _without_nulls(one) for key, one in value.items() if one is not None}
+        return {str(key): without_nulls(one) for key, one in value.items() if one is not None}
     if isinstance(value, (list, tuple)):
-        return [_without_nulls(one) for one in value]
-    return _without_nulls(value.tolist()) if hasattr(value, "tolist") else value
+        return [without_nulls(one) for one in value]
+    return without_nulls(value.tolist()) if hasattr(value, "tolist") else value

@@ -148,8 +148,8 @@ class ParquetRows:
 
         for group, found in enumerate(self._read(path, read)):
             for number, row in enumerate(found.to_pylist()):
-                read = {name: row[name] for name in hashed}
-                asked = row.get(PROMPT_HASH) or finished_prompt_hash(decoded(row["messages"]), read)
+                besides = {name: row[name] for name in hashed}
+                asked = row.get(PROMPT_HASH) or finished_prompt_hash(decoded(row["messages"]), besides)
                 place = Place(path, group, number, row["finish_reason"] == "error")
                 yield RowKey(str(row[id_column]), asked), row["run_fingerprint"], place
 

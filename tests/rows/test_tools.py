@@ -57,10 +57,14 @@ def asked(prompts, tools, features=None):
     return Dataset.from_dict({"id": ids, "prompt": prompts, "tools": tools}, features=features)
 
 
-AS_JSON = Features({"id": Value("string"), "prompt": List(Json()), "tools": Json()})
+def as_json(tools):
+    return Features({"id": Value("string"), "prompt": List(Json()), "tools": tools})
+
+
 DATASETS = {
     "structs that Arrow fills in": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [SEARCH], None]),
-    "JSON": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [], None], AS_JSON),
+    "JSON": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [], None], as_json(Json())),
+    "lists of JSON": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [], None], as_json(List(Json()))),
     "JSON strings beside text": asked(["What is 1+1?", "And 2+2?"], [json.dumps([CALC, SEARCH]), ""]),
 }
 
