@@ -42,6 +42,9 @@ class Client:
         timeout: Seconds a step of a request may take.
         context_length: Most tokens of prompt and completion, where servers do not say or less is wanted.
         protocols: How servers may be asked, best first.
+
+    Attributes:
+        roots: What each inspected server says is behind the model's name.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Client:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
         self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
         self.api = CompletionsAPI(model, tokenizer)
+        self.roots: dict[str, str] = {}
         self._connections = Connections(read_key(api_key_env), timeout)
 
     async def close(self) -> None:
@@ -109,7 +113,8 @@ class Client:
         return Service(protocol, protocol in EXACT, length, await self._cache_tokens(server))
 
     async def _context_length(self, server: str) -> int:
-        models = api.served(await self._json(server, "GET", server + "/models"))
+        answer = await self._json(server, "GET", server + "/models")
+        models, self.roots[server] = api.served(answer), api.roots(answer).get(self._model, self._model)
         if self._model not in models:
             raise EngineDeadError(
                 f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "

@@ -30,7 +30,7 @@ from tessy_hf.engines.connections import Kind, ReplicaError
 from tessy_hf.engines.membership import Membership
 from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.engines.replicas import Replicas
-from tessy_hf.engines.served import ask_root, root
+from tessy_hf.engines.served import ServedModel
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.retries import Failures, RetryPolicy
 
@@ -97,8 +97,7 @@ class ServerEngine:
         self.retry_timeout = retry_timeout if patience is None else patience
         self.given_context_length = context_length
         self.files = ModelFiles(str(tokenizer or model), revision, weights=False)
-        self._root: str | None = None
-        self._asked = False
+        self._served = ServedModel(self.model, self.addresses, api_key_env)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._session: _Session | None = None
 
@@ -109,29 +108,14 @@ class ServerEngine:
         Servers do not tell the revision or the bytes of their weights: serve another checkpoint under another name or
         from another folder. Asks them once, for a few seconds; then :meth:`start` does.
         """
-        if not self._asked:
-            self._root, self._asked = ask_root(self.model, self.addresses, self.api_key_env), True
-        tokenizer = self.files.identity
-        served = {"root": self._root} if self._root not in (None, self.model) else {}
+        tokenizer, root = self.files.identity, self._served.root
+        served = {"root": root} if root not in (None, self.model) else {}
         return {"engine": "server", **tokenizer, "model": self.model, "tokenizer": tokenizer["model"], **served}
 
     @property
     def identity_is_known(self) -> bool:
         """Whether a server has said what it serves."""
-        return self._root is not None
-
-    def _check_root(self, told: str | None) -> None:
-        """Keep what the servers say they serve.
-
-        Raises:
-            EngineDeadError: It is not what they said before: rows of this run may be by that model.
-        """
-        if told is not None and self._root not in (None, told):
-            raise EngineDeadError(
-                f"The servers of {self.model!r} serve {told!r} now, and served {self._root!r} when this run was made. "
-                "One model for a run is expected; make a new ServerEngine for the new one."
-            )
-        self._root, self._asked = told or self._root, True
+        return self._served.is_known
 
     @property
     def tokenizer_name(self) -> str:
@@ -187,7 +171,7 @@ class ServerEngine:
         session = self._session
         try:
             await session.ready  # one check, also where teacher and student are one engine
-            self._check_root(await root(self.model, self.addresses, self.api_key_env))
+            self._served.check(session.roots)
         except BaseException:
             if self._session is session:
                 self._session = None
@@ -252,6 +236,12 @@ class _Session:
         self._notices.stop()
         self.replicas.close()
         await self._client.close()
+
+    @property
+    def roots(self) -> list[str]:
+        """What the servers say they serve, in the order of their addresses."""
+        roots, fixed = self._client.roots, self._engine.addresses.fixed
+        return [roots[server] for server in (fixed or sorted(roots))]
 
     def release(self, row: str) -> None:
         self.replicas.release(row)
