@@ -23,7 +23,7 @@ from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
-from tessy_hf.rows.tools import TOOLS
+from tessy_hf.rows.tools import SOURCE_TOOLS, TOOLS
 from tessy_hf.run.journal import Counts
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
@@ -130,7 +130,7 @@ class TessyTransform(functools.partial[Any]):
             return splits({name: self.map(split, **options) for name, split in dataset.items()})
         features, removed = self.features(dataset), options.get("remove_columns") or []
         removed = {removed} if isinstance(removed, str) else {*removed}
-        for name in removed.difference((*columns.COLUMNS, TOOLS)):  # what the rows were shown stays, to train on
+        for name in removed.difference((*columns.COLUMNS, TOOLS, SOURCE_TOOLS)):  # what rows were shown stays
             features.pop(name, None)
         return dataset.map(self, **{"batched": True, "features": features, **options})
 

@@ -22,7 +22,7 @@ from tessy_hf.rows import columns
 from tessy_hf.rows.datasets_internals import table
 from tessy_hf.rows.parquet import BATCH_ROWS, ShardWriter
 from tessy_hf.rows.prompt import PromptReader
-from tessy_hf.rows.tools import TOOLS, stored_tools
+from tessy_hf.rows.tools import SOURCE_TOOLS, TOOLS, tool_columns
 from tessy_hf.settings import Settings
 from tessy_hf.text.thinking_format import THINK_TAGS
 from tessy_hf.trajectory import RowKey, Trajectory
@@ -142,7 +142,7 @@ class Merge:
     def _prompts(self) -> Iterator[tuple[RowKey | None, Mapping[str, Any], PromptError | None]]:
         """Iterate over the prompts: the key, the row, and what is wrong with it where there is no key."""
         prompt = self.settings.prompt_column
-        names = [name for name in self.features if name not in columns.COLUMNS]
+        names = [name for name in self.features if name not in (*columns.COLUMNS, SOURCE_TOOLS)]
         reader = PromptReader(self.settings, [*names, *([] if prompt in names else [prompt])])
         for row in self._dataset:
             try:
@@ -185,10 +185,17 @@ class Merge:
         self.check()
         for key, prompt, error in self._prompts():
             if error is not None:
-                yield {**_inputs(prompt), **self._unusable(prompt, error)}
+                yield {**self._inputs(prompt), **self._unusable(prompt, error)}
             elif key in self._rows:
                 found = self._rows[key]
-                yield {**_inputs(prompt), **next((one for one in found if not one.failed), found[0]).read()}
+                yield {**self._inputs(prompt), **next((one for one in found if not one.failed), found[0]).read()}
+
+    def _inputs(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        asked = self.settings.prompt_column
+        if TOOLS not in prompt or asked == TOOLS:
+            return dict(prompt)
+        tools = tool_columns([prompt[asked]], [prompt[TOOLS]])
+        return {**prompt, **{name: one for name, (one,) in tools.items()}}
 
     def _id(self, prompt: Mapping[str, Any]) -> Any:
         return prompt[self.settings.id_column] if self.settings.id_column is not None else None
@@ -244,10 +251,6 @@ class Merge:
 def some(ids: Sequence[str], most: int = 10) -> str:
     """Name a few of many ids."""
     return ", ".join(map(repr, ids[:most])) + (f" and {len(ids) - most} more" if len(ids) > most else "")
-
-
-def _inputs(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    return {**prompt, **({TOOLS: stored_tools(prompt[TOOLS])} if TOOLS in prompt else {})}
 
 
 def _said(row: Mapping[str, Any]) -> Any:

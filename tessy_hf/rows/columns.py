@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
-from tessy_hf.rows.tools import CALL_KEYS, TOOLS, asked_message, has_calls, stored_tools
+from tessy_hf.rows.tools import CALL_KEYS, SOURCE_TOOLS, TOOLS, asked_message, has_calls, stored_tools
 from tessy_hf.text.thinking_format import HARMONY, THINK_TAGS, ThinkingFormat
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
 
@@ -62,12 +62,13 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_fo
 
 
 def finished(given: Features, prompt_column: str, marks_in_content: bool) -> Features:
-    """Return the schema of finished rows: that of the prompts, tools as JSON strings, and :data:`COLUMNS`."""
+    """Return the schema of finished rows: that of the prompts, the tools they were shown, and :data:`COLUMNS`."""
     from datasets import Features, Json, Value
 
     message = getattr(given[prompt_column], "feature", given[prompt_column])  # of a list
     calls = isinstance(message, Json) or (isinstance(message, dict) and not message.keys().isdisjoint(CALL_KEYS))
-    tools = {TOOLS: Value("string")} if TOOLS in given and prompt_column != TOOLS else {}
+    read = TOOLS in given and prompt_column != TOOLS
+    tools = {TOOLS: Value("string"), SOURCE_TOOLS: given[TOOLS]} if read else {}
     return Features({**given, **tools, **schema(marks_in_content, calls)})
 
 
@@ -143,7 +144,8 @@ def check_columns(
                 f"The dataset has no column {name!r}. Columns: {', '.join(columns)}. "
                 f"Pass {setting} with the name of the column to use."
             )
-    taken = [name for name in columns if name in COLUMNS and name != prompt_column]
+    written = (*COLUMNS, SOURCE_TOOLS) if TOOLS in columns else COLUMNS
+    taken = [name for name in columns if name in written and name != prompt_column]
     if taken:
         raise DatasetError(
             f"The dataset already has {', '.join(map(repr, taken))}, which this transform would overwrite. "

@@ -9,7 +9,17 @@ from typing import Any
 
 from tessy_hf.errors import PromptError
 from tessy_hf.rows import columns
-from tessy_hf.rows.tools import TOOLS, asked_message, asked_tools, has_calls, read_calls, read_tools, without_nulls
+from tessy_hf.rows.tools import (
+    SOURCE_TOOLS,
+    TOOLS,
+    are_shown,
+    asked_message,
+    asked_tools,
+    has_calls,
+    read_calls,
+    read_tools,
+    without_nulls,
+)
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Message, Prompt
 from tessy_hf.verifiers import verifiers
@@ -62,11 +72,13 @@ class PromptReader:
         if settings.system_prompt is not None:
             messages = [{"role": "system", "content": settings.system_prompt}, *messages]
         try:
-            tools = read_tools(row[TOOLS]) if TOOLS in self.hashed_columns else None
+            shown = TOOLS in self.hashed_columns and are_shown(row[settings.prompt_column])
+            tools = read_tools(row[TOOLS]) if shown else None
         except PromptError as error:
             raise PromptError(f"{_name(given)}: {error}. Fix it, or remove the column.") from None
         key = prompt_hash(messages) if settings.id_column is None else self._checked(given)
-        asked = prompt_hash(messages, {name: row[name] for name in self.hashed_columns})
+        read = {name: tools if name == TOOLS else row[name] for name in self.hashed_columns}
+        asked = prompt_hash(messages, read)
         return Prompt(key, messages, prompt_hash=asked, tools=tools)
 
     def _checked(self, given: Any) -> str:
@@ -91,7 +103,7 @@ def hashed_columns(settings: Settings, names: Sequence[str]) -> list[str]:
 
     All input columns where the verifier is a function of the user's, since what that reads is not known.
     """
-    inputs = [name for name in names if name not in columns.COLUMNS and name != settings.prompt_column]
+    inputs = [name for name in names if name not in (*columns.COLUMNS, SOURCE_TOOLS, settings.prompt_column)]
     verified = verifiers.column(settings.verifier)
     if settings.verifier is not None and verified is None:
         return inputs

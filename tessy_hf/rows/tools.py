@@ -7,7 +7,7 @@ renders the same text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tessy_hf.errors import PromptError
@@ -15,6 +15,9 @@ from tessy_hf.trajectory import Message
 
 TOOLS = "tools"
 """The column that chat templates and trainers read tools from."""
+
+SOURCE_TOOLS = f"source_{TOOLS}"
+"""The column that keeps the tools as the prompts had them."""
 
 CALL_KEYS = ("tool_calls", "tool_call_id")
 """Keys by which chats with tool calls are known. Their tools' results may have a ``name``, too."""
@@ -65,6 +68,17 @@ def asked_tools(value: Any) -> Any:
         return read_tools(value)
     except PromptError:
         return str(value)
+
+
+def are_shown(prompt: Any) -> bool:
+    """Return whether tools are shown beside a prompt: beside chats, not beside text, as with TRL 1.16."""
+    return not isinstance(prompt, str)
+
+
+def tool_columns(prompts: Sequence[Any], tools: Sequence[Any]) -> dict[str, list[Any]]:
+    """Return the columns of finished rows with the tools that the models were shown, and as the prompts had them."""
+    shown = [stored_tools(one) if are_shown(prompt) else None for prompt, one in zip(prompts, tools, strict=True)]
+    return {TOOLS: shown, SOURCE_TOOLS: list(tools)}
 
 
 def stored_tools(value: Any) -> str | None:

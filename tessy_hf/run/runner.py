@@ -22,7 +22,7 @@ from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns
 from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
-from tessy_hf.rows.tools import TOOLS, stored_tools
+from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
 from tessy_hf.run.commits import Commits
 from tessy_hf.run.metering import Load, Meter
 from tessy_hf.run.outbox import Outbox
@@ -85,7 +85,7 @@ class Run:
         self._outbox: Outbox | None = None
         self._synthesis: Synthesis
         self._rows_begun = 0
-        self._warned = False
+        self._warned = self._told_of_tools = False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
@@ -220,7 +220,11 @@ class Run:
         finally:
             for one in tasks.values():
                 one.cancel()
-        tools = {TOOLS: [*map(stored_tools, batch[TOOLS])]} if TOOLS in reader.hashed_columns else {}
+        asked = batch[self._settings.prompt_column]
+        tools = tool_columns(asked, batch[TOOLS]) if TOOLS in reader.hashed_columns else {}
+        if tools and not all(map(are_shown, asked)) and not self._told_of_tools:
+            self._told_of_tools = True
+            self._progress.write("tools are not shown beside prompts that are text, only beside lists of messages.")
         return {**tools, **{name: [row[name] for row in rows] for name in columns.COLUMNS}}
 
     def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:

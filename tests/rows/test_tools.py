@@ -65,7 +65,7 @@ DATASETS = {
     "structs that Arrow fills in": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [SEARCH], None]),
     "JSON": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [], None], as_json(Json())),
     "lists of JSON": asked([CHAT, [USER], CHAT], [[CALC, SEARCH], [], None], as_json(List(Json()))),
-    "JSON strings beside text": asked(["What is 1+1?", "And 2+2?"], [json.dumps([CALC, SEARCH]), ""]),
+    "JSON strings": asked([[USER], [USER]], [json.dumps([CALC, SEARCH]), ""]),
 }
 
 
@@ -134,6 +134,15 @@ def test_a_template_that_drops_tools_refuses_the_row_and_no_other(kind, method, 
     assert plain["finish_reason"] == "stop" and plain["tools"] is None
 
 
+def test_tools_beside_text_are_kept_out_of_training_and_said(capfd):
+    prompts = asked(["What is 1+1?"], [json.dumps([CALC])])
+    tessy = transform()
+    [row] = rows_of(prompts, tessy)
+    assert row["tools"] is None and row["source_tools"] == json.dumps([CALC])
+    check_trained([row], tessy.student.engine, ["r0"])
+    assert "tools are not shown beside prompts that are text" in capfd.readouterr().err
+
+
 def test_a_methods_own_question_needs_the_users():
     row, *_ = rows_of(asked([CHAT], [None]), transform(method="teacher-reference"))
     assert row["finish_reason"] == "error" and "the last message is str by 'tool'" in row["error"]
@@ -151,8 +160,9 @@ def test_columns_that_trainers_read_and_the_student_did_not_see_are_renamed():
     with transform() as tessy:
         rows = prompts.map(tessy, batched=True, features=tessy.features(prompts))
     released = Rows(rows).features
-    assert "source_chat_template_kwargs" in released and "tools" in released
-    unseen = rows.remove_columns("tools").add_column("tools", [[CALC]])
+    assert released["source_tools"] == prompts.features["tools"] and released["tools"] == Value("string")
+    assert "source_chat_template_kwargs" in released
+    unseen = rows.remove_columns(["tools", "source_tools"]).add_column("tools", [[CALC]])
     assert "source_tools" in Rows(unseen).features and "tools" not in Rows(unseen).features
 
 
