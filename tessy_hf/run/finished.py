@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.rows import columns, parquet
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.rows.tools import CALL_KEYS, TOOLS
+from tessy_hf.rows.tools import CALL_KEYS, SOURCE_TOOLS, TOOLS
 from tessy_hf.run.journal import Journal
 from tessy_hf.run.journal_reader import JournalReader
 
@@ -142,7 +142,8 @@ def _features(rows: Dataset | IterableDataset) -> Features:
 def _released(features: Features) -> Features:
     from datasets import Value
 
-    unseen = {TOOLS} if features.get(TOOLS) != Value("string") else set()  # a run stores what it shows as strings
+    ours = SOURCE_TOOLS in features or features.get(TOOLS) == Value("string")  # a run stores what it showed as strings
+    unseen = set() if ours else {TOOLS}
     names = {name: f"source_{name}" if name in TRAINERS_OWN | unseen else name for name in features}
     twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
     if twice:

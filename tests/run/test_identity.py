@@ -112,9 +112,8 @@ def test_tools_belong_to_what_is_asked(kept):
     tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
 
     def with_tools(names):
-        return asking(a="x").add_column(
-            "tools", [[{"type": "function", "function": {"name": name}} for name in names]]
-        )
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return Dataset.from_dict({"id": ["a"], "prompt": [[{"role": "user", "content": "x"}]], "tools": [tools]})
 
     run(with_tools(["add"]), scripted(tokenizer=tokenizer, **kept))
     assert run(with_tools(["add"]), scripted(tokenizer=tokenizer, **kept))[1] == (0 if kept else 2)
