@@ -14,10 +14,10 @@ from tessy_hf.rows.tools import (
     TOOLS,
     are_shown,
     asked_message,
-    asked_tools,
     has_calls,
     read_calls,
     read_tools,
+    stored_tools,
     without_nulls,
 )
 from tessy_hf.settings import Settings
@@ -126,7 +126,7 @@ def finished_prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | 
 
 def _with_tools(read: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return columns with the tools as rendered, whatever their form, so that rows that did not see them differ."""
-    return {**read, TOOLS: None, "rendered_tools": asked_tools(read[TOOLS])} if TOOLS in read else read
+    return {**read, TOOLS: None, "rendered_tools": stored_tools(read[TOOLS])} if TOOLS in read else read
 
 
 def _hash(value: Any) -> str:

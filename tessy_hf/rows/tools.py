@@ -50,24 +50,7 @@ def read_calls(value: Any, number: int) -> list[dict[str, Any]]:
     Raises:
         PromptError: It is neither.
     """
-    calls = _mappings(value, f"tool_calls of message {number}")
-    if not all(function_of(call).get("name") for call in calls):
-        raise PromptError(f"tool_calls of message {number} has a call without a function name")
-    return calls
-
-
-def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the name and arguments of a call, in OpenAI's form or without its wrapper."""
-    function = call.get("function", call)
-    return function if isinstance(function, Mapping) else {}
-
-
-def asked_tools(value: Any) -> Any:
-    """Return a row's tools for its hash, whatever they are."""
-    try:
-        return read_tools(value)
-    except PromptError:
-        return str(value)
+    return _mappings(value, f"tool_calls of message {number}")
 
 
 def are_shown(prompt: Any) -> bool:

@@ -70,7 +70,7 @@ REFUSED = [
     ([{"role": "user", "content": []}], "message 0, by 'user', is empty"),
     ([{"role": "user", "content": {"text": "Hi"}}], "the content of message 0 is {'text': 'Hi'} (dict)"),
     ([USER, {"role": "assistant", "content": None, "tool_calls": CALL}], "the last message is by 'assistant'"),
-    ([USER, {"role": "assistant", "content": "Hm", "tool_calls": [{}]}, USER], "has a call without a function name"),
+    ([USER, {"role": "assistant", "content": "Hm", "tool_calls": [7]}, USER], "a list of JSON objects is expected"),
     (
         [USER, {"role": "assistant", "content": "Hm", "tool_calls": "x"}, USER],
         "tool_calls of message 1 cannot be read",

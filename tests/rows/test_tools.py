@@ -112,6 +112,11 @@ REFUSED = {
     "tools": (WITHOUT, [USER], "does not render the column 'tools'"),
     "calls": (WITHOUT_CALLS, CHAT, "does not render the tool_calls of message 1"),
     "results": (WITHOUT_RESULTS, CHAT, "does not render the tool's result in message 2"),
+    "unnamed": (
+        TEMPLATE.replace("c | tojson", "c.name"),
+        [*CHAT, USER],
+        "does not render the tool_calls of message 1",
+    ),
     "raising": ("{{ raise_exception('no tools') if tools }}" + TEMPLATE, [USER], "no tools"),
 }
 
