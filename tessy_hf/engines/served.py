@@ -13,7 +13,7 @@ from tessy_hf.engines.connections import Connections, read_key
 from tessy_hf.errors import EngineDeadError, TessyError
 from tessy_hf.retries import TransientError
 
-SECONDS = 3.0
+SECONDS = 1.0
 """How long servers may take to answer. Without an answer the run asks again once they are up."""
 
 

@@ -106,7 +106,7 @@ class ServerEngine:
         """The model, what the servers say is behind its name, and its tokenizer; not where it is served.
 
         Servers do not tell the revision or the bytes of their weights: serve another checkpoint under another name or
-        from another folder. Asks them once, for a few seconds; then :meth:`start` does.
+        from another folder. Asks them once, for a second; then :meth:`start` does.
         """
         tokenizer, root = self.files.identity, self._served.root
         served = {"root": root} if root not in (None, self.model) else {}
