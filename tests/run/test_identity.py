@@ -291,6 +291,12 @@ def test_a_new_run_in_a_journal_says_what_is_different(tmp_path, capfd):
     assert "not taken over" not in capfd.readouterr().err  # said once
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """However slow this machine is."""
+    monkeypatch.setattr("tessy_hf.engines.served.SECONDS", 60.0)
+
+
 def served(url, **settings):
     speaker = Speaker(ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT), retry_timeout=20))
     return TessyTransform(teacher=speaker, student=speaker, method="student-only", id_column="id", **settings)
@@ -300,7 +306,7 @@ def serving(root=None, **options):
     return FakeServer(models=[{"id": "student", "max_model_len": 2048, "root": root}], **options)
 
 
-def test_another_model_under_a_servers_name_is_another_run(tmp_path):
+def test_another_model_under_a_servers_name_is_another_run(patient):
     def fingerprint(root, length=2048):
         models = [{"id": "other", "root": "x"}, {"id": "student", "max_model_len": length, "root": root}]
         with FakeServer(models=models) as server:
@@ -310,7 +316,7 @@ def test_another_model_under_a_servers_name_is_another_run(tmp_path):
     assert fingerprint("student") == fingerprint(None) == served("http://127.0.0.1:9/v1", journal=None).run_fingerprint
 
 
-def test_a_server_that_was_down_says_what_it_serves_before_rows_are_looked_up(tmp_path):
+def test_a_server_that_was_down_says_what_it_serves_before_rows_are_looked_up(patient, tmp_path):
     [port] = free_ports(1)
     transform = served(f"http://127.0.0.1:{port}/v1", journal=str(tmp_path / "rows.journal"))
     unknown = transform.run_fingerprint
@@ -324,7 +330,7 @@ def test_a_server_that_was_down_says_what_it_serves_before_rows_are_looked_up(tm
     assert json.loads(record)["student"]["model"]["root"] == "1"
 
 
-def test_servers_that_serve_another_model_while_a_run_is_made_are_refused(tmp_path):
+def test_servers_that_serve_another_model_while_a_run_is_made_are_refused(patient):
     [port] = free_ports(1)
     transform = served(f"http://127.0.0.1:{port}/v1", journal=None)
     with serving("/ckpt/1", at=("127.0.0.1", port)):
