@@ -69,7 +69,7 @@ def stored_tools(value: Any) -> str | None:
     try:
         tools = read_tools(value)
     except PromptError:  # the row itself says why
-        return value if isinstance(value, str) else json.dumps(value, default=str)
+        return str(value)
     return json.dumps(tools) if tools else None
 
 
@@ -84,7 +84,7 @@ def _read(value: Any, where: str) -> Any:
     try:
         read = json.loads(value or "null") if isinstance(value, str) else without_nulls(value)
         text = json.dumps(read, ensure_ascii=False)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise PromptError(f"{where} cannot be read as JSON: {error}") from None
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise PromptError(f"{where} has half of a surrogate pair, which is not valid Unicode")
