@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,10 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from tessy_hf.engines.model_files import digest
+from tessy_hf.engines.model_files import cached_commit, digest
 from tessy_hf.settings import SPEED, Settings
 
 if TYPE_CHECKING:
+    from tessy_hf.boundary.predictor import BoundaryPredictor
+    from tessy_hf.engines.model_files import ModelFiles
     from tessy_hf.method.speaker import Speaker
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -52,6 +55,8 @@ class ModelRecord(_Record):
     """The requested branch, tag or commit."""
     digest: str | None = None
     """For a folder: a SHA-256 of its weights, configuration, tokenizer and chat template."""
+    root: str | None = None
+    """For a model behind a server: the Hub id or the folder's last name that it says is served under this name."""
 
 
 class BoundaryRecord(_Record):
@@ -276,34 +281,57 @@ def record(
     )
 
 
+def differences(one: RunRecord, other: RunRecord) -> list[str]:
+    """Name what differs between two runs and decides their rows, such as ``student.model.digest``."""
+    first, second = (
+        dict(_leaves(run.model_dump(include={"method", "settings", "teacher", "student"}))) for run in (one, other)
+    )
+    ignored = {"settings.rows_in_flight", "teacher.model.requested_revision", "student.model.requested_revision"}
+    names = dict.fromkeys([*first, *second])
+    return [name for name in names if first.get(name) != second.get(name) and name not in ignored]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for name, one in value.items():
+        yield from _leaves(one, f"{path}.{name}" if path else name)
+
+
 def _speaker(speaker: Speaker) -> SpeakerRecord:
     identity = dict(speaker.engine.identity)
     name, revision = str(identity.pop("model", speaker.engine.model)), identity.pop("revision", None)
     engine, tokenizer = str(identity.pop("engine", "unknown")), identity.pop("tokenizer", None)
     identity.pop("digest", None)  # in the model's own record
+    root, asked = identity.pop("root", None), getattr(speaker.engine, "files", None)
     served = engine == "server"  # the revision is the tokenizer's; what the server runs is the server's knowledge
-    model = ModelRecord(name=shown(name)) if served else _model(name, revision)
+    model = ModelRecord(name=shown(name), root=root and shown(root)) if served else _model(name, revision, asked)
     return SpeakerRecord(
         engine=engine,
         model=model,
         options={key: value for key, value in identity.items() if value is not None},
-        tokenizer=_model(str(tokenizer), revision) if tokenizer is not None else None,
-        boundary=_boundary(speaker.boundary.identity) if speaker.boundary is not None else None,
+        tokenizer=_model(str(tokenizer), revision, asked) if tokenizer is not None else None,
+        boundary=_boundary(speaker.boundary) if speaker.boundary is not None else None,
         chat_template=speaker.chat_template,
         template_options=speaker.template_options,
         thinking_format=asdict(speaker.known_format) if speaker.known_format is not None else None,
     )
 
 
-def _boundary(identity: dict[str, Any]) -> BoundaryRecord:
+def _boundary(predictor: BoundaryPredictor) -> BoundaryRecord:
+    identity = predictor.identity
     stated = {key: identity.get(key) for key in ("label_shift", "style_label", "window")}
-    return BoundaryRecord(model=_model(str(identity.get("model", "unnamed")), identity.get("revision")), **stated)
+    model = _model(str(identity.get("model", "unnamed")), identity.get("revision"), getattr(predictor, "files", None))
+    return BoundaryRecord(model=model, **stated)
 
 
-def _model(name: str, revision: str | None) -> ModelRecord:
+def _model(name: str, revision: str | None, asked: ModelFiles | None) -> ModelRecord:
+    requested = asked.revision if asked is not None else revision
     if Path(name).is_dir():
-        return ModelRecord(name=shown(name), requested_revision=revision, digest=digest(Path(name)))
-    return ModelRecord(name=name, revision=_cached_commit(name, revision), requested_revision=revision)
+        return ModelRecord(name=shown(name), requested_revision=requested, digest=digest(Path(name)))
+    commit = revision if asked is not None and revision != requested else cached_commit(name, revision)
+    return ModelRecord(name=name, revision=commit, requested_revision=requested)
 
 
 def shown(name: str) -> str:
@@ -314,24 +342,6 @@ def shown(name: str) -> str:
         return Path(name).resolve().relative_to(Path.cwd().resolve()).as_posix()
     except ValueError:
         return Path(name).name
-
-
-def _cached_commit(name: str, revision: str | None) -> str | None:
-    """Return the commit whose files are in the local cache, which are those that were loaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
-        try:
-            found = try_to_load_from_cache(name, file, revision=revision)
-        except ValueError:  # not a Hub id, such as the name of a scripted engine
-            return None
-        if isinstance(found, str):
-            return Path(found).relative_to(_snapshots(Path(found))).parts[0]
-    return None
-
-
-def _snapshots(file: Path) -> Path:
-    return next(folder for folder in file.parents if folder.name == "snapshots")
 
 
 # --- the machine and what is installed on it

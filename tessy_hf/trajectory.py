@@ -61,6 +61,7 @@ class Prompt:
         seed: The row's own seed, derived from the run's seed and ``key``.
         order: The row's place in the run; engines serve older rows first.
         prompt_hash: A hash of all that the row asks; see :class:`RowKey`.
+        tools: JSON schemas of the tools that the models are shown, where there are any.
     """
 
     key: str
@@ -68,6 +69,7 @@ class Prompt:
     seed: int = 0
     order: int = 0
     prompt_hash: str = ""
+    tools: Sequence[Mapping[str, Any]] | None = None
 
     @property
     def row_key(self) -> RowKey:

@@ -24,6 +24,7 @@ from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
 from tessy_hf.rows.output import write_rows
+from tessy_hf.rows.tools import SOURCE_TOOLS, TOOLS
 from tessy_hf.run.journal import Counts
 from tessy_hf.run.progress import Summary
 from tessy_hf.run.runner import RUNS, Run
@@ -104,7 +105,11 @@ class TessyTransform(functools.partial[Any]):
 
     @property
     def run_fingerprint(self) -> str:
-        """The hash of all that decides the rows."""
+        """The hash of all that decides the rows. While engines are open it is that of the models they have loaded."""
+        run = RUNS.get(self._token)
+        return (run and run.fingerprint) or self._fingerprint()
+
+    def _fingerprint(self) -> str:
         return self.settings.fingerprint({"teacher": self.teacher.identity, "student": self.student.identity})
 
     def map(self, dataset: AnyDataset, **options: Any) -> Any:
@@ -124,7 +129,8 @@ class TessyTransform(functools.partial[Any]):
             splits: Any = type(dataset)
             return splits({name: self.map(split, **options) for name, split in dataset.items()})
         features, removed = self.features(dataset), options.get("remove_columns") or []
-        for name in {removed} if isinstance(removed, str) else {*removed}.difference(columns.COLUMNS):
+        removed = {removed} if isinstance(removed, str) else {*removed}
+        for name in removed.difference((*columns.COLUMNS, TOOLS, SOURCE_TOOLS)):  # what rows were shown stays
             features.pop(name, None)
         return dataset.map(self, **{"batched": True, "features": features, **options})
 
@@ -173,7 +179,7 @@ class TessyTransform(functools.partial[Any]):
             DatasetError: The prompt column or the id column is missing.
             JournalError: The journal cannot be read.
         """
-        counts = [plan(split, self.settings, self.run_fingerprint) for split in _splits(dataset)]
+        counts = [plan(split, self.settings, self.run_fingerprint, self.record) for split in _splits(dataset)]
         return Counts(*map(sum, zip(*counts, strict=True)))
 
     def with_settings(self, **settings: Any) -> Self:
@@ -213,9 +219,10 @@ class TessyTransform(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        given, layout = Batch.read(batch, extra), self.student.thinking_format.key
+        given = Batch.read(batch, extra)
+        layout = self.settings.prompt_column, self.student.thinking_format.key
         if not (self._async and _loop_is_running()):
-            return given.returned(self.submit(given.columns).result(), layout)
+            return given.returned(self.submit(given.columns).result(), *layout)
         return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
 
     def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
@@ -229,7 +236,7 @@ class TessyTransform(functools.partial[Any]):
         if self._token not in RUNS:
             self._begun = provenance.now()
             STREAMS.open(self)
-            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self.run_fingerprint, self.record)
+            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self._fingerprint, self.record)
         return RUNS[self._token]
 
     def close(self) -> None:
@@ -303,13 +310,13 @@ def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
 
 
-async def _later(given: Batch, written: Future[dict[str, list[Any]]], key: str | None) -> Any:
+async def _later(given: Batch, written: Future[dict[str, list[Any]]], layout: tuple[str, str | None]) -> Any:
     # Not asyncio.wrap_future: it would keep the tasks of a stream that was dropped, which `datasets` leaves pending.
     waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     written.add_done_callback(functools.partial(_wake, weakref.ref(waiter)))
     try:
         await waiter
-        return given.returned(written.result(), key)
+        return given.returned(written.result(), *layout)
     finally:
         written.cancel()
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from tessy_hf.engines.model_files import identify
+from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.errors import BoundaryError
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -108,6 +108,7 @@ class BoundaryPredictor:
             )
         self.model = str(model)
         self.revision = revision
+        self.files = ModelFiles(self.model, revision)
         self._stated = {"label_shift": label_shift, "style_label": style_label, "window": window}
         self._device = device
         self._engine = engine
@@ -132,8 +133,9 @@ class BoundaryPredictor:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the predictions, for the run's fingerprint."""
-        identity = {**identify(self.model, self.revision), **self._stated}
-        return {**identity, "weights": _shipped_digest()} if self.model == SHIPPED else identity
+        if self.model == SHIPPED:
+            return {"model": SHIPPED, "revision": None, **self._stated, "weights": _shipped_digest()}
+        return {**self.files.identity, **self._stated}
 
     def check(self) -> None:
         """Check before any weights are loaded that there is such a predictor, and how its labels are read.
@@ -215,10 +217,12 @@ class _Live:
     """A loaded predictor: label convention, window, vocabulary and reader."""
 
     def __init__(self, predictor: BoundaryPredictor) -> None:
-        model, revision, stated = predictor.model, predictor.revision, predictor._stated
+        model, revision, stated = predictor.model, None, predictor._stated
         if model == SHIPPED:
             _shipped_digest()  # raises if it is missing
             model = str(_SHIPPED_FOLDER)
+        else:
+            revision = predictor.files.pinned
         config, tokenizer = _describe(model, revision)
         network = _load(model, revision) if predictor._engine == "transformers" else None
         self.convention = _convention(model, config, stated)

@@ -20,6 +20,7 @@ from tessy_hf.rows import columns, prompt_source
 from tessy_hf.rows.output import Output, some
 from tessy_hf.rows.parquet import tables
 from tessy_hf.rows.prompt import read_prompts
+from tessy_hf.rows.tools import with_tools
 from tessy_hf.run.answers import unusable
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import RowKey
@@ -176,10 +177,13 @@ class Merge:
         for key, prompt, error in self._prompts():
             if error is not None:
                 method = (self.record and self.record.method) or self.settings.method
-                yield {**prompt, **unusable(error, method, str(self.run))}
+                yield {**with_tools(prompt, self.settings.prompt_column), **unusable(error, method, str(self.run))}
             elif key in self._rows:
                 found = self._rows[key]
-                yield {**prompt, **next((one for one in found if not one.failed), found[0]).read()}
+                yield {
+                    **with_tools(prompt, self.settings.prompt_column),
+                    **next((one for one in found if not one.failed), found[0]).read(),
+                }
 
     def _id(self, prompt: Mapping[str, Any]) -> Any:
         return prompt[self.settings.id_column] if self.settings.id_column is not None else None

@@ -80,7 +80,8 @@ class RowWriter:
         written = await asyncio.wrap_future(self._transform.submit(given.columns))
         if not self._texts:
             return pa.table({"finish_reason": pa.array(written["finish_reason"], pa.string())})
-        return given.returned(written, self._transform.student.thinking_format.key)
+        layout = self._transform.settings.prompt_column, self._transform.student.thinking_format.key
+        return given.returned(written, *layout)
 
 
 def map_options(transform: TessyTransform, placement: Placement) -> dict[str, Any]:

@@ -76,10 +76,14 @@ class Sources:
                 f"There are no rows at {source!r}. A folder with parts, .parquet files with rows, or journals are "
                 "expected; check the path."
             )
+        import pyarrow as pa
+
         files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            self._describe(run_record.of_schema(schema), set(schema.field("messages").type.value_type.names))
+            message = schema.field("messages").type.value_type
+            keys = set(message.names) if pa.types.is_struct(message) else None  # messages with tool calls are JSON
+            self._describe(run_record.of_schema(schema), keys)
             known = self._settings_known
             hashed = hashed_columns(known, schema.names) if known is not None else []
             hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
@@ -105,11 +109,12 @@ class Sources:
             one = JournalReader(journal.path, run, max_attempts=1)
             stored = run_record.parse(one.description() or "{}", one.path)
             record = stored.model_dump(mode="json") if stored is not None else {}
-            self._describe(record, set(journal_features(one)["messages"].feature))
+            message = journal_features(one)["messages"].feature
+            self._describe(record, set(message) if isinstance(message, dict) else None)
             for key, failed in one.keys():
-                self._keep(key, run, Found(failed, lambda one=one, key=key: one.row(key) or {}))  # type: ignore[misc]
+                self._keep(key, run, Found(failed, lambda one=one, key=key: _columns_of(one.row(key))))  # type: ignore[misc]
 
-    def _describe(self, record: Mapping[str, Any], keys: set[str]) -> None:
+    def _describe(self, record: Mapping[str, Any], keys: set[str] | None) -> None:
         self._keys = keys if self._keys is None else self._keys
         if record and self._wanted in (None, record.get("fingerprint")):  # of many hosts, the one that began first
             self._record = min(filter(None, (self._record, dict(record))), key=_age)
@@ -162,3 +167,7 @@ class Sources:
 
 def _age(record: Mapping[str, Any]) -> tuple[str, str]:
     return str(record.get("begun") or "~"), json.dumps(record, sort_keys=True)
+
+
+def _columns_of(row: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: row.get(name) for name in columns.COLUMNS} if row else {}

@@ -35,6 +35,9 @@ KEY_STATUSES = frozenset({401, 402, 403})
 class Client:
     """Asks one server: what it offers, and for completions. The arguments are those of a ``ServerEngine``.
 
+    Attributes:
+        roots: What each inspected server says is behind the model's name.
+
     Raises:
         ReplicaError: There is no answer now.
         RequestError: The server refuses the request.
@@ -53,6 +56,7 @@ class Client:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
         self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
         self._api = CompletionsAPI(model, tokenizer)
+        self.roots: dict[str, str] = {}
         self._connections = Connections(read_key(api_key_env), timeout)
         self.release = self._api.release
         self.close = self._connections.close
@@ -92,7 +96,8 @@ class Client:
         return Service(protocol, protocol in EXACT, length, await self._cache_tokens(server))
 
     async def _context_length(self, server: str) -> int:
-        models = api.served(await self._json(server, "GET", server + "/models"))
+        answer = await self._json(server, "GET", server + "/models")
+        models, self.roots[server] = api.served(answer), api.roots(answer).get(self._model, self._model)
         if self._model not in models:
             raise EngineDeadError(
                 f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "

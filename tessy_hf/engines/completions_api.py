@@ -257,6 +257,12 @@ def served(answer: Any) -> dict[str, int | None]:
     return models
 
 
+def roots(answer: Any) -> dict[str, str]:
+    """Return the models of `/v1/models` and the folder or Hub id behind each: its own name where that is not told."""
+    models = [entry for entry in _get(answer, "data", list) if isinstance(entry, Mapping)]
+    return {str(entry.get("id")): str(entry.get("root") or entry.get("id")) for entry in models}
+
+
 def cache_tokens(metrics: str) -> int | None:
     """Return how many tokens a server's cache holds, where its `/metrics` tell, as vLLM's do."""
     found = _CACHE_CONFIG.search(metrics)

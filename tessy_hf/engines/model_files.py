@@ -1,38 +1,124 @@
-"""What a model is: a folder by the bytes of its files, a Hub id by its name and revision.
+"""What a model is: a folder by the bytes of its files, a Hub id by its commit.
 
-A folder that is retrained or edited in place is another model. Knows nothing of how models are loaded.
+A folder that is retrained or edited in place is another model, and so is a Hub id whose branch has moved. Knows
+nothing of how models are loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.gguf")
-"""Files of a folder that decide what its model writes: weights, configuration, tokenizer and chat template."""
+WEIGHTS = ("*.safetensors", "*.gguf")
+PATTERNS = ("*.json", "*.jinja", "*.model")
+"""Files of a folder that decide, besides the weights, what its model writes: configuration, tokenizer, template."""
+
+REMEMBERED_BYTES = 1 << 20
+"""Files of this size and more are hashed once, and known by size and modification time in later processes."""
+
+SETTLED_SECONDS = 2.0
+"""Files younger than this are not remembered: file systems may give a second change the same time."""
 
 
-def identify(model: str, revision: str | None) -> dict[str, Any]:
-    """Return what identifies a model in a run's fingerprint: name, revision, and the digest of a local folder."""
-    identity: dict[str, Any] = {"model": model, "revision": revision}
-    return {**identity, "digest": digest(Path(model))} if Path(model).is_dir() else identity
+class ModelFiles:
+    """A model as the user names it, and the files that this name stands for when it is first asked.
+
+    A Hub id stands for one commit from then on, also in pickled copies: what identifies the model is what is loaded.
+
+    Args:
+        model: Hub id or folder.
+        revision: Branch, tag or commit on the Hub.
+        weights: Whether the weights belong to it, or only the tokenizer.
+    """
+
+    def __init__(self, model: str, revision: str | None = None, *, weights: bool = True) -> None:
+        self.model, self.revision, self._weights = model, revision, weights
+        self._commit: str | None = None
+
+    @property
+    def pinned(self) -> str | None:
+        """The revision to load: the commit on the Hub, where it can be found out, else as given."""
+        if self._commit is None and not Path(self.model).is_dir():
+            self._commit = commit(self.model, self.revision)
+        return self._commit or self.revision
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What identifies the model in a run's fingerprint: name, revision, and the digest of a local folder."""
+        identity: dict[str, Any] = {"model": self.model, "revision": self.pinned}
+        folder = Path(self.model)
+        return {**identity, "digest": digest(folder, weights=self._weights)} if folder.is_dir() else identity
 
 
-def digest(folder: Path) -> str:
+def commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model: on the Hub now or, without network, in the local cache; ``None`` if unknown."""
+    from huggingface_hub import HfApi
+
+    if revision is not None and len(revision) == 40:
+        return revision
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=10).sha
+    except Exception:  # noqa: BLE001 - offline, no such model, no access: loading it says which
+        return cached_commit(name, revision)
+
+
+def cached_commit(name: str, revision: str | None) -> str | None:
+    """Return the commit whose files are in the local cache under a Hub id, if there are any."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except ValueError:  # not a Hub id, such as the name of a scripted engine
+            return None
+        if isinstance(found, str):
+            path = Path(found)
+            return next(path.relative_to(at).parts[0] for at in path.parents if at.name == "snapshots")
+    return None
+
+
+def digest(folder: Path, *, weights: bool = True) -> str:
     """Return a SHA-256 of a folder's model files, by name and content.
 
-    A file is read once per process, and again if its size or modification time changes.
+    A large file is read once, and again if its size or modification time changes.
     """
+    vocabulary = () if (folder / "tokenizer.json").exists() else ("*.txt", "*.tiktoken")
     total = hashlib.sha256()
-    for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):
+    for path in sorted(
+        {path for pattern in (*PATTERNS, *vocabulary, *WEIGHTS * weights) for path in folder.glob(pattern)}
+    ):
         stat = path.stat()
-        total.update(f"{path.name} {_file_digest(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
+        total.update(f"{path.name} {_file_digest(path.resolve(), stat.st_size, stat.st_mtime_ns)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
 @lru_cache(maxsize=4096)
 def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    if size < REMEMBERED_BYTES:
+        return _hashed(path)
+    note = _notes() / hashlib.sha256(f"{path}\n{size}\n{mtime_ns}".encode()).hexdigest()
+    with suppress(OSError):
+        known = note.read_text()
+        if len(known) == 64:
+            return known
+    found = _hashed(path)
+    if time.time() - mtime_ns / 1e9 > SETTLED_SECONDS:
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(found)
+    return found
+
+
+def _notes() -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME, "tessy", "digests")
+
+
+def _hashed(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

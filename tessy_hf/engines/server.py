@@ -28,7 +28,9 @@ from tessy_hf.engines.client import Client
 from tessy_hf.engines.completions_api import PROTOCOLS, Protocol
 from tessy_hf.engines.connections import Kind, ReplicaError
 from tessy_hf.engines.membership import Membership
+from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.engines.replicas import Replicas
+from tessy_hf.engines.served import ServedModel
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.retries import Failures, RetryPolicy
 
@@ -94,20 +96,36 @@ class ServerEngine:
         self.timeout, self.max_connections = timeout, max_connections
         self.retry_timeout = retry_timeout if patience is None else patience
         self.given_context_length = context_length
-        self.tokenizer_name, self._revision = str(tokenizer or model), revision
+        self.files = ModelFiles(str(tokenizer or model), revision, weights=False)
+        self._served = ServedModel(self.model, self.addresses, api_key_env)
         self._session: _Session | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model and its tokenizer; where it is served does not change what it writes."""
-        tokenizer = {"tokenizer": self.tokenizer_name, "revision": self._revision}
-        return {"engine": "server", "model": self.model, **tokenizer}
+        """The model, what the servers say is behind its name, and its tokenizer; not where it is served.
+
+        Servers do not tell the revision or the bytes of their weights: serve another checkpoint under another name or
+        from another folder. Asks them once, for a second; then :meth:`start` does.
+        """
+        tokenizer, root = self.files.identity, self._served.root
+        served = {"root": root} if root not in (None, self.model) else {}
+        return {"engine": "server", **tokenizer, "model": self.model, "tokenizer": tokenizer["model"], **served}
+
+    @property
+    def identity_is_known(self) -> bool:
+        """Whether a server has said what it serves."""
+        return self._served.is_known
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's Hub id or folder."""
+        return self.files.model
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
-        return load_tokenizer(self.tokenizer_name, self._revision, hint)
+        return load_tokenizer(self.tokenizer_name, self.files.pinned, hint)
 
     @property
     def context_length(self) -> int:
@@ -150,6 +168,7 @@ class ServerEngine:
         session = self._session
         try:
             await session.ready  # one check, also where teacher and student are one engine
+            self._served.check(session.roots)
         except BaseException:
             if self._session is session:
                 self._session = None
@@ -171,6 +190,7 @@ class ServerEngine:
 
     async def close(self) -> None:
         """Close the connections."""
+        vars(self).pop("tokenizer", None)  # its folder may be another when it is opened again
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()
@@ -212,6 +232,12 @@ class _Session:
             self._watching.cancel()
         self._notices.stop()
         await self._client.close()
+
+    @property
+    def roots(self) -> list[str]:
+        """What the servers say they serve, in the order of their addresses."""
+        roots, fixed = self._client.roots, self._engine.addresses.fixed
+        return [roots[server] for server in (fixed or sorted(roots))]
 
     def release(self, row: str) -> None:
         self.replicas.release(row)

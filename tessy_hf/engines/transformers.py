@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request, load_tokenizer
 from tessy_hf.engines.devices import pick_device, share_cores
-from tessy_hf.engines.model_files import identify
+from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TransformersEngine:
                 "transformers has, or serve the model with vLLM (ServerEngine)."
             )
         self.model = str(model)
-        self._revision = revision
+        self.files = ModelFiles(self.model, revision)
         self._dtype = dtype
         self._device = device
         self._max_batch = max_batch
@@ -95,7 +95,7 @@ class TransformersEngine:
     def identity(self) -> dict[str, Any]:
         """Model (a folder by its content), revision, precision, and each option that may change the text."""
         options = {name: _plain(value) for name, value in self._options.items() if name not in NOT_IDENTITY}
-        identity = {"engine": "transformers", **identify(self.model, self._revision)}
+        identity = {"engine": "transformers", **self.files.identity}
         return {**identity, "dtype": str(self._dtype), **({"options": options} if options else {})}
 
     @property
@@ -104,7 +104,7 @@ class TransformersEngine:
         if self._tokenizer is None:
             hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
             own = {name: self._options[name] for name in ("gguf_file",) if name in self._options}
-            self._tokenizer = load_tokenizer(self.model, self._revision, hint, **own)
+            self._tokenizer = load_tokenizer(self.model, self.files.pinned, hint, **own)
         return self._tokenizer
 
     @property
@@ -132,7 +132,7 @@ class TransformersEngine:
         from tessy_hf.engines.generation import Generator
         from tessy_hf.engines.network import load, row_length
 
-        network = load(self.model, self._revision, self._dtype, pick_device(self._device), self._options)
+        network = load(self.model, self.files.pinned, self._dtype, pick_device(self._device), self._options)
         self._row_length = row_length(network, self._context_length)
         self._rounds = _Rounds(Generator(network), self._max_batch)
 
@@ -156,6 +156,7 @@ class TransformersEngine:
 
     async def close(self) -> None:
         """Free the model, after the round that is under way."""
+        self._tokenizer = None  # the folder may be another model when it is opened again
         if self._rounds is not None:
             rounds, self._rounds = self._rounds, None
             rounds.close()

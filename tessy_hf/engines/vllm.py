@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
-from tessy_hf.engines.model_files import identify
+from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.engines.vllm_process import Output, Started, VLLMProcess, check_installed
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 
@@ -48,7 +48,7 @@ class VLLMEngine:
             )
         self.model = str(model)
         self.streams = True
-        self._revision = revision
+        self.files = ModelFiles(self.model, revision)
         self._dtype = dtype
         self._options = options
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -62,7 +62,7 @@ class VLLMEngine:
         quantization = self._options.get("quantization")
         return {
             "engine": "vllm",
-            **identify(self.model, self._revision),
+            **self.files.identity,
             "dtype": self._dtype,
             "quantization": quantization,
         }
@@ -72,7 +72,7 @@ class VLLMEngine:
         """The model's tokenizer."""
         if self._tokenizer is None:
             hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
-            self._tokenizer = load_tokenizer(self.model, self._revision, hint)
+            self._tokenizer = load_tokenizer(self.model, self.files.pinned, hint)
         return self._tokenizer
 
     @property
@@ -109,7 +109,7 @@ class VLLMEngine:
             self._restarting = asyncio.Lock()
 
     async def _launch(self) -> VLLMProcess:
-        process = VLLMProcess(self.model, {"revision": self._revision, "dtype": self._dtype, **self._options})
+        process = VLLMProcess(self.model, {"revision": self.files.pinned, "dtype": self._dtype, **self._options})
         try:
             await asyncio.to_thread(process.start)
         except BaseException:
@@ -182,6 +182,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """Stop vLLM and wait until its process has ended."""
+        self._tokenizer = None  # the folder may be another model when it is opened again
         if self._process is not None:
             process, self._process = self._process, None
             await process.aclose()

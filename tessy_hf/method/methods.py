@@ -197,13 +197,14 @@ class _Row:
         """Return the prompt with the user's last turn put into one of our own templates.
 
         Raises:
-            PromptError: That turn is not plain text.
+            PromptError: The chat ends otherwise.
         """
         *before, last = self.prompt.messages
-        if not isinstance(last["content"], str):
+        if last["role"] != "user" or not isinstance(last["content"], str):
             raise PromptError(
-                f"Row {self.prompt.key!r}: the user's last turn is a {type(last['content']).__name__}. The method "
-                f"{self.plan.method!r} puts it into a prompt of its own and expects text; use another method."
+                f"Row {self.prompt.key!r}: the last message is {type(last['content']).__name__} by {last['role']!r}. "
+                f"The method {self.plan.method!r} puts a user's question, as text, into a prompt of its own; use "
+                "another method, or leave such rows out."
             )
         text = _template(template).render(question=last["content"], **values)
         seed = self.prompt.seed if seed is None else seed

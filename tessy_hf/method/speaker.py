@@ -16,6 +16,7 @@ from tessy_hf.engines.base import Engine
 from tessy_hf.errors import PromptError, SettingsError
 from tessy_hf.plan import Plan
 from tessy_hf.text.thinking_format import FAMILIES, ThinkingFormat, check_templates, detect, end_ids, misfit, render
+from tessy_hf.text.tool_rendering import check_tools
 from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Author, Message, Prompt
 
@@ -101,8 +102,8 @@ class Speaker:
 
     @property
     def _tokenizer(self) -> _Tokenizer:
-        if self._loaded is None:
-            tokenizer = self.engine.tokenizer
+        tokenizer = self.engine.tokenizer
+        if self._loaded is None or self._loaded.vocabulary.tokenizer is not tokenizer:
             if self.chat_template is not None:
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)
@@ -160,7 +161,7 @@ class Speaker:
         Raises:
             PromptError: It would, and where.
         """
-        options = self.template_options
+        options = {**self.template_options, **({"tools": prompt.tools} if prompt.tools else {})}
         found = misfit(self.vocabulary, self.thinking_format, prompt.messages, thinking, answer, **options)
         if found is not None:
             raise PromptError(
@@ -168,13 +169,25 @@ class Speaker:
                 "out, or give the student a chat template that keeps the text: Speaker(..., chat_template=...)."
             )
 
-    def open_turn(self, messages: Sequence[Message]) -> tuple[list[int], str]:
+    def open_turn(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], str]:
         """Render an open assistant turn; return its ids, and its end that a token may join with the first word.
 
+        Args:
+            messages: The chat.
+            tools: JSON schemas of tools that the model may call.
+
         Raises:
-            PromptError: The chat template refuses the messages.
+            PromptError: The chat template refuses the messages, or leaves out tools, their calls or their results.
         """
-        text = render(self.vocabulary, self.thinking_format, messages, **self.template_options)
+
+        def rendered(messages: Sequence[Message], tools: Any) -> str:
+            options = {**self.template_options, **({"tools": tools} if tools else {})}
+            return render(self.vocabulary, self.thinking_format, messages, **options)
+
+        text = rendered(messages, tools)
+        check_tools(rendered, text, messages, tools, self.engine.model)
         return self.vocabulary.encode_open(text)
 
     async def start(self) -> None:

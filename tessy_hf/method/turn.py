@@ -60,6 +60,8 @@ async def open_turns(
     Raises:
         PromptError: A template refuses the prompt, or it leaves no room in a model's context.
     """
+    if "student" not in plan.writers:
+        speakers["student"].open_turn(prompt.messages, prompt.tools)  # it is trained on the row, tools included
     views = {author: _open_view(author, speakers[author], prompt) for author in sorted(plan.writers)}
     predictors = [s.boundary for s in speakers.values() if plan.alternates and s.boundary is not None]
     counter = speakers["student"].vocabulary
@@ -87,7 +89,7 @@ def _marks(speakers: Speakers) -> Marks:
 
 
 def _open_view(author: Author, speaker: Speaker, prompt: Prompt) -> TokenList:
-    ids, tail = speaker.open_turn(prompt.messages)
+    ids, tail = speaker.open_turn(prompt.messages, prompt.tools)
     if len(ids) >= speaker.engine.context_length:
         raise PromptError(
             f"Row {prompt.key!r}: the prompt has {len(ids)} tokens for the {author} {speaker.engine.model!r}, whose "

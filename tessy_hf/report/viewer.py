@@ -91,7 +91,8 @@ def _prompt(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     messages = row["messages"] or []
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    return [(str(message["role"]), content_text(message["content"])) for message in messages]
+    texts = [filter(None, map(content_text, (m["content"], m.get("tool_calls")))) for m in messages]
+    return [(str(message["role"]), "\n".join(text)) for message, text in zip(messages, texts, strict=True)]
 
 
 def _key(turns: Sequence[tuple[str, str]]) -> str:

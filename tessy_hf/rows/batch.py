@@ -44,7 +44,7 @@ class Batch:
         if isinstance(given, Mapping) and not extra:
             return cls(given)
         if isinstance(given, pa.Table) and not extra:
-            return cls(given.to_pydict(), given)
+            return cls(_decoded(given), given)
         if hasattr(given, "to_arrow") and not extra:  # Polars
             return cls.read(given.to_arrow())
         if hasattr(given, "to_dict") and not extra:  # pandas
@@ -55,11 +55,12 @@ class Batch:
             "map(transform, batched=True) without input_columns=, with_indices= and with_rank=."
         )
 
-    def returned(self, written: dict[str, list[Any]], thinking_key: str | None) -> Any:
+    def returned(self, written: dict[str, list[Any]], prompt_column: str, thinking_key: str | None) -> Any:
         """Return what a mapped function returns: the new columns, or for tables one that has its own columns too.
 
         Args:
             written: The new columns.
+            prompt_column: The column with the prompts.
             thinking_key: See :func:`tessy_hf.rows.columns.schema`.
         """
         if self.source is None:
@@ -69,7 +70,16 @@ class Batch:
         merged = {**self.columns, **written}
         rows = (dict(zip(merged, values, strict=True)) for values in zip(*merged.values(), strict=True))
         given = Features.from_arrow_schema(self.source.schema)
-        return table(rows, Features({**given, **columns.schema(thinking_key)}))
+        return table(rows, columns.finished(given, prompt_column, thinking_key))
+
+
+def _decoded(given: pa.Table) -> dict[str, list[Any]]:
+    """Return a table's columns as Python values, JSON as what it says."""
+    from datasets import Features, Json
+
+    features, columns = Features.from_arrow_schema(given.schema), given.to_pydict()
+    stored = {name: kind for name, kind in features.items() if isinstance(getattr(kind, "feature", kind), Json)}
+    return {**columns, **Features(stored).decode_batch({name: columns[name] for name in stored})}
 
 
 def rows_of(batch: Columns, names: Sequence[str], prompt_column: str) -> list[dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.rows.datasets_internals import features_of
+from tessy_hf.rows.tools import CALL_KEYS, SOURCE_TOOLS, TOOLS, asked_message, has_calls, stored_tools
 from tessy_hf.text.thinking_format import FAMILIES, HARMONY, ThinkingFormat
 from tessy_hf.text.vocabulary import owners
 from tessy_hf.trajectory import Author, Candidate, Draft, Message, Trajectory
@@ -63,23 +64,40 @@ def features(dataset: Dataset | IterableDataset, prompt_column: str, thinking_fo
     Raises:
         DatasetError: The prompt column is missing, or a column of the dataset would be overwritten.
     """
-    from datasets import Features
-
     given = features_of(dataset)
     check_columns(list(given), prompt_column)
-    return Features({**given, **schema(thinking_format.key)})
+    return finished(given, prompt_column, thinking_format.key)
 
 
-def schema(thinking_key: str | None = None) -> dict[str, Any]:
+def finished(given: Features, prompt_column: str, thinking_key: str | None) -> Features:
+    """Return the schema of finished rows: that of the prompts, the tools they were shown, and :data:`COLUMNS`."""
+    from datasets import Features, Json, Value
+
+    message = getattr(given[prompt_column], "feature", given[prompt_column])  # of a list
+    calls = isinstance(message, Json) or (isinstance(message, dict) and not message.keys().isdisjoint(CALL_KEYS))
+    read = TOOLS in given and prompt_column != TOOLS
+    tools = {TOOLS: Value("string"), SOURCE_TOOLS: given[TOOLS]} if read else {}
+    return Features({**given, **tools, **schema(thinking_key, calls)})
+
+
+def fitting(features: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the types for rows whose messages may have tool calls."""
+    calls = any(has_calls(row["messages"]) for row in rows)
+    return {**features, **({"messages": schema(calls=calls)["messages"]} if calls else {})}
+
+
+def schema(thinking_key: str | None = None, calls: bool = False) -> dict[str, Any]:
     """Return the types of :data:`COLUMNS`.
 
     Args:
         thinking_key: The key of a message that holds the thinking, where that is not in its content.
+        calls: Whether messages may have tool calls. They are JSON then, so that no message gets keys of others.
     """
-    from datasets import List, Value
+    from datasets import Json, List, Value
 
     text = Value("string")
-    message = {"role": text, "content": text} | ({} if thinking_key is None else {thinking_key: text})
+    typed = {"role": text, "content": text} | ({} if thinking_key is None else {thinking_key: text})
+    message = Json() if calls else typed
     span = {"author": text, "part": text, "start": Value("int32"), "end": Value("int32"), "tokens": Value("int32")}
     candidate = {
         "seed": Value("int64"),
@@ -140,7 +158,8 @@ def check_columns(
                 f"The dataset has no column {name!r}. Columns: {', '.join(columns)}. "
                 f"Pass {setting} with the name of the column to use."
             )
-    taken = [name for name in columns if name in COLUMNS and name != prompt_column]
+    written = (*COLUMNS, SOURCE_TOOLS) if TOOLS in columns else COLUMNS
+    taken = [name for name in columns if name in written and name != prompt_column]
     if taken:
         raise DatasetError(
             f"The dataset already has {', '.join(map(repr, taken))}, which this transform would overwrite. "
@@ -157,6 +176,7 @@ def row(
     method: str,
     run_fingerprint: str,
     draft: Draft | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the columns of one row.
 
@@ -168,11 +188,13 @@ def row(
         method: The data recipe.
         run_fingerprint: The run's fingerprint.
         draft: All that was written for the row, where that is more than the trajectory.
+        tools: The tools that the models were shown.
 
     Returns:
-        One value per name in :data:`COLUMNS`. Span offsets are into the assistant text: the ``content`` of the last
-        message; where thinking has a key of its own, thinking and content laid end to end (of harmony, with the
-        markers around the thinking). Markers belong to the neighboring thinking spans and are not counted as tokens.
+        One value per name in :data:`COLUMNS`, and the tools where there are any. Span offsets are into the assistant
+        text: the ``content`` of the last message; where thinking has a key of its own, thinking and content laid end
+        to end (of harmony, with the markers around the thinking). Markers belong to the neighboring thinking spans
+        and are not counted as tokens.
     """
     thinking, answer = trajectory.text("thinking"), trajectory.text("answer")
     spans = _spans(trajectory, vocabulary, thinking_format) if vocabulary is not None else []
@@ -183,10 +205,9 @@ def row(
         thought[span["author"]] += span["tokens"] if span["part"] == "thinking" else 0
     draft = draft or Draft(trajectory.key, candidates=[Candidate(trajectory)])
     chosen = next((one for one in draft.candidates if one.trajectory is trajectory), Candidate(trajectory))
-    chat = [{"role": str(message["role"]), "content": message["content"]} for message in messages]
     wrote = [thinking_format.assistant_message(thinking, answer, trajectory.closed)] if spans else []
     return {
-        "messages": [*chat, *wrote],
+        "messages": [*map(asked_message, messages), *wrote],
         "thinking": thinking,
         "answer": answer,
         "spans": spans,
@@ -209,6 +230,7 @@ def row(
         "method": method,
         "run_fingerprint": run_fingerprint,
         "seed": trajectory.seed,
+        **({TOOLS: stored_tools(tools)} if tools else {}),
     }
 
 

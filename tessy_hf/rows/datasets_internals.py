@@ -77,7 +77,21 @@ def table(rows: Iterable[Mapping[str, Any]], features: Features) -> pa.Table:
     from datasets.features.features import cast_to_python_objects
 
     encoded = [features.encode_example(cast_to_python_objects(row)) for row in rows]
-    return pa.Table.from_pylist(encoded, schema=features.arrow_schema)
+    schema = features.arrow_schema
+    stored = pa.schema([(field.name, _stored(field.type)) for field in schema])
+    built = pa.Table.from_pylist(encoded or [{}], schema=stored).cast(schema)
+    return built if encoded else built.slice(0, 0)
+
+
+def _stored(kind: pa.DataType) -> pa.DataType:
+    """Return the type in which pyarrow can build values of a type: it builds no JSON (pyarrow 25)."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.storage_type
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _stored(field.type)) for field in kind])
+    return pa.list_(_stored(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 def features_of(dataset: Dataset | IterableDataset) -> Features:

@@ -19,6 +19,7 @@ from tessy_hf.rows import run_record
 from tessy_hf.rows.datasets_internals import bytes_of
 from tessy_hf.rows.datasets_internals import table as table_of
 from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.rows.tools import decoded
 from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def keys(table: pa.Table, id_column: str | None, hashed: Sequence[str] = ()) -> 
     chats = table.column("messages").to_pylist()
     rows = table.select(read).to_pylist() if read else [None] * len(chats)
     return [
-        RowKey(one, finished_prompt_hash(chat, row) if chat else "")
+        RowKey(one, finished_prompt_hash(decoded(chat), row) if chat else "")
         for one, chat, row in zip(table.column(name).to_pylist(), chats, rows, strict=True)
     ]
 

@@ -9,6 +9,17 @@ from typing import Any
 
 from tessy_hf.errors import PromptError
 from tessy_hf.rows import columns
+from tessy_hf.rows.tools import (
+    SOURCE_TOOLS,
+    TOOLS,
+    are_shown,
+    asked_message,
+    has_calls,
+    read_calls,
+    read_tools,
+    stored_tools,
+    without_nulls,
+)
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Message, Prompt, RowKey
 from tessy_hf.verifiers import verifiers
@@ -16,8 +27,8 @@ from tessy_hf.verifiers import verifiers
 _ROLES = {"human": "user", "gpt": "assistant"}
 """Names of roles in chats with ``from`` and ``value``."""
 
-TOOLS = "tools"
-"""The column that chat templates read tools from."""
+_UNREAD = ("function_call", "tools", "functions")
+"""Keys of messages that no chat template reads there."""
 
 
 class PromptReader:
@@ -60,8 +71,15 @@ class PromptReader:
         messages = _messages(row[settings.prompt_column], given, settings.prompt_column)
         if settings.system_prompt is not None:
             messages = [{"role": "system", "content": settings.system_prompt}, *messages]
+        try:
+            shown = TOOLS in self.hashed_columns and are_shown(row[settings.prompt_column])
+            tools = read_tools(row[TOOLS]) if shown else None
+        except PromptError as error:
+            raise PromptError(f"{_name(given)}: {error}. Fix it, or remove the column.") from None
         key = prompt_hash(messages) if settings.id_column is None else self._checked(given)
-        return Prompt(key, messages, prompt_hash=prompt_hash(messages, {n: row[n] for n in self.hashed_columns}))
+        read = {name: tools if name == TOOLS else row[name] for name in self.hashed_columns}
+        asked = prompt_hash(messages, read)
+        return Prompt(key, messages, prompt_hash=asked, tools=tools)
 
     def _checked(self, given: Any) -> str:
         column = self._settings.id_column
@@ -98,7 +116,7 @@ def hashed_columns(settings: Settings, names: Sequence[str]) -> list[str]:
 
     All input columns where the verifier is a function of the user's, since what that reads is not known.
     """
-    inputs = [name for name in names if name not in columns.COLUMNS and name != settings.prompt_column]
+    inputs = [name for name in names if name not in (*columns.COLUMNS, SOURCE_TOOLS, settings.prompt_column)]
     verified = verifiers.column(settings.verifier)
     if settings.verifier is not None and verified is None:
         return inputs
@@ -107,7 +125,7 @@ def hashed_columns(settings: Settings, names: Sequence[str]) -> list[str]:
 
 def prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | None = None) -> str:
     """Hash all that a row asks: its messages, and the values of the columns that decide it besides."""
-    asked = [messages, _canonical(read)] if read else messages
+    asked = [messages, without_nulls(_with_tools(read))] if read else messages
     text = json.dumps(asked, sort_keys=True, ensure_ascii=False, default=_hash)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -115,17 +133,13 @@ def prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | None = No
 def finished_prompt_hash(messages: Sequence[Message], read: Mapping[str, Any] | None = None) -> str:
     """Hash what a finished row answers, from its ``messages``, as :func:`prompt_hash` did before it was written."""
     ends = bool(messages) and messages[-1]["role"] == "assistant"
-    asked = [{"role": m["role"], "content": m["content"]} for m in (messages[:-1] if ends else messages)]
-    return prompt_hash(asked, read)
+    asked = messages[:-1] if ends else messages
+    return prompt_hash([asked_message(message) for message in asked], read)
 
 
-def _canonical(value: Any) -> Any:
-    """Return a value in one form, whichever table it came from: Arrow fills in missing keys, formats make arrays."""
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(one) for key, one in value.items() if one is not None}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(one) for one in value]
-    return _canonical(value.tolist()) if hasattr(value, "tolist") else value
+def _with_tools(read: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return columns with the tools as rendered, whatever their form, so that rows that did not see them differ."""
+    return {**read, TOOLS: None, "rendered_tools": stored_tools(read[TOOLS])} if TOOLS in read else read
 
 
 def _hash(value: Any) -> str:
@@ -136,7 +150,7 @@ def _hash(value: Any) -> str:
 
 def length(messages: Sequence[Message]) -> int:
     """Return how many characters a prompt has."""
-    return sum(len(str(message["content"])) for message in messages)
+    return sum(len(str(message["content"] or "")) for message in messages)
 
 
 def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
@@ -145,22 +159,27 @@ def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
     Raises:
         PromptError: It is neither, or a message cannot be used.
     """
-    name = "A row" if row is None else f"Row {str(row)!r}"
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         if not isinstance(given, (list, tuple)) or not given:
             raise PromptError(f"{_shown(prompt)} is not a prompt")
         messages = [read for number, one in enumerate(given) if (read := _message(one, number)) is not None]
-        if not messages or messages[-1]["role"] != "user":
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
             last = repr(messages[-1]["role"]) if messages else "nobody"
-            raise PromptError(f"the last message is by {last}, and a prompt ends in the user's turn")
+            raise PromptError(
+                f"the last message is by {last}, and a prompt ends in the user's turn or a tool's result"
+            )
     except PromptError as error:
         raise PromptError(
-            f"{name}: column {column!r}: {error}. A non-empty string or a list of chat messages that ends in the "
-            "user's turn is expected; filter such rows or pass prompt_column= with another column."
+            f"{_name(row)}: column {column!r}: {error}. A non-empty string or a list of chat messages that ends in "
+            "the user's turn is expected; filter such rows or pass prompt_column= with another column."
         ) from None
-    return messages
+    return messages if has_calls(messages) else [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _name(row: Any) -> str:
+    return "A row" if row is None else f"Row {str(row)!r}"
 
 
 def _message(message: Any, number: int) -> Message | None:
@@ -172,9 +191,16 @@ def _message(message: Any, number: int) -> Message | None:
     role = message.get("role") or _ROLES.get(str(message.get("from")), message.get("from"))
     if not isinstance(role, str):
         raise PromptError(f"message {number} has no role, only {', '.join(map(repr, message))}")
-    if message.get("tool_calls"):
-        raise PromptError(f"message {number} has tool calls, which cannot be rendered")
-    content = _text(message["content"] if message.get("content") is not None else message.get("value"), number)
+    for key in _UNREAD:
+        if message.get(key) is not None and str(message[key]) not in ("", "[]", "{}"):
+            raise PromptError(f"message {number} has {key!r}, and only tool_calls, or a column 'tools', are rendered")
+    given = message["content"] if message.get("content") is not None else message.get("value")
+    content, calls = _text(given, number), read_calls(message.get("tool_calls"), number)
+    if calls:
+        return {"role": role, "content": None if given is None else content, "tool_calls": calls}
+    if role == "tool" and given is not None:
+        names = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key)}
+        return {"role": role, "content": content, **names}
     if content.strip():
         return {"role": role, "content": content}
     if role == "system":

@@ -9,6 +9,7 @@ from tessy_hf.errors import JournalError, PromptError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns, prompt_source, run_record
 from tessy_hf.rows.prompt import read_prompts
+from tessy_hf.rows.tools import with_tools
 from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.text.thinking_format import THINK_TAGS
 from tessy_hf.trajectory import Trajectory
@@ -52,12 +53,13 @@ class Answers:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Iterate over the rows; prompts that cannot be used get one that says so."""
+        asked = self._settings.prompt_column
         for key, prompt, error in read_prompts(self._prompts, self._settings):
             if error is not None:
                 method = self._record.method or self._settings.method
-                yield {**prompt, **unusable(error, method, self._journal.fingerprint)}
+                yield {**with_tools(prompt, asked), **unusable(error, method, self._journal.fingerprint)}
             elif key is not None and (row := self._journal.row(key)) is not None:
-                yield {**prompt, **row}
+                yield {**with_tools(prompt, asked), **row}
 
 
 def unusable(error: PromptError, method: str, run_fingerprint: str) -> dict[str, Any]:

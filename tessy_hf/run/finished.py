@@ -14,7 +14,9 @@ from datasets import Dataset, Features, IterableDataset, Value
 from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns, parquet, run_record
+from tessy_hf.rows.datasets_internals import table
 from tessy_hf.rows.loading import ending, load_rows
+from tessy_hf.rows.tools import CALL_KEYS, SOURCE_TOOLS, TOOLS
 from tessy_hf.run.answers import Answers
 from tessy_hf.run.journal import Journal
 from tessy_hf.run.journal_reader import Counts, JournalReader
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
 
 TRAINERS_OWN = frozenset(
     "prompt completion chosen rejected conversations input_ids labels completion_mask assistant_masks seq_lengths "
-    "image images".split()
+    "image images chat_template_kwargs".split()
 )
-"""Columns that ``trl.SFTTrainer`` reads in place of ``messages``, or as tokens it has made itself (TRL 1.16,
-``SFTTrainer._prepare_dataset`` and ``data_utils.is_conversational``)."""
+"""Columns that ``trl.SFTTrainer`` reads in place of ``messages``, as tokens it has made itself, or as options of the
+chat template (TRL 1.16, ``SFTTrainer._prepare_dataset`` and ``data_utils.is_conversational``)."""
 
 
 class Rows:
@@ -126,8 +128,7 @@ class Rows:
         """Return all rows as one dataset in memory."""
         import pyarrow as pa
 
-        empty = self.features.arrow_schema.empty_table()
-        return Dataset(pa.concat_tables([empty, *self.tables()]))
+        return Dataset(pa.concat_tables([table([], self.features), *self.tables()]))
 
     def tables(self) -> Iterator[pa.Table]:
         """Iterate over the rows, in order, a bounded number at a time, each table with exactly the same schema."""
@@ -153,7 +154,10 @@ class Rows:
 
 
 def _released(features: Features) -> Features:
-    names = {name: f"source_{name}" if name in TRAINERS_OWN else name for name in features}
+
+    ours = SOURCE_TOOLS in features or features.get(TOOLS) == Value("string")  # a run stores what it showed as strings
+    unseen = set() if ours else {TOOLS}
+    names = {name: f"source_{name}" if name in TRAINERS_OWN | unseen else name for name in features}
     twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
     if twice:
         raise DatasetError(
@@ -203,4 +207,6 @@ def journal_features(journal: JournalReader) -> Features:
         keys = {key for message in row["messages"] for key in message}
         if row["spans"]:
             break
-    return Features({"key": Value("string"), **columns.schema(columns.thinking_key(keys))})
+    tools = {TOOLS: Value("string")} if journal.has_key(TOOLS) else {}
+    typed = columns.schema(columns.thinking_key(keys), any(map(journal.has_key, CALL_KEYS)))
+    return Features({"key": Value("string"), **tools, **typed})

@@ -100,6 +100,12 @@ class JournalReader:
             for last, *values in page:  # noqa: B007 - the last id is where the next page begins
                 yield tuple(values)
 
+    def has_key(self, name: str) -> bool:
+        """Return whether any row of this run has this key in its columns, at whatever depth."""
+        query = "SELECT 1 FROM rows JOIN results ON row = id WHERE fingerprint = ? AND instr(columns, ?) LIMIT 1"
+        with self._file.use() as db:
+            return db.execute(query, (self.fingerprint, f'"{name}":')).fetchone() is not None
+
     def row(self, key: Key) -> dict[str, Any] | None:
         """Return the columns of a row that is done, or ``None``."""
         with self._file.use() as db:

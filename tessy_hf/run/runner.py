@@ -22,11 +22,12 @@ from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
+from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
 from tessy_hf.run.commits import Commits
 from tessy_hf.run.metering import Load, Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin, Progress, Summary
-from tessy_hf.run.stores import journal_of, shared_rows_of, why_anew
+from tessy_hf.run.stores import journal_of, other_runs, shared_rows_of, why_anew
 from tessy_hf.run.synthesis import Synthesis
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
@@ -58,28 +59,33 @@ class Run:
         teacher: The strong model.
         student: The model to be trained.
         settings: The run's settings.
-        fingerprint: The run's fingerprint.
+        identify: Returns the run's fingerprint. Called once, when all engines can say what they are.
         record: Describes the run, for the journal and shared rows.
+
+    Attributes:
+        fingerprint: The run's fingerprint; empty before the first batch.
     """
 
     def __init__(
-        self, teacher: Speaker, student: Speaker, settings: Settings, fingerprint: str, record: Callable[[], RunRecord]
+        self,
+        teacher: Speaker,
+        student: Speaker,
+        settings: Settings,
+        identify: Callable[[], str],
+        record: Callable[[], RunRecord],
     ) -> None:
-        self._settings, self._fingerprint, self._record = settings, fingerprint, record
+        self._settings, self._identify, self._record = settings, identify, record
+        self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
         self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
         self._progress = Progress(self.meter, self.window)
-        journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
-        self._commits = Commits(journal) if journal is not None else None
-        half, has_room = (lambda: max(1, self.window.limit // 2)), (lambda: self.window.rows < self.window.limit)
-        self._outbox = Outbox(shared, half, has_room) if shared is not None else None
-        self._synthesis = Synthesis(
-            self._teacher, self._student, settings, fingerprint, self.meter, self._commits, self._outbox
-        )
+        self._commits: Commits | None = None
+        self._outbox: Outbox | None = None
+        self._synthesis: Synthesis
         self._rows_begun = 0
-        self._warned = False
+        self._warned = self._told_of_tools = False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pass] = weakref.WeakKeyDictionary()
@@ -121,16 +127,34 @@ class Run:
 
     # --- start and end
 
+    async def _open_stores(self) -> None:
+        """Settle the fingerprint, under which rows are looked up from then on, and name the places where rows are."""
+        for speaker in (self._teacher, self._student):
+            if not getattr(speaker.engine, "identity_is_known", True):  # of a server that was down
+                await speaker.engine.start()
+        settings, fingerprint = self._settings, await asyncio.to_thread(self._identify)
+        journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
+        self._commits = Commits(journal) if journal is not None else None
+        half, has_room = (lambda: max(1, self.window.limit // 2)), (lambda: self.window.rows < self.window.limit)
+        self._outbox = Outbox(shared, half, has_room) if shared is not None else None
+        self._synthesis = Synthesis(
+            self._teacher, self._student, settings, fingerprint, self.meter, self._commits, self._outbox
+        )
+        self.fingerprint = fingerprint
+
     async def _start(self) -> None:
         """Check what can be checked before anything heavy is loaded, then load it."""
         self._own(asyncio.create_task(self._report_stalls()))
+        await self._open_stores()
         await asyncio.to_thread(self._synthesis.check)
         if self._outbox is not None:
             await asyncio.to_thread(self._outbox.shared.refresh)
             self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
         if self._commits is not None:
             journal = self._commits.journal
-            self._progress.plan(journal.fingerprints().get(self._fingerprint), journal.path)
+            for line in other_runs(journal, self._record):
+                self._progress.write(line)
+            self._progress.plan(journal.fingerprints().get(self.fingerprint), journal.path)
             self._own(asyncio.create_task(self._commits.sync_regularly()))
         if self._starts_apart:
             await asyncio.gather(self._teacher.start(), self._student.start())
@@ -206,7 +230,12 @@ class Run:
         finally:
             for one in tasks.values():
                 one.cancel()
-        return {name: [row.get(name) for row in rows] for name in columns.COLUMNS}  # old rows lack some
+        asked = batch[self._settings.prompt_column]
+        tools = tool_columns(asked, batch[TOOLS]) if TOOLS in reader.hashed_columns else {}
+        if tools and not all(map(are_shown, asked)) and not self._told_of_tools:
+            self._told_of_tools = True
+            self._progress.write("tools are not shown beside prompts that are text, only beside lists of messages.")
+        return {**tools, **{name: [row.get(name) for row in rows] for name in columns.COLUMNS}}  # old rows lack some
 
     def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:
         try:

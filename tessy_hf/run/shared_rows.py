@@ -136,7 +136,7 @@ def encode(rows: Mapping[RowKey, Mapping[str, Any]], features: Mapping[str, Any]
         {"key": key.id, PROMPT_HASH: key.prompt_hash, **{name: row.get(name) for name in columns.COLUMNS}}
         for key, row in rows.items()
     )
-    written = table(keyed, Features({**names, **features}))
+    written = table(keyed, Features({**names, **columns.fitting(features, rows.values())}))
     buffer = io.BytesIO()
     described = written.replace_schema_metadata(run_record.metadata(written.schema, record))
     pq.write_table(described, buffer, compression="zstd", row_group_size=max(len(written), 1))

@@ -15,6 +15,7 @@ from tessy_hf.errors import PartsError
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.rows.prompt import finished_prompt_hash
+from tessy_hf.rows.tools import decoded
 from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class ParquetRows:
 
         for group, found in enumerate(self._read(path, read)):
             for number, row in enumerate(found.to_pylist()):
-                asked = row.get(PROMPT_HASH) or finished_prompt_hash(row["messages"], {n: row[n] for n in hashed})
+                besides = {name: row[name] for name in hashed}
+                asked = row.get(PROMPT_HASH) or finished_prompt_hash(decoded(row["messages"]), besides)
                 place = Place(path, group, number, row["finish_reason"] == "error")
                 yield RowKey(str(row[id_column]), asked), row["run_fingerprint"], place
 
@@ -129,7 +131,7 @@ class ParquetRows:
         while len(self._cache) > 1 and sum(one.nbytes for one in self._cache.values()) > CACHE_BYTES:
             del self._cache[next(iter(self._cache))]
         (row,) = found.slice(place.number, 1).to_pylist()
-        return {name: row[name] for name in names}
+        return {**{name: row[name] for name in names}, "messages": decoded(row["messages"])}
 
     def _read(self, path: str, read: Callable[[Any], Any]) -> Any:
         import pyarrow as pa

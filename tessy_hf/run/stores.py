@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from tessy_hf.errors import PromptError
+from tessy_hf.manifest import RunRecord, differences
 from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run.journal import Counts, Journal
+from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.run.progress import say
 from tessy_hf.run.shared_rows import SharedRows
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import RowKey
+
+NAMED_RUNS = 3
+"""Of how many other runs in its journal a new run speaks."""
 
 
 def journal_of(settings: Settings, fingerprint: str) -> Journal | None:
@@ -31,8 +36,16 @@ def shared_rows_of(settings: Settings, fingerprint: str) -> SharedRows | None:
     return SharedRows(settings.parts, fingerprint) if settings.parts is not None else None
 
 
-def plan(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
-    """Count how a dataset's rows stand; say on stderr which ids were seen before with another prompt.
+def plan(dataset: Any, settings: Settings, fingerprint: str, record: Callable[[], RunRecord]) -> Counts:
+    """Count how a dataset's rows stand.
+
+    Says on stderr which ids were seen before with another prompt, and which runs the journal has instead of this one.
+
+    Args:
+        dataset: The prompts.
+        settings: The run's settings.
+        fingerprint: The run's fingerprint.
+        record: Describes the run.
 
     Raises:
         TessyError: A column is missing, or the journal or the shared rows cannot be read.
@@ -62,10 +75,24 @@ def plan(dataset: Any, settings: Settings, fingerprint: str) -> Counts:
         counts = Counts(to_do=sum(1 for _ in keys()))
     else:
         counts = journal.plan(keys(), other_prompts)
+        for line in other_runs(journal, record):
+            say(line)
         journal.close()
     for line in why_anew(other_prompts, settings):
         say(line)
     return counts._replace(done=counts.done + done, to_do=counts.to_do + unusable)
+
+
+def other_runs(journal: JournalReader, record: Callable[[], RunRecord]) -> Iterator[str]:
+    """Say of a journal that holds other runs than this one, not begun yet, why their rows are not taken over."""
+    runs = journal.fingerprints()
+    if journal.fingerprint in runs:
+        return
+    for run in [run for run, counts in runs.items() if counts.done][-NAMED_RUNS:]:
+        described = JournalReader(journal.path, run).description()
+        other = differences(RunRecord.model_validate_json(described), record()) if described else ["its description"]
+        why = f"differs in {', '.join(other[:4])}" if other else "is of another version of tessy-hf"
+        yield f"the journal has {runs[run].done} rows of run {run}, which {why}: they are not taken over."
 
 
 def why_anew(other_prompts: Mapping[str, str], settings: Settings) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tessy_hf.errors import PromptError, RequestError
@@ -22,7 +22,7 @@ from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin
 from tessy_hf.settings import Settings
-from tessy_hf.trajectory import Draft, Message, Prompt, RowKey, Span, Trajectory
+from tessy_hf.trajectory import Draft, Prompt, RowKey, Span, Trajectory
 from tessy_hf.verifiers import verifiers
 
 RETRIES = RetryPolicy(first_pause=0.2)
@@ -107,19 +107,18 @@ class Synthesis:
 
     def unusable(self, error: PromptError) -> dict[str, Any]:
         """Return the columns of a row whose prompt cannot be used."""
-        return self._columns(Trajectory("", finish_reason="error", error=str(error)), ())
+        return self._columns(Trajectory("", finish_reason="error", error=str(error)), Prompt("", []))
 
-    def _columns(
-        self, trajectory: Trajectory, messages: Sequence[Message], draft: Draft | None = None
-    ) -> dict[str, Any]:
+    def _columns(self, trajectory: Trajectory, prompt: Prompt, draft: Draft | None = None) -> dict[str, Any]:
         return columns.row(
             trajectory,
-            messages,
+            prompt.messages,
             self._student.vocabulary,
             self._student.thinking_format,
             method=self._settings.method,
             run_fingerprint=self._fingerprint,
             draft=draft,
+            tools=prompt.tools,
         )
 
     async def _journaled(self, prompt: Prompt, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Origin]:
@@ -158,7 +157,7 @@ class Synthesis:
             written = await methods.write(
                 prompt, self._teacher, self._student, plan, draft, verify=verify, record=keep
             )
-            row = self._columns(written, prompt.messages, draft)
+            row = self._columns(written, prompt, draft)
         except BaseException:
             if commits is not None:
                 commits.journal.release(key)

@@ -202,8 +202,8 @@ def render(
     Args:
         vocabulary: The model's vocabulary.
         thinking_format: The model's thinking format, from :func:`detect`.
-        messages: The chat, ending in the user's turn.
-        **options: Passed to the chat template, for instance ``reasoning_effort="high"``.
+        messages: The chat, ending in the user's turn or a tool's result.
+        **options: Passed to the chat template, for instance ``reasoning_effort="high"`` or ``tools=``.
 
     Raises:
         PromptError: The template refuses the messages.

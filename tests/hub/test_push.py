@@ -15,6 +15,7 @@ from tessy_hf.manifest import Manifest, RunRecord, SourceRecord
 from tessy_hf.rows import parquet as shards
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
 from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, patched, state
+from tests.rows import test_tools
 from tests.test_transform import prompts, scripted
 
 # The client's own upload speaks to httpx2 in a deprecated way.
@@ -64,6 +65,19 @@ def test_parts_of_several_hosts_become_one_release(hub, tmp_path):
     assert rows["id"] == [f"r{i}" for i in range(40)] and rows["answer"][7] == "the answer is r7 ."
     told = manifest_at(hub, "v1.0.0").run
     assert told.settings == record.settings and told.teacher == record.teacher
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dataset", "journal"])
+def test_a_release_renders_the_tools_that_the_models_saw(hub, tmp_path, kind):
+    prompts = test_tools.DATASETS["structs that Arrow fills in"]
+    with test_tools.transform(journal=str(tmp_path / "rows.journal")) as transform:
+        rows = prompts.map(transform, batched=True, features=transform.features(prompts))
+    release, _ = push(rows if kind == "dataset" else tmp_path / "rows.journal")
+    assert (release.rows, release.failed) == (3, 0)
+    for streaming in (False, True):
+        loaded = load_dataset(REPO, revision="v1.0.0", split="train", streaming=streaming)
+        test_tools.check_trained(loaded, transform.student.engine, prompts["id"])
 
 
 @pytest.mark.slow

@@ -72,7 +72,14 @@ REFUSED = [
     ([{"role": "user", "content": [TEXT, {"type": "image", "url": "x"}]}], "message 0 has a part of type 'image'"),
     ([{"role": "user", "content": []}], "message 0, by 'user', is empty"),
     ([{"role": "user", "content": {"text": "Hi"}}], "the content of message 0 is {'text': 'Hi'} (dict)"),
-    ([USER, {"role": "assistant", "content": None, "tool_calls": CALL}, USER], "message 1 has tool calls"),
+    ([USER, {"role": "assistant", "content": None, "tool_calls": CALL}], "the last message is by 'assistant'"),
+    ([USER, {"role": "assistant", "content": "Hm", "tool_calls": [7]}, USER], "a list of JSON objects is expected"),
+    (
+        [USER, {"role": "assistant", "content": "Hm", "tool_calls": "x"}, USER],
+        "tool_calls of message 1 cannot be read",
+    ),
+    ([USER, {"role": "assistant", "content": "Hm", "function_call": CALL[0]}, USER], "message 1 has 'function_call'"),
+    ([{"role": "tool", "content": None}], "message 0, by 'tool', is empty"),
     ("half \ud83d of it", "message 0 has half of a surrogate pair"),
 ]
 
@@ -83,6 +90,21 @@ def test_what_cannot_be_used_is_refused_by_name(prompt, seen):
         read(prompt)
     message = str(caught.value)
     assert message.startswith("Row 'a': column 'prompt': ") and seen in message and "is expected" in message
+
+
+READ_CHATS = [
+    [USER, {"role": "assistant", "content": None, "tool_calls": CALL}, {"role": "tool", "content": ""}],
+    [USER, {"role": "assistant", "content": "", "tool_calls": CALL}, {"role": "tool", "content": "2", "name": "add"}],
+    [USER, {"role": "assistant", "content": "Hm", "tool_calls": CALL}, {"role": "tool", "content": "2"}, USER],
+    [USER, {"role": "tool", "content": "2", "tool_call_id": "7"}],
+]
+
+
+@pytest.mark.parametrize("chat", READ_CHATS)
+def test_tool_calls_and_their_results_are_read_as_they_are(chat):
+    assert read(chat).messages == chat
+    nulls = {"name": None, "tool_calls": None, "tool_call_id": None}
+    assert read([{**nulls, **message} for message in chat]).row_key == read(chat).row_key
 
 
 KEYS = st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls"])
@@ -97,7 +119,7 @@ def test_whatever_stands_in_the_column_gives_messages_or_a_reason(value):
             prompt = read(prompt)
         except PromptError:
             continue
-        assert all(isinstance(message["content"], str) for message in prompt.messages)
+        assert all(isinstance(m["content"], str) or m["tool_calls"] for m in prompt.messages)
 
 
 def test_a_finished_row_says_what_it_answers():

@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from itertools import zip_longest
 
 import pytest
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
-from tessy_hf import Script
+from tessy_hf import Script, ServerEngine, Speaker, TessyTransform, demo
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import EngineDeadError, MergeError
 from tessy_hf.run.journal import Counts, Journal
+from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.trajectory import Span
+from tests.engines.servers import FakeServer, free_ports
 from tests.run.test_resume import run
 from tests.test_transform import prompts, rows_of, scripted
 
@@ -103,14 +108,16 @@ def test_an_id_that_is_there_twice_in_one_pass_is_refused_whatever_it_asks():
 
 
 def test_tools_belong_to_what_is_asked(kept):
-    def with_tools(names):
-        return asking(a="x").add_column(
-            "tools", [[{"type": "function", "function": {"name": name}} for name in names]]
-        )
+    tokenizer = AutoTokenizer.from_pretrained(demo.STUDENT)
+    tokenizer.chat_template = "{{ tools | tojson if tools }}" + tokenizer.chat_template
 
-    run(with_tools(["add"]), scripted(**kept))
-    assert run(with_tools(["add"]), scripted(**kept))[1] == (0 if kept else 2)
-    assert run(with_tools(["add", "sub"]), scripted(**kept))[1] == 2
+    def with_tools(names):
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return Dataset.from_dict({"id": ["a"], "prompt": [[{"role": "user", "content": "x"}]], "tools": [tools]})
+
+    run(with_tools(["add"]), scripted(tokenizer=tokenizer, **kept))
+    assert run(with_tools(["add"]), scripted(tokenizer=tokenizer, **kept))[1] == (0 if kept else 2)
+    assert run(with_tools(["add", "sub"]), scripted(tokenizer=tokenizer, **kept))[1] == 2
 
 
 # --- what verifiers read
@@ -242,3 +249,91 @@ def test_shared_rows_without_prompt_hashes_are_known_by_their_messages(tmp_path)
     pq.write_table(rows.drop_columns("prompt_hash"), part)
     assert run(prompts(3), scripted(parts=str(tmp_path))) == (first, 0)
     assert run(asking(r1="another"), scripted(parts=str(tmp_path)))[1] == 2
+
+
+# --- models
+
+
+def test_a_student_retrained_in_place_is_another_run_once_it_is_loaded_again(tmp_path, capfd):
+    student, path = shutil.copytree(demo.STUDENT, tmp_path / "student"), str(tmp_path / "rows.journal")
+    chats = demo.prompts(2, seed=9)
+    settings = {"journal": path, "max_thinking_tokens": 20, "max_answer_tokens": 4}
+    with demo.transform(student=student, **settings) as transform:
+        first = list(transform.map(chats))
+        before = transform.run_fingerprint
+        noisy = {
+            name: tensor + 0.1 * tensor.std() for name, tensor in load_file(student / "model.safetensors").items()
+        }
+        save_file(noisy, student / "model.safetensors", metadata={"format": "pt"})
+        assert transform.run_fingerprint == before and list(transform.map(chats)) == first  # what is loaded
+    assert transform.run_fingerprint != before
+    capfd.readouterr()
+    assert transform.plan(chats) == Counts(to_do=2)
+    said = f"the journal has 2 rows of run {before}, which differs in student.model.digest: they are not taken over."
+    assert said in capfd.readouterr().err
+    with transform:
+        again = list(transform.map(chats))
+    assert said in capfd.readouterr().err
+    assert {row["run_fingerprint"] for row in again} == {transform.run_fingerprint}
+
+
+def test_a_new_run_in_a_journal_says_what_is_different(tmp_path, capfd):
+    path = str(tmp_path / "rows.journal")
+    run(prompts(3), scripted(journal=path))
+    capfd.readouterr()
+    other = scripted(journal=path, seed=1, temperature=0)
+    assert other.plan(prompts(3)) == Counts(to_do=3)
+    before = scripted().run_fingerprint
+    assert f"3 rows of run {before}, which differs in settings.temperature, settings.seed" in capfd.readouterr().err
+    run(prompts(1), other)
+    capfd.readouterr()
+    other.plan(prompts(3))
+    assert "not taken over" not in capfd.readouterr().err  # said once
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """However slow this machine is."""
+    monkeypatch.setattr("tessy_hf.engines.served.SECONDS", 60.0)
+
+
+def served(url, **settings):
+    speaker = Speaker(ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT), retry_timeout=20))
+    return TessyTransform(teacher=speaker, student=speaker, method="student-only", id_column="id", **settings)
+
+
+def serving(root=None, **options):
+    return FakeServer(models=[{"id": "student", "max_model_len": 2048, "root": root}], **options)
+
+
+def test_another_model_under_a_servers_name_is_another_run(patient):
+    def fingerprint(root, length=2048):
+        models = [{"id": "other", "root": "x"}, {"id": "student", "max_model_len": length, "root": root}]
+        with FakeServer(models=models) as server:
+            return served(server.url, journal=None).run_fingerprint
+
+    assert fingerprint("/ckpt/1") == fingerprint("/ckpt/1", 4096) != fingerprint("/ckpt/2")
+    assert fingerprint("student") == fingerprint(None) == served("http://127.0.0.1:9/v1", journal=None).run_fingerprint
+
+
+def test_a_server_that_was_down_says_what_it_serves_before_rows_are_looked_up(patient, tmp_path):
+    [port] = free_ports(1)
+    transform = served(f"http://127.0.0.1:{port}/v1", journal=str(tmp_path / "rows.journal"))
+    unknown = transform.run_fingerprint
+    with serving("/ckpt/1", at=("127.0.0.1", port)):
+        [first] = rows_of(asking(a="What is 7 + 1 ?"), transform)
+    with serving("/ckpt/1", at=("127.0.0.1", port)) as server:
+        again = served(server.url, journal=str(tmp_path / "rows.journal"))
+        assert again.run_fingerprint == first["run_fingerprint"] != unknown
+        assert rows_of(asking(a="What is 7 + 1 ?"), again) == [first] and not server.texts
+    record = JournalReader(tmp_path / "rows.journal", first["run_fingerprint"]).description()
+    assert json.loads(record)["student"]["model"]["root"] == "1"
+
+
+def test_servers_that_serve_another_model_while_a_run_is_made_are_refused(patient):
+    [port] = free_ports(1)
+    transform = served(f"http://127.0.0.1:{port}/v1", journal=None)
+    with serving("/ckpt/1", at=("127.0.0.1", port)):
+        assert transform.run_fingerprint
+    with serving("/ckpt/2", at=("127.0.0.1", port)), pytest.raises(EngineDeadError, match="serve '/ckpt/2' now"):
+        rows_of(asking(a="What is 7 + 1 ?"), transform)
