@@ -69,6 +69,8 @@ class Sources:
             self._add_files(source, glob=False)
 
     def _add_files(self, source: str, *, glob: bool) -> None:
+        import pyarrow as pa
+
         system, path = file_system(source)
         found = sorted(map(str, system.glob(path))) if glob else list(list_shared(system, path))
         if not found:
@@ -76,8 +78,6 @@ class Sources:
                 f"There are no rows at {source!r}. A folder with parts, .parquet files with rows, or journals are "
                 "expected; check the path."
             )
-        import pyarrow as pa
-
         files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
