@@ -60,8 +60,7 @@ class TessyTransform(functools.partial[Any]):
         **settings: See :class:`tessy_hf.settings.Settings`, for instance ``method``, ``prompt_column``, ``journal``.
 
     Raises:
-        SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor and the small one
-            that comes with this package is not there.
+        SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor.
     """
 
     teacher: Speaker

@@ -18,15 +18,15 @@ SERVER = {"engine": "server", "model": "student"}
 DOWN = {"base_url": "http://127.0.0.1:9/v1", "tokenizer": str(demo.STUDENT), "retry_timeout": 0.2}
 
 RECIPES = {
-    "a setting": ({"metod": "tessy"}, "Unknown setting 'metod'.*Did you mean 'method'"),
+    "a setting": ({"methodx": "tessy"}, "Unknown setting 'methodx'.*Did you mean 'method'"),
     "a value": ({"temperature": "warm"}, "temperature='warm' cannot be used"),
-    "a key of an author": ({"teacher": {"modle": "x"}}, "invalid at teacher.modle"),
-    "a key of a predictor": ({"teacher": {"boundary": {"modle": "x"}}}, "invalid at teacher.boundary"),
+    "a key of an author": ({"teacher": {"modelx": "x"}}, "invalid at teacher.modelx"),
+    "a key of a predictor": ({"teacher": {"boundary": {"modelx": "x"}}}, "invalid at teacher.boundary"),
     "an option": ({"teacher": {"options": {"max_bacth": 4}}}, "'max_bacth'.*Did you mean 'max_batch'"),
     "a server's option": ({"teacher": {**SERVER, "options": {"base_ulr": "x"}}}, "Did you mean 'base_url'"),
     "an engine": ({"teacher": {"engine": "vlm"}}, "asks for the engine 'vlm'"),
     "a verifier": ({"verifier": "nope"}, "Unknown verifier 'nope'"),
-    "the prompt column": ({"prompt_column": "promt"}, "no column 'promt'"),
+    "the prompt column": ({"prompt_column": "promptx"}, "no column 'promptx'"),
     "the id column": ({"id_column": "idd"}, "no column 'idd'"),
     "a model's folder": (
         {"teacher": {"model": "/no/such/model"}},
