@@ -174,7 +174,7 @@ class Replicas:
         self._homes: dict[str, Replica] = {}
         self._outage_seconds = outage_seconds
         self._idle_until = 0.0
-        self.answered_at = 0.0  # when any of them last answered, by time.monotonic()
+        self.answered_at = 0.0  # when any of them last answered well, by time.monotonic()
         self.missed = asyncio.Event()  # set when one is found to be down
 
     def __iter__(self) -> Iterator[Replica]:
@@ -221,20 +221,20 @@ class Replicas:
     async def turn(self, row: str) -> AsyncIterator[Turn]:
         """Wait for a turn at the row's server; where the request fails in it, the next one may be elsewhere."""
         replica, number = await self._enter(row)
-        answered = False
+        answered = well = False
         try:
             yield Turn(replica.url, replica.service, partial(self._answered, replica, number))
-            answered = True
+            answered = well = True
         except ReplicaError as error:
             self._failed(row, replica, number, error)
             answered = error.kind == "invalid"
             raise
         except RequestError:
-            answered = True
+            answered = well = True
             raise
         finally:
             if answered:
-                self._answered(replica, number)
+                self._answered(replica, number, well)
             replica.leave(number, answered=answered)
 
     def release(self, row: str) -> None:
@@ -253,8 +253,8 @@ class Replicas:
             if (number := await replica.enter()) is not None:
                 return replica, number
 
-    def _answered(self, replica: Replica, turn: int) -> None:
-        was_down, self.answered_at = replica.down, time.monotonic()
+    def _answered(self, replica: Replica, turn: int, well: bool = True) -> None:
+        was_down, self.answered_at = replica.down, time.monotonic() if well else self.answered_at
         replica.answered(turn)
         if was_down and not replica.down:
             logger.info("The server at %s serves again.", replica.url)

@@ -4,8 +4,8 @@ What goes on the wire is in :mod:`tessy_hf.engines.completions_api`, which serve
 :mod:`tessy_hf.engines.replicas`, how the network fails in :mod:`tessy_hf.engines.connections`. Here they are put
 together as an engine, and every failure is dealt with, once: a transient one is retried for ``retry_timeout`` seconds;
 a lasting one fails its row (:class:`RequestError`) or ends the run (:class:`EngineDeadError`). Servers that are all
-down or busy are waited for by the run as a whole: no row fails for it, and the run ends once none has answered for
-``retry_timeout`` seconds.
+down or busy, or answer all rows badly (status 500), are waited for by the run as a whole: no row fails for it, and the
+run ends once none has answered for ``retry_timeout`` seconds.
 
 Keys are read from the environment at each start and are kept out of all that is described, pickled or printed.
 """
@@ -17,7 +17,7 @@ import logging
 import time
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -222,6 +222,8 @@ class _Session:
             engine.model, engine.addresses, self.replicas, self._client.inspect, engine.max_connections
         )
         self._asking = 0  # rows
+        self._failing: dict[str, float] = {}  # of these, what no server answers well, and since when
+        self._good: Request | None = None  # the first that was answered
         self._notices = _Notices(engine, self.replicas)
         self._watching: asyncio.Task[None] | None = None
         self.ready = asyncio.ensure_future(self._start())
@@ -270,7 +272,9 @@ class _Session:
     async def complete(self, request: Request) -> Completion:
         async def attempt() -> Completion:
             async with self.replicas.turn(request.row) as turn:
-                return await self._client.complete(turn.url, turn.service.protocol, request)
+                completion = await self._client.complete(turn.url, turn.service.protocol, request)
+            self._good = self._good or replace(request, prompt_ids=array("i", request.prompt_ids))
+            return completion
 
         return await self._retry(attempt, f"row {request.row!r}", self._gives_up)
 
@@ -304,6 +308,7 @@ class _Session:
             async with aclosing(self._client.stream(turn.url, turn.service.protocol, request)) as pieces:
                 async for piece in pieces:
                     turn.answered()
+                    self._good = self._good or replace(request, prompt_ids=array("i", request.prompt_ids))
                     yield piece
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]], what: str, stop: Callable[[Failures], bool]) -> T:
@@ -311,22 +316,36 @@ class _Session:
             self.replicas.idle()
         begin, self._asking = time.monotonic(), self._asking + 1
         try:
-            return await self._policy.call_async(attempt, stop=stop, notify=self._note)
+            return await self._policy.call_async(attempt, stop=stop, notify=partial(self._note, what))
         except ReplicaError as error:
             message = (
                 f"{self._engine.model!r} did not answer {what} within {time.monotonic() - begin:.1f} s: {error} "
                 "Look at the server's log; timeout= and retry_timeout= of ServerEngine set how long it may take."
             )
-            if self.replicas.given_up or self.replicas.answered_at < begin:  # nobody was answered since
+            nobody = self.replicas.given_up or self.replicas.answered_at < begin
+            if nobody if error.kind != "invalid" else await self._fails_all(what):
                 raise EngineDeadError(message) from error
             raise RequestError(message, retryable=True) from error
         finally:
             self._asking -= 1
+            self._failing.pop(what, None)
 
-    def _note(self, failures: Failures) -> None:
-        """Log what is waited for, unless a server answered the row, if badly."""
-        if _kind(failures.error) != "invalid":
-            self._notices.wait(str(failures.error))
+    async def _fails_all(self, what: str) -> bool:
+        """Whether servers that answer badly do so to any row: to one they answered before, or else to all that ask."""
+        if self.replicas.answered_at > self._failing.get(what, 0.0):
+            return False
+        if self._good is None:
+            return 1 < self._asking == len(self._failing)
+        for replica in self.replicas:
+            with suppress(ReplicaError, RequestError):
+                await self._client.complete(replica.url, replica.service.protocol, self._good)
+                return False
+        return True
+
+    def _note(self, what: str, failures: Failures) -> None:
+        """Log what is waited for."""
+        self._failing.setdefault(what, time.monotonic())
+        self._notices.wait(str(failures.error))
 
     def _gives_up(self, failures: Failures) -> bool:
         """Whether a row is tried no more. Where no server answers anybody, all rows wait, until the run ends."""

@@ -316,6 +316,41 @@ def test_the_run_ends_once_nobody_was_answered_for_the_retry_timeout(monkeypatch
     assert 100 < seconds <= 121 and len(server.times) < 300
 
 
+LASTING = [429, 500, 502, 503, 507, 520, 525, 529]
+
+
+@pytest.mark.parametrize("code", LASTING)
+def test_no_row_fails_for_what_the_server_answers_to_all_of_them(monkeypatch, code):
+    server = InProcess(monkeypatch, lambda _: (code if time.monotonic() < server.begin + 60 else 200, {}))
+    written, _ = write(server, 20)
+    assert [list(each.token_ids) for each in written] == [expected(request(prompt=i, tokens=6)) for i in range(20)]
+
+
+@pytest.mark.parametrize("code", LASTING)
+@pytest.mark.parametrize("good", [0, 3])
+def test_a_lasting_answer_to_all_rows_ends_the_run(monkeypatch, code, good):
+    server = InProcess(monkeypatch, lambda _: (code if len(server.times) > good else 200, {}))
+    written, seconds = write(server, 20)
+    failures = [type(each) for each in written if isinstance(each, Exception)]
+    assert len(failures) == 20 - good and 100 < seconds < 135
+    assert failures.count(EngineDeadError) >= len(failures) - 1, "the first one ends the run"
+
+
+def test_rows_that_a_server_fails_alone_fail_even_if_they_are_the_last(monkeypatch):
+    server = InProcess(monkeypatch, lambda text: (500 if "calc 1" in text else 200, {}))
+    live = engine(server, retry_timeout=60.0)
+
+    async def session():
+        await live.start()
+        await live.complete(request("good", prompt=7, tokens=6))
+        bad = [live.complete(request(f"bad {i}", prompt=i)) for i in (1, 11, 12)]
+        failures = await asyncio.gather(*bad, return_exceptions=True)
+        await live.close()
+        return failures
+
+    assert [type(each) for each in virtual_time.run(session())] == [RequestError] * 3
+
+
 @pytest.mark.parametrize("code", [429, 503])
 def test_one_row_that_is_always_refused_fails_alone(monkeypatch, code):
     server = InProcess(monkeypatch, lambda text: (code if "calc 7 +" in text else 200, {}))
