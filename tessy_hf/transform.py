@@ -90,9 +90,7 @@ class TessyTransform(functools.partial[Any]):
     def from_yaml(cls, path: str | Path, *changes: str) -> TessyTransform:
         """Read a transform from a YAML file: the settings by name, and ``teacher`` and ``student``.
 
-        Args:
-            path: The file.
-            *changes: What is to be different, for instance ``"temperature=0.5"`` or ``"teacher.model=me/model"``.
+        ``changes`` override it, for instance ``"temperature=0.5"`` or ``"teacher.model=me/model"``.
 
         Raises:
             SettingsError: The file cannot be read as such a description.
@@ -114,12 +112,7 @@ class TessyTransform(functools.partial[Any]):
     def map(self, dataset: AnyDataset, **options: Any) -> Any:
         """Write an answer to each prompt: ``dataset.map(self, batched=True, features=self.features(dataset))``.
 
-        Args:
-            dataset: The prompts. Of a ``DatasetDict`` or ``IterableDatasetDict`` each split is mapped.
-            **options: Options of the dataset's ``map``, such as ``batch_size``, ``num_proc`` and ``remove_columns``.
-
-        Returns:
-            What the dataset's ``map`` returns.
+        Each split of a ``DatasetDict`` is mapped. ``options`` are those of ``map``, such as ``num_proc``.
 
         Raises:
             DatasetError: The prompt column is missing, or a column would be overwritten.
@@ -127,16 +120,13 @@ class TessyTransform(functools.partial[Any]):
         if isinstance(dataset, Mapping):
             splits: Any = type(dataset)
             return splits({name: self.map(split, **options) for name, split in dataset.items()})
-        features, removed = self.features(dataset), options.get("remove_columns") or []
-        removed = {removed} if isinstance(removed, str) else {*removed}
-        for name in removed.difference((*columns.COLUMNS, TOOLS, SOURCE_TOOLS)):  # what rows were shown stays
-            features.pop(name, None)
+        features = _without(self.features(dataset), options.get("remove_columns") or [])
         return dataset.map(self, **{"batched": True, "features": features, **options})
 
     def features(self, dataset: AnyDataset) -> Features:
         """Return the schema of ``dataset.map(self, batched=True)``, for ``map(..., features=...)``.
 
-        Of a ``DatasetDict`` or ``IterableDatasetDict`` it is that of the first split; their ``map`` has one for all.
+        Of a ``DatasetDict`` it is that of the first split: its ``map`` has one for all.
 
         Raises:
             DatasetError: The prompt column is missing, or a column would be overwritten.
@@ -148,20 +138,16 @@ class TessyTransform(functools.partial[Any]):
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        return provenance.record(
-            self.teacher, self.student, self.settings, self.run_fingerprint, self.source, self._begun
-        )
+        made_of = self.teacher, self.student, self.settings, self.run_fingerprint
+        return provenance.record(*made_of, self.source, self._begun)
 
     def write(self, rows: Dataset | IterableDataset, path: str | Path, *, overwrite: bool = False) -> int:
-        """Write finished rows to a ``.parquet`` or ``.jsonl`` file with the run's record, whole or not at all.
+        """Write rows to a ``.parquet`` or ``.jsonl`` file with the run's record, all or none; return their number.
 
         Args:
             rows: What :meth:`map` has returned; a stream is generated meanwhile.
             path: The file. One of this run with no other rows is replaced.
             overwrite: Whether to replace any file.
-
-        Returns:
-            How many rows were written.
 
         Raises:
             OutputError: The file cannot be written, or another one is there.
@@ -169,10 +155,9 @@ class TessyTransform(functools.partial[Any]):
         return write_rows(rows, path, self.settings, self.run_fingerprint, self.record, overwrite=overwrite)
 
     def plan(self, dataset: AnyDataset) -> Counts:
-        """Count how a dataset's rows stand before any work: done, to continue, to do, failed before.
+        """Count how a dataset's rows stand before any work. Reads prompts and journal; starts nothing.
 
-        Reads the prompts and looks their rows up in the journal; starts nothing. Says on stderr how many ids were seen
-        before with another prompt: such rows are written anew.
+        Says on stderr how many ids were seen before with another prompt: such rows are written anew.
 
         Raises:
             DatasetError: The prompt column or the id column is missing.
@@ -192,7 +177,7 @@ class TessyTransform(functools.partial[Any]):
 
     def loads(self) -> dict[str, Load]:
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
-        return RUNS[self._token].loads() if self._token in RUNS else {}
+        return RUNS[self._token].meter.loads() if self._token in RUNS else {}
 
     def summary(self) -> Summary:
         """Return how the rows since the engines were started ended; ``print`` it."""
@@ -207,10 +192,7 @@ class TessyTransform(functools.partial[Any]):
         return _coroutine_function if self._async else _function
 
     def __call__(self, batch: Any, /, *extra: Any) -> Any:
-        """Write the rows of a batch.
-
-        Returns:
-            The new columns; inside an asynchronous ``map``, an awaitable of them.
+        """Write the rows of a batch: return the new columns; inside an asynchronous ``map``, an awaitable of them.
 
         Raises:
             DatasetError: It is not a batch, or lacks a column.
@@ -225,10 +207,7 @@ class TessyTransform(functools.partial[Any]):
         return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
 
     def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
-        """Hand over a batch of columns without waiting for it: the future of the new columns.
-
-        Batches enter the window in the order in which they are handed over; what is not waited for is written, too.
-        """
+        """Hand over a batch of columns; return the future of the new ones. Rows enter the window in this order."""
         return self._run().submit(batch, None)
 
     def _run(self) -> Run:
@@ -241,8 +220,7 @@ class TessyTransform(functools.partial[Any]):
     def close(self) -> None:
         """Stop what is under way and close the engines. The transform can be used again; it starts afresh."""
         STREAMS.close(self)
-        run = RUNS.pop(self._token, None)
-        if run is not None:
+        if (run := RUNS.pop(self._token, None)) is not None:
             run.close()
 
     def __enter__(self) -> Self:
@@ -291,6 +269,13 @@ def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speak
     first, second = (copy.copy(s) if s.boundary is None else s for s in (teacher, student))
     first.boundary, second.boundary = first.boundary or small, second.boundary or small
     return first, second
+
+
+def _without(features: Features, removed: str | list[str]) -> Features:
+    """Return the schema of rows whose input columns are removed; what the models were shown stays."""
+    names = {removed} if isinstance(removed, str) else {*removed}
+    gone = names.difference((*columns.COLUMNS, TOOLS, SOURCE_TOOLS))
+    return type(features)({name: kind for name, kind in features.items() if name not in gone})
 
 
 def _splits(dataset: Any) -> list[Any]:

@@ -24,7 +24,7 @@ from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
 from tessy_hf.run.commits import Commits
-from tessy_hf.run.metering import Load, Meter
+from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin, Progress, Summary
 from tessy_hf.run.stores import journal_of, other_runs, shared_rows_of, why_anew
@@ -107,10 +107,6 @@ class Run:
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def loads(self) -> dict[str, Load]:
-        """Return for what the rows waited so far."""
-        return self.meter.loads()
-
     @property
     def summary(self) -> Summary:
         """How the rows so far ended."""
@@ -144,7 +140,7 @@ class Run:
 
     async def _start(self) -> None:
         """Check what can be checked before anything heavy is loaded, then load it."""
-        self._own(asyncio.create_task(self._report_stalls()))
+        self._own(asyncio.create_task(_report_stalls(self.meter, self._progress)))
         await self._open_stores()
         await asyncio.to_thread(self._synthesis.check)
         if self._outbox is not None:
@@ -162,19 +158,13 @@ class Run:
             await self._teacher.start()
             await self._student.start()
         self.window.open(self._teacher.engine, self._student.engine)
-        await self._describe()
-
-    async def _describe(self) -> None:
-        """Record what the run is made of, now that the models' revisions are known."""
-        described = await asyncio.to_thread(self._record)  # reads files
+        described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
         await asyncio.to_thread(run_record.remember, described)
-        if self._commits is None and self._outbox is None:
-            return
-        record = described.model_dump_json()
         if self._commits is not None:
-            self._commits.journal.describe(record)
+            self._commits.journal.describe(described.model_dump_json())
         if self._outbox is not None:
-            self._outbox.shared.describe(columns.schema(self._student.thinking_format.key), record)
+            schema = columns.schema(self._student.thinking_format.key)
+            self._outbox.shared.describe(schema, described.model_dump_json())
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -193,17 +183,6 @@ class Run:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _report_stalls(self) -> None:
-        """Name what is waited for when nothing comes any more; less and less often."""
-        after = STALL_SECONDS
-        while True:
-            await asyncio.sleep(STALL_SECONDS / 4)
-            if self.meter.stalled(STALL_SECONDS) is None:
-                after = STALL_SECONDS
-            elif (stalled := self.meter.stalled(after)) is not None:
-                self._progress.write(f"nothing came for {after:.0f} s. Waiting for {stalled}.")
-                after *= 2
 
     # --- batches and rows
 
@@ -272,6 +251,18 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
+
+
+async def _report_stalls(meter: Meter, progress: Progress) -> None:
+    """Name what is waited for when nothing comes any more; less and less often."""
+    after = STALL_SECONDS
+    while True:
+        await asyncio.sleep(STALL_SECONDS / 4)
+        if meter.stalled(STALL_SECONDS) is None:
+            after = STALL_SECONDS
+        elif (stalled := meter.stalled(after)) is not None:
+            progress.write(f"nothing came for {after:.0f} s. Waiting for {stalled}.")
+            after *= 2
 
 
 class _Pass:
