@@ -73,7 +73,8 @@ def test_a_release_renders_the_tools_that_the_models_saw(hub, tmp_path, kind):
     prompts = test_tools.DATASETS["structs that Arrow fills in"]
     with test_tools.transform(journal=str(tmp_path / "rows.journal")) as transform:
         rows = prompts.map(transform, batched=True, features=transform.features(prompts))
-    release, _ = push(rows if kind == "dataset" else tmp_path / "rows.journal")
+    given = (rows, {}) if kind == "dataset" else (tmp_path / "rows.journal", {"prompts": prompts})
+    release, _ = push(given[0], **given[1])
     assert (release.rows, release.failed) == (3, 0)
     for streaming in (False, True):
         loaded = load_dataset(REPO, revision="v1.0.0", split="train", streaming=streaming)

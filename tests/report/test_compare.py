@@ -211,7 +211,7 @@ def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
         ([*given[:2], tmp_path / "none.parquet", "--tokenizer", demo.STUDENT], "there is no such file"),
     ]:
         code, printed = tessy(*words)
-        assert code == 1 and seen in " ".join(printed.split()) and "Traceback" not in printed
+        assert code == 2 and seen in " ".join(printed.split()) and "Traceback" not in printed
 
 
 def test_without_the_extra_one_is_told_what_to_install(monkeypatch, found):

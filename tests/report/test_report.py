@@ -76,7 +76,7 @@ def test_a_dataset_on_the_hub_is_read_at_its_version(tessy, tmp_path, rows):
         assert "<h1>ada/rows</h1>" in (tmp_path / "r.html").read_text(encoding="utf-8")
         for source in ("ada/rows@v9",):
             code, printed = tessy(source, "--out", tmp_path / "r.html", env=env)
-            assert code == 1 and f"'{source}' cannot be read" in printed and "Traceback" not in printed
+            assert code == 2 and f"'{source}' cannot be read" in printed and "Traceback" not in printed
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_told(tessy, tmp_path, rows):
         with pytest.raises(DatasetError, match=told):
             write_report(str(source), tmp_path / "r.html")
     code, printed = tessy(tmp_path / "bad.parquet", "--out", tmp_path / "r.html")
-    assert code == 1 and "DatasetError" in printed and "Traceback" not in printed, printed
+    assert code == 2 and "DatasetError" in printed and "Traceback" not in printed, printed
     with pytest.raises(DatasetError, match="with a split 'test'"):
         write_report(str(tmp_path / "saved"), tmp_path / "r.html", split="test")
     with pytest.raises(SettingsError, match="rows=0"):

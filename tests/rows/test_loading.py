@@ -165,5 +165,5 @@ def test_the_command_reads_them_or_says_one_sentence():
     assert done.returncode == 0, done.stderr
     assert [row["messages"][0]["content"] for row in Dataset.from_parquet("out.parquet")] == prompts
     refused = synthesize("broken.jsonl")
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "DatasetError: 'broken.jsonl' cannot be read: line 4 is not JSON" in refused.stderr
