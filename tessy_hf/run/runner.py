@@ -144,6 +144,7 @@ class Run:
         await self._open_stores()
         await asyncio.to_thread(self._synthesis.check)
         if self._outbox is not None:
+            await asyncio.to_thread(self._outbox.shared.check)
             await asyncio.to_thread(self._outbox.shared.refresh)
             self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
         if self._commits is not None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from tessy_hf.errors import PartsError
 from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.run.storage import PROMPT_HASH, RETRIES, ParquetRows, Place, file_system, put
+from tessy_hf.run.storage import PROMPT_HASH, RETRIES, ParquetRows, Place, check_writable, file_system, put
 from tessy_hf.trajectory import RowKey
 
 READERS = 16
@@ -28,7 +29,7 @@ _NAME = re.compile(r"part-(?P<run>\w+)-\w+\.parquet")
 
 
 class SharedRows:
-    """The shared rows of one run in a folder, which is made when the first file is written."""
+    """The shared rows of one run in a folder."""
 
     def __init__(self, folder: str, fingerprint: str) -> None:
         self.folder, self.fingerprint = str(folder), fingerprint
@@ -46,6 +47,25 @@ class SharedRows:
     def describe(self, features: Mapping[str, Any], record: str) -> None:
         """State, before the first is written, the types of the rows' columns and the run's record, as JSON."""
         self._features, self._record = features, record
+
+    def check(self) -> None:
+        """Check before anything is generated that rows can be put there.
+
+        Raises:
+            PartsError: They cannot.
+        """
+        with self._writing("Rows"):
+            check_writable(self._system, self._path)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PartsError(
+                f"{what} cannot be written to {self.folder}: {error}. A folder that this user may write to, with free "
+                "space, is expected; check it and run again, nothing that is in the journal is lost."
+            ) from error
 
     def refresh(self) -> None:
         """Look which files were added, by whomever.
@@ -94,13 +114,8 @@ class SharedRows:
         content = encode(rows, self._features, self._record)
         name = f"part-{self.fingerprint}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
         path = f"{self._path}/{name}"
-        try:
+        with self._writing(f"The part {name}"):
             put(self._system, path, content)
-        except OSError as error:
-            raise PartsError(
-                f"The part {name} cannot be written to {self.folder}: {error}. A folder that this user may write to, "
-                "with free space, is expected; check it and run again, nothing that is in the journal is lost."
-            ) from error
         self._known.add(path)
         for number, (key, row) in enumerate(rows.items()):
             self._place(key, Place(path, 0, number, row["finish_reason"] == "error"))

@@ -6,6 +6,7 @@ Knows Parquet files of finished rows, and nothing of who wrote them.
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,9 +54,19 @@ def put(system: Any, path: str, content: bytes) -> None:
     RETRIES.call(lambda: _put(system, path, content))
 
 
+def check_writable(system: Any, folder: str) -> None:
+    """Make a folder on a disk; raise an ``OSError`` if nothing can be written to it. Other storage is not asked."""
+    if "file" in _protocols(system):
+        system.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def _protocols(system: Any) -> set[str]:
+    return {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+
+
 def _put(system: Any, path: str, content: bytes) -> None:
-    folder = path.rpartition("/")[0]
-    protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+    folder, protocols = path.rpartition("/")[0], _protocols(system)
     if not protocols & _WITHOUT_FOLDERS:
         system.makedirs(folder, exist_ok=True)
     if "file" not in protocols:

@@ -105,10 +105,13 @@ def test_what_is_no_whole_part_is_told(tmp_path):
     assert len(rows_of(prompts(3), scripted(parts=str(shared)))) == 3
 
 
-def test_storage_that_refuses_ends_the_run(tmp_path):
-    (tmp_path / "run").write_text("no folder")
+@pytest.mark.parametrize("folder", ["a file/inside", "/proc/parts"])
+def test_a_disk_that_refuses_ends_the_run_before_anything_is_generated(tmp_path, folder):
+    (tmp_path / "a file").write_text("no folder")
+    asked = []
     with pytest.raises(PartsError, match="cannot be (read|written).*expected"):
-        rows_of(prompts(3), scripted(parts=str(tmp_path / "run" / "inside")))
+        rows_of(prompts(3), scripted(lambda row: asked.append(row) or play(row), parts=str(tmp_path / folder)))
+    assert not asked
 
 
 def test_an_address_that_nobody_knows_is_told():
