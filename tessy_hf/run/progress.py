@@ -42,7 +42,7 @@ class Summary:
         refused: Rows whose prompt cannot be used.
         found: How many of the finished and failed rows were there before.
         tokens: Kept tokens of the rows, per author.
-        written_tokens: Kept tokens of the rows that were not there before.
+        written_tokens: Kept tokens of the rows that were not there before, per author.
         seconds: From the first row's begin to the last one's end.
         errors: How often rows failed with each kind of error; kinds are in the order in which they came.
         examples: For each kind the first error.
@@ -54,7 +54,7 @@ class Summary:
     refused: int = 0
     found: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
-    written_tokens: int = 0
+    written_tokens: dict[str, int] = field(default_factory=lambda: {"teacher": 0, "student": 0})
     seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Summary:
         self.found += origin == "found"
         for author in self.tokens:
             self.tokens[author] += row[f"{author}_tokens"]
-            self.written_tokens += row[f"{author}_tokens"] if origin == "written" else 0
+            self.written_tokens[author] += row[f"{author}_tokens"] if origin == "written" else 0
         if origin == "refused":
             self.refused += 1
             self.refusal = self.refusal or row["error"]
@@ -96,7 +96,7 @@ class Summary:
 
     def __str__(self) -> str:
         """Say it in a few lines."""
-        speed = self.written_tokens / (self.seconds or 1)
+        speed = sum(self.written_tokens.values()) / (self.seconds or 1)
         lines = [self.counts, f"teacher share of tokens {self.teacher_share:.0%}, {speed:,.0f} tokens/s"]
         if self.errors:
             first = next(iter(self.examples))
@@ -165,7 +165,7 @@ class Progress:
     def line(self) -> str:
         """Return what stands behind the count of rows."""
         seconds, sums = self._seconds or 1.0, self.summary
-        speeds = ", ".join(f"{author} {tokens / seconds:.0f} tok/s" for author, tokens in sums.tokens.items())
+        speeds = ", ".join(f"{author} {tokens / seconds:.0f} tok/s" for author, tokens in sums.written_tokens.items())
         return (
             f"{self.in_flight} in flight{self._window.reason}, {sums.failed + sums.refused} failed, {speeds}, "
             f"teacher share of rows {sums.teacher_share:.0%}{self._bottleneck(seconds)}"
