@@ -43,7 +43,7 @@ MOST_REFUSALS = 10
 """So often in a row may one row find its server down or busy, for longer than ``retry_timeout``, while others are
 answered; then it is the row's fault."""
 
-FIRST_NOTICE, NEXT_NOTICE = 3.0, 10.0
+FIRST_NOTICE, NEXT_NOTICE = 1.0, 10.0
 """Seconds after which it is logged that servers are waited for, and between such messages."""
 
 logger = logging.getLogger(__name__)
@@ -355,7 +355,7 @@ class _Session:
 
 
 class _Notices:
-    """Logs what a run waits for, once for all rows: after a few seconds, then again and again."""
+    """Logs what a run waits for, once for all rows: after a second, then again and again."""
 
     def __init__(self, engine: ServerEngine, replicas: Replicas) -> None:
         self._engine, self._replicas, self._words = engine, replicas, ""
