@@ -96,7 +96,7 @@ test-fast: setup
 	$(BIN)/python $(PYTEST) -m "not slow and not browser and not vllm and not real" --durations 10 --durations-min 2 $(ARGS)
 
 test: setup
-	$(BIN)/python $(PYTEST) $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not real" $(ARGS)
 
 # --- what CI runs besides
 
