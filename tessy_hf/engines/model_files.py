@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tessy_hf.errors import SettingsError
+
 WEIGHTS = ("*.safetensors", "*.gguf")
 PATTERNS = ("*.json", "*.jinja", "*.model")
 """Files of a folder that decide, besides the weights, what its model writes: configuration, tokenizer, template."""
@@ -33,9 +35,17 @@ class ModelFiles:
         model: Hub id or folder.
         revision: Branch, tag or commit on the Hub.
         weights: Whether the weights belong to it, or only the tokenizer.
+
+    Raises:
+        SettingsError: The revision is not text, such as a number in YAML.
     """
 
     def __init__(self, model: str, revision: str | None = None, *, weights: bool = True) -> None:
+        if revision is not None and not isinstance(revision, str):
+            raise SettingsError(
+                f"The revision of {model!r} is {revision!r}. A branch, tag or commit is expected as text; put quotes "
+                "around it in YAML."
+            )
         self.model, self.revision, self._weights = model, revision, weights
         self._commit: str | None = None
 

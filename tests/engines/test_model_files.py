@@ -12,6 +12,7 @@ import pytest
 
 from tessy_hf import BoundaryPredictor, ServerEngine, TransformersEngine, VLLMEngine, demo
 from tessy_hf.engines.model_files import ModelFiles, digest
+from tessy_hf.errors import SettingsError
 
 
 @pytest.fixture
@@ -39,6 +40,12 @@ def test_a_copy_and_a_touched_file_are_the_same_model(folder, tmp_path):
     os.utime(folder / "model.safetensors", (1, 2))
     (folder / "README.md").write_text("A card decides nothing.")
     assert digest(folder) == before == digest(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("kind", [TransformersEngine, BoundaryPredictor])
+def test_a_revision_that_is_not_text_is_refused(kind):
+    with pytest.raises(SettingsError, match="revision of 'me/model' is 1234567.*put quotes around it"):
+        kind("me/model", revision=1234567)
 
 
 def test_a_name_on_the_hub_is_identified_by_name_and_revision():
