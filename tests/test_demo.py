@@ -95,6 +95,7 @@ def test_who_writes_what_in_each_method(method, thinking, answer):
         assert {row[f"{author}_token_ratio"] for row in rows} == {1.0}
 
 
+@pytest.mark.slow
 def test_teacher_mix_splits_rows_by_their_id_alone():
     rows = synthesize(demo.prompts(16, seed=2), method="teacher-mix")
     authors = {row["id"]: {span["author"] for span in row["spans"]} for row in rows}
@@ -103,6 +104,7 @@ def test_teacher_mix_splits_rows_by_their_id_alone():
     assert all({span["author"] for span in row["spans"]} == authors[row["id"]] for row in some)
 
 
+@pytest.mark.slow
 def test_prompts_it_cannot_solve_come_out_all_the_same():
     questions = [
         "Janet’s ducks lay 16 eggs per day. She eats three for breakfast — how much does she make?\n\n1. …",

@@ -159,6 +159,7 @@ def check(completion, asked):
     assert len(completion.token_ids) <= asked.max_tokens
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(protocol=st.sampled_from(PROTOCOLS), status=STATUSES, headers=HEADERS, body=BODIES)
 @example(protocol="generate", status=200, headers={}, body=b"[" * 100_000)
@@ -180,6 +181,7 @@ def test_any_answer_is_a_completion_or_an_error_of_ours(answering, protocol, sta
     assert answering.asked
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data(), protocol=st.sampled_from(["generate", "ids"]), status=STATUSES, headers=HEADERS, events=EVENTS)
 def test_any_stream_is_made_of_completions_or_ends_in_an_error_of_ours(

@@ -109,6 +109,7 @@ def written(folder):
     return {file: Path(file).read_bytes().decode("latin-1") for file in files}
 
 
+@pytest.mark.slow
 def test_nothing_planted_is_found_in_what_a_run_leaves(everything, capfd):
     folder, texts = everything, {}
     with FakeServer(faults=MISHAPS) as server:

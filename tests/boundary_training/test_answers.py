@@ -190,6 +190,7 @@ def test_any_answer_is_accepted_as_it_should_be_or_rejected_by_a_named_fault(dat
     check(text, data.draw(answers_to(text)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
@@ -215,6 +216,7 @@ def test_what_breaks_parsers_is_rejected_by_its_fault(answer, fault):
     assert caught.value.fault == fault
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, data):
     text = data.draw(TEXTS)

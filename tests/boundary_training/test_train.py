@@ -200,6 +200,7 @@ def test_the_bias_goes_where_the_character_f1_is_best():
 # --- data and base models
 
 
+@pytest.mark.slow
 def test_extra_segments_on_held_out_problems_are_left_out(base, tmp_path):
     held = segments(6)
     extra = [{"text": s.text, "style_spans": s.marked(), "problem_id": s.problem, "weight": 0.2} for s in segments(20)]

@@ -82,6 +82,7 @@ def test_missing_rows_are_named_and_nothing_is_written(hosts, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_twice_and_the_same_are_one(hosts):
     merged = Merge([*hosts, hosts[1]], prompts(40))
     assert merged.report.duplicates == [f"r{i}" for i in range(1, 40, 4)] and not merged.report.differing
@@ -216,6 +217,7 @@ def test_a_merge_writes_what_its_output_is_called_or_refuses(hosts, tmp_path):
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_finds_a_planted_missing_row_and_a_planted_duplicate(hosts, tessy, tmp_path):
     prompts(40).to_json(tmp_path / "prompts.jsonl")
     arguments = [*hosts, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "rows.parquet"]

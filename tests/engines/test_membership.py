@@ -90,6 +90,7 @@ def test_a_replica_that_leaves_ends_what_it_has_and_gets_nothing_more(file):
     assert [list(each.token_ids) for each in answers] == 2 * [expected(request(prompt=i)) for i in range(6)]
 
 
+@pytest.mark.slow
 def test_replicas_join_and_leave_in_mid_run_and_no_row_is_lost(file):
     live = file.engine()
 
@@ -160,6 +161,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_a_server_that_cannot_take_part_gets_no_rows_until_it_can(file, other, caplog):
     async def then(live):
@@ -178,6 +180,7 @@ def test_a_server_that_cannot_take_part_gets_no_rows_until_it_can(file, other, c
     assert caplog.text.count(f"{two.url} is not used yet") == 1
 
 
+@pytest.mark.slow
 def test_one_server_of_a_list_has_to_be_up_at_the_start(file):
     with FakeServer() as one, FakeServer(models=[]) as other:
         file.write(one, "http://127.0.0.1:1/v1", other)

@@ -181,6 +181,7 @@ def test_a_text_that_cannot_be_used_is_asked_for_again(mishap):
         assert list(completion.token_ids) == expected(request())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", WRONG.values(), ids=WRONG)
 def test_a_server_that_fails_a_row_for_good_fails_that_row_only(mishap):
     with FakeServer(faults=[mishap] * 100) as server, pytest.raises(RequestError, match="within .* log") as caught:
@@ -460,6 +461,7 @@ def test_a_server_that_is_not_up_is_named_soon(monkeypatch, caplog):
 # --- how much at once
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_for_less_until_all_rows_are_done():
     def at_most_four(handler, body):
         if handler.server.fake.at_once > 4:
@@ -520,6 +522,7 @@ def test_rows_move_when_their_replica_dies_and_stay_where_they_went():
     assert len(rows_seen(two)) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", [servers.hang, servers.cut, status(500), servers.choosing(token_ids=[])])
 def test_a_row_that_its_replica_fails_is_done_by_another(mishap):
     def every_row(handler, body):
@@ -552,6 +555,7 @@ def refused(message, *, options=None, **server):
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("models", "message"),
     [
@@ -620,6 +624,7 @@ def test_an_address_without_its_version_is_told():
             run(live)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", [servers.hang, servers.cut, status(503), servers.replying(b"{")])
 def test_a_server_that_does_not_come_up_is_told(mishap):
     refused("did not answer its first request.*log", paths={"/v1/models": mishap}, options={"timeout": 0.2})

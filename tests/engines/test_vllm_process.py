@@ -61,6 +61,7 @@ def test_replicas_of_a_model_are_left_to_servers():
         VLLMEngine(demo.STUDENT, data_parallel_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_the_start_says_what_to_install():
     with pytest.raises(EngineDeadError, match=r"could not be imported.*pip install .tessy-hf\[vllm\]"):

@@ -162,6 +162,7 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
         assert told in card, told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
     [
@@ -278,6 +279,7 @@ def test_size_categories_are_the_hubs(rows, category):
     assert cards.size_category(rows) == category
 
 
+@pytest.mark.slow
 def test_the_clients_validation_takes_the_cards(tmp_path, summary):
     (tmp_path / "mine.md").write_text(str(cards.dataset_card(summary, manifest(), "me/data")), encoding="utf-8")
     paths = [tmp_path / "mine.md", *(ROOT / "dataset_cards").glob("*/README.md")]
@@ -391,6 +393,7 @@ def test_text_of_models_servers_and_users_is_inert(text):
     assert str(DatasetCard(card)) == card
 
 
+@pytest.mark.slow
 def test_parts_stay_parts_whatever_is_in_them():
     for text in NASTY:
         card = with_text(text)

@@ -80,6 +80,7 @@ def test_a_split_of_other_columns_is_refused_and_still_loads(hub):
     load_all(default__test=2, sft__train=7)
 
 
+@pytest.mark.slow
 def test_an_own_release_of_other_columns_is_refused_too(hub):
     push(finished(8).remove_columns("question"), split="test")
     refused(hub, r"split 'test'.*\(only in the rows: question\)")
@@ -129,6 +130,7 @@ def test_metadata_that_overrides_the_card_is_refused(hub):
     refused(hub, r"\.huggingface\.yaml whose metadata takes the place")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["data/*", "**/*.parquet"])
 def test_a_pattern_that_would_take_in_the_release_is_refused(hub, pattern):
     put(hub, {"configs": [listed(pattern)]}, **{"data/a.parquet": parquet(finished(4))})
@@ -137,6 +139,7 @@ def test_a_pattern_that_would_take_in_the_release_is_refused(hub, pattern):
     load_all(train=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("card", "match"),
     [
@@ -175,6 +178,7 @@ def test_a_split_given_as_patterns_alone_is_kept(hub):
     load_all(train=4, test=7)
 
 
+@pytest.mark.slow
 def test_a_repository_with_one_configuration_loads_without_its_name_after_a_second(hub):
     push(finished(8), config_name="code")
     load_all(train=7)
@@ -199,6 +203,7 @@ def test_what_cannot_be_loaded_is_never_promoted(hub):
     assert state(hub) == before and set(hub.repo(REPO).branches) == {"main"}
 
 
+@pytest.mark.slow
 def test_what_others_change_meanwhile_is_loaded_too(hub):
     push(finished(8))
     finished(8).push_to_hub(REPO, split="test")

@@ -119,6 +119,7 @@ def test_a_stream_becomes_one_tagged_release(hub, monkeypatch):
 # --- versions
 
 
+@pytest.mark.slow
 def test_the_same_again_is_no_work_and_anything_else_is_refused_before_a_row_is_written(hub):
     rows, transform = stream(20)
     with transform:
@@ -190,6 +191,7 @@ def mend(row):
     return {**row, "finish_reason": "stop", "error": None, "answer": "13"}
 
 
+@pytest.mark.slow
 def test_rows_with_other_columns_are_not_added(hub):
     push(finished(8))
     with pytest.raises(DatasetError, match=r"other columns than ada/rows@v1\.0\.0"):
@@ -214,6 +216,7 @@ def test_configurations_and_splits_live_side_by_side(hub):
 # --- refusals come first
 
 
+@pytest.mark.slow
 def test_without_write_access_nothing_starts(hub, monkeypatch):
     push(finished(8))
     rows, transform = stream(20)
@@ -246,6 +249,7 @@ def test_what_cannot_be_pushed_is_told(hub):
     assert not hub.repos
 
 
+@pytest.mark.slow
 def test_no_token_is_ever_written_down(hub, caplog):
     with caplog.at_level("DEBUG", logger="tessy_hf"):
         _, told = push(finished(40))
@@ -266,6 +270,7 @@ def test_servers_may_differ_in_what_is_not_documented(tmp_path, monkeypatch, kin
         assert len(load_dataset(REPO, revision="v1.0.0", split="train")) == 36
 
 
+@pytest.mark.slow
 def test_busy_servers_are_waited_for(hub):
     busy = random.Random(5)
     hub.fault = lambda request: "503" if busy.random() < 0.3 else None
@@ -273,6 +278,7 @@ def test_busy_servers_are_waited_for(hub):
     check_release(hub, "main", "1.0.0", finished(8))
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_told_and_the_rest_follows_later(hub):
     push(finished(40))
     before = state(hub)
@@ -286,6 +292,7 @@ def test_a_server_that_stays_away_is_told_and_the_rest_follows_later(hub):
     check_release(hub, "main", "2.0.0", finished(60, "run-b"))
 
 
+@pytest.mark.slow
 def test_a_push_that_meets_another_on_main_gives_way(hub, monkeypatch):
     push(finished(8))
 
@@ -498,6 +505,7 @@ def test_a_command_is_told_only_where_it_works():
         assert line.startswith("No command reproduces") and why in line
 
 
+@pytest.mark.slow
 def test_two_releases_are_compared_without_downloading_what_they_share(hub):
     push(finished(40), license="mit")
     changed = finished(48).map(lambda row: {**row, "answer": "7"} if row["id"] == "r7" else row)

@@ -596,6 +596,7 @@ def test_greedy_models_that_begin_with_whitespace_write_the_same_row_for_any_k(p
         assert rows[1] == rows[1].lstrip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("author", ["teacher", "student"])
 def test_characters_that_one_tokenizer_normalizes_stay_as_written_for_any_k(author):
     """Qwen's tokenizer reads the Ohm sign as a Greek letter, and so does the test one; harmony's does not."""

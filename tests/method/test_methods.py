@@ -308,6 +308,7 @@ def journaled(tmp_path, **settings):
     return Cast(teacher, play(**STUDENT), method="teacher-score", journal=str(tmp_path / "rows.journal"), **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dies", "repeated"),
     [

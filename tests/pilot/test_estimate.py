@@ -37,6 +37,7 @@ def test_tokens_and_requests_are_scaled_up_exactly():
     assert (found.prompts, found.pilot_rows, found.pilot_failed) == (1200, 12, 0)
 
 
+@pytest.mark.slow
 def test_time_goes_where_the_latency_is():
     """One row at a time, so both engines' times add up; their latencies are the least they can take."""
     with transform(0.36, 0.12, rows_in_flight=1, journal=None) as run:

@@ -102,6 +102,7 @@ def test_what_cannot_be_read_is_told(tessy, tmp_path, rows):
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.slow
 def test_rows_of_other_origin_can_stand_beside(tmp_path, rows):
     rows.to_parquet(tmp_path / "a.parquet")
     rows.select_columns(["messages"]).to_parquet(tmp_path / "chats.parquet")

@@ -170,6 +170,7 @@ def test_errors_of_the_same_kind_are_one_and_kinds_are_bounded():
     assert statistics.summary()["failures"]["errors"][0]["error"] == "other errors"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows():
     statistics, rows = Statistics(), table(finished(1000))
     statistics.add(rows)

@@ -111,6 +111,7 @@ def test_a_text_that_the_spans_do_not_cover_is_not_cut():
 # --- tokens and ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen", "harmony", "r1", "gpt2"])
 @settings(max_examples=40)
 @given(

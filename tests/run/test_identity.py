@@ -123,6 +123,7 @@ def test_tools_belong_to_what_is_asked(kept):
 # --- what verifiers read
 
 
+@pytest.mark.slow
 def test_a_verdict_is_of_the_reference_answer_of_its_row(kept):
     """The answer is 2: right by the first reference, wrong by the second."""
 
@@ -142,6 +143,7 @@ def says_gold(row):
     return row["answer"] == row["gold"]
 
 
+@pytest.mark.slow
 def test_a_function_may_have_read_any_column(kept):
     def requests(verifier, **columns):
         given = Dataset.from_dict({"id": ["a"], "prompt": ["x"], **columns})

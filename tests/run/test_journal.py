@@ -838,6 +838,7 @@ def folder():
         yield Path(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["file", "folder", "folder to make"])
 def test_a_file_or_folder_that_cannot_be_written_is_explained(folder, what):
     """For real: a user without rights (nobody where the tests run as root) meets a file that it may only read."""

@@ -137,6 +137,7 @@ def script(author, key):
     return Script([f" {span(author == 'student')} {span(author == 'teacher')}" for _ in range(60)], "done")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", [1, 4])
 def test_a_run_keeps_to_the_cache_even_where_it_is_smaller_than_told(lie):
     """``lie``: how many times smaller."""
@@ -166,6 +167,7 @@ def test_a_run_keeps_to_the_cache_even_where_it_is_smaller_than_told(lie):
     assert (lost == 0 and window.limit in (8, 9, 10)) if lie == 1 else (lost > 0 and window.limit < 6)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_window():
     prompts = demo.prompts(4, seed=3)
 

@@ -54,6 +54,7 @@ def test_appended_pieces_equal_a_tokenisation_from_scratch(kind, data, text):
     assert vocabulary.decode(tokens.ids) == as_read(kind, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted({*VOCABULARIES} - {"superbpe"}))
 def test_a_chunk_costs_the_same_however_long_the_text_is(kind):
     vocabulary, lengths = VOCABULARIES[kind], []

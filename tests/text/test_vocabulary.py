@@ -41,6 +41,7 @@ def test_a_text_that_goes_on_is_read_back_as_it_was(kind, text):
     assert known.read(known.encode(text, BEFORE).ids)[0] == as_read(kind, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60)
 @given(text=texts.map(str.lstrip))

@@ -71,6 +71,7 @@ ADD = "Here it is:\n```python\nimport sys\ndef add(a, b):\n    return a + b\n```
 ECHO = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
 
 
+@pytest.mark.slow
 @needs_a_sandbox
 @pytest.mark.parametrize(
     ("answer", "tests", "right"),
