@@ -26,6 +26,7 @@ from datasets import Dataset
 
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines.scripted import _Play
+from tessy_hf.run import commits
 from tessy_hf.run.journal import Journal
 from tests import real_pair
 from tests.rules import RulePredictor, by_first_letter, vocabulary
@@ -219,6 +220,8 @@ class Work(NamedTuple):
 def _child(work, out):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     torch.set_num_threads(1)
+    # A pause between commits may cost what a fast engine writes meanwhile, which follows the machine's load.
+    commits.LONGEST_PAUSE = 0.0
     datasets.utils.tqdm.set_lock(threading.RLock())  # its own would be left behind by those that are killed
     datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = work.folder / "cache" / "datasets"
