@@ -128,7 +128,7 @@ test-readme: setup
 # The documentation site. Broken links, warnings, typos and poor prose fail. Linters read pages, not generated references.
 docs: setup
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs recipes
-	$(BIN)/proselint --config docs/proselint.json check $(PROSE)
+	$(BIN)/proselint check $(PROSE)
 	$(BIN)/python docs/build.py
 
 # Other versions of Python, where they are installed, each in an environment of its own.

@@ -45,7 +45,7 @@ def write(out: Path, path: Path, main: int) -> None:
     ]
     words = path.read_text().partition(MARK)[0] if path.exists() else "# The main table in miniature\n\n"
     path.write_text(words + "\n\n".join(part for part in parts if part) + "\n")
-    draw(found, main, path.with_name("results.png"))
+    draw(path, main)
 
 
 def domains(examined: Mapping[str, Mapping[str, float]]) -> Domains:
@@ -221,28 +221,51 @@ def run_table(units: Units, scale: Mapping[str, int]) -> str:
 
 # --- the figure
 
+COLORS = {"in-domain": "#0e8a66", "out-of-domain": "#7b4fc9"}
 
-def draw(found: Found, main: int, path: Path) -> None:
-    """Draw the change out-of-domain over that in-domain, a panel for each level and a mark for each student."""
+
+def draw(path: Path, main: int) -> None:
+    """Draw the changes from the tables of a written file: a panel for each level, a line for each data recipe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    every = sorted({method for level in found.levels for method in found.methods(level, main)})
-    figure = Figure(figsize=(4 * len(found.levels) + 1.5, 3.6), layout="constrained")
+    panels = {level: read_changes(path.read_text(), level, main) for level in LEVELS}
+    panels = {level: lines for level, lines in panels.items() if lines}
+    figure = Figure(figsize=(9, 0.27 * sum(map(len, panels.values())) + 0.62 * len(panels) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(found.levels), sharey=True, squeeze=False)[0]
-    for panel, level in zip(panels, found.levels, strict=True):
-        panel.axhline(0, color="lightgrey", zorder=0)
-        panel.axvline(0, color="lightgrey", zorder=0)
-        for number, method in enumerate(every):
-            changes = found.changes(level, method, main)
-            style = {
-                "color": "black" if method == "tessy" else f"C{number}",
-                "marker": "*" if method == "tessy" else "o",
-                "s": 70 if method == "tessy" else 25,
-            }
-            panel.scatter([one[0] for one in changes], [one[1] for one in changes], label=method, **style)
-        panel.set(title=f"level {level}", xlabel="change in-domain")
-    panels[0].set_ylabel("change out-of-domain")
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=80)
+    ratios = [len(lines) + 0.8 for lines in panels.values()]
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for panel, (level, lines) in zip(axes, panels.items(), strict=True):
+        panel.axvline(0, color="#57606a", linewidth=1, zorder=1)
+        for at, (name, color) in enumerate(COLORS.items()):
+            means, deviations = zip(*(changes[at] for _, *changes in lines), strict=True)
+            places = [place + 0.22 * at - 0.11 for place in range(len(lines))]
+            look = {"color": color, "markersize": 7, "capsize": 2.5, "elinewidth": 1.2, "label": name}
+            panel.errorbar(means, places, xerr=deviations, fmt="os"[at], **look)
+        panel.set_yticks(range(len(lines)), [method for method, *_ in lines])
+        panel.get_yticklabels()[[method for method, *_ in lines].index("tessy")].set_fontweight("bold")
+        panel.set_ylim(len(lines) - 0.45, -0.55)
+        panel.set_title(f"The student {LEVELS[level]}", loc="left", fontsize=10.5, fontweight="bold")
+        panel.tick_params(length=0)
+        panel.grid(axis="x", color="#e3e7ec", linewidth=0.8)
+        panel.spines[:].set_visible(False)
+    axes[-1].set_xlabel("change of right answers after fine-tuning (percentage points; mean and deviation of 3 students)")
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
+    figure.savefig(path.with_name("results.png"), dpi=110)
+
+
+def read_changes(text: str, level: str, main: int) -> list[tuple[str, tuple[float, float], tuple[float, float]]]:
+    """Read one level's table: each method with its changes in-domain and out-of-domain, mean and deviation."""
+    _, _, found = text.partition(f"## Level {level}, n = {main}:")
+    lines = []
+    for line in found.partition("\n## ")[0].splitlines():
+        cells = [cell.strip(" *") for cell in line.split("|")]
+        changes = [cells[at].split(" ± ") for at in (3, 5)] if len(cells) > 5 else [[]]
+        if all(len(change) == 2 for change in changes):
+            one, other = ((float(mean), float(deviation)) for mean, deviation in changes)
+            lines.append((cells[1], one, other))
+    return lines
+
+
+if __name__ == "__main__":  # draw the figure anew
+    draw(Path(__file__).with_name("RESULTS.md"), 500)

@@ -70,13 +70,16 @@ def describe(name: str, found: dict[str, Any]) -> str:
 
 
 def _colors(theme: figures.Theme, found: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(found["names"], (theme.teacher, theme.student, theme.third), strict=False))
+    return dict(zip(found["names"], theme.datasets, strict=False))
 
 
 def _map(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    first, second = (f"component {at + 1} ({percent(part)})" for at, part in enumerate(found["pca"]["explained"]))
-    figures.name_axes(axes, "The texts on two principal components", first, second)
+    first, second = (
+        f"principal component {at + 1} ({percent(part)} of the variance)"
+        for at, part in enumerate(found["pca"]["explained"])
+    )
+    figures.name_axes(axes, "How the texts differ: near dots share words", first, second)
     sides = list(zip(_colors(theme, found).items(), found["pca"]["points"], found["pca"]["centres"], strict=True))
     for (name, color), points, _ in sides:
         some = points[:: -(-len(points) // POINTS)]
@@ -94,7 +97,7 @@ def _map(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
 
 def _tokens(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    figures.name_axes(axes, "How long a text is", "mean tokens, by the student's tokenizer", "")
+    figures.name_axes(axes, "How long a text is", "mean number of tokens per text (student's tokenizer)", "")
     bars = []
     for name, color in _colors(theme, found).items():
         thinking, answer = (found["tokens"][name][part]["mean"] for part in ("thinking", "answer"))
@@ -120,7 +123,7 @@ def _authors(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> Non
 
 def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    figures.name_axes(axes, "How unlikely the student finds the texts", "negative log-likelihood (nats per token)", "")
+    figures.name_axes(axes, "How foreign the texts are to the student", "negative log-likelihood per token (nats; less is more familiar)", "")
     bars = []
     for name, color in _colors(theme, found).items():
         for kind, one in found["nll"][name].items():
@@ -134,13 +137,14 @@ def _words(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
-    axes.set_title("Typical words, uses per thousand words", pad=12)
+    axes.set_title("Typical words: uses in 1,000 words of the dataset", pad=12)
     words, rates = found["words"]["words"], found["words"]["per_thousand"]
+    colors = list(_colors(theme, found).values())
     darkest = max(max(line) for line in rates) ** 0.5 or 1
     for y, line in enumerate(rates):
         for x, rate in enumerate(line):
             strength = 0.75 * rate**0.5 / darkest
-            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=theme.teacher, alpha=strength, linewidth=0))
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=colors[y], alpha=strength, linewidth=0))
             said = "" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
             axes.text(x, y, said, ha="center", va="center", size=8.5, color=theme.text)
     axes.grid(visible=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Theme:
-    """The colors of a figure. Teacher and student are distinguishable with every kind of color vision."""
+    """The colors of a figure. Authors, and datasets, are distinguishable with every kind of color vision."""
 
     text: str
     muted: str
@@ -32,7 +32,8 @@ class Theme:
     teacher: str
     student: str
     background: str
-    third: str
+    datasets: tuple[str, str, str]
+    """Colors of datasets that are compared: none of them is an author's."""
 
     def of(self, author: str) -> str:
         """Return an author's color."""
@@ -40,8 +41,8 @@ class Theme:
 
 
 THEMES = {
-    "light": Theme("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", "#0d7d5c"),
-    "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c", "#52c79e"),
+    "light": Theme("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", ("#0e8a66", "#7b4fc9", "#4a5560")),
+    "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c", ("#4fc79c", "#b79bf2", "#b9c2cc")),
 }
 
 ThemeName = Literal["light", "dark"]
@@ -119,7 +120,7 @@ def describe(name: str, summary: dict[str, Any]) -> str:
 def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     row, thinking = (summary["teacher_share"][part] for part in ("row", "thinking"))
-    name_axes(axes, "How much of a row the teacher wrote", "teacher's share of a row's tokens (%)", "rows")
+    name_axes(axes, "How much of a row the teacher wrote", "share of a row's tokens by the teacher (%)", "number of rows")
     if not row["count"]:
         return _nothing(axes, theme)
     edges = [100 * edge for edge in row["histogram"]["edges"]]
@@ -141,7 +142,7 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
     for axes, part in zip(panels, ("thinking", "answer"), strict=True):
         shares = [None if share is None else 100 * share for share in position[part]]
         edges = [100 * step / len(shares) for step in range(len(shares) + 1)]
-        axes.set_xlabel(f"position in the {part} (%)" if part == "thinking" else "… in the answer (%)")
+        axes.set_xlabel("from the beginning to the end of the thinking (%)" if part == "thinking" else "of the answer (%)")
         axes.grid(visible=False)
         axes.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 10 if part == "thinking" else 50))
         if any(share is None for share in shares):
@@ -156,7 +157,7 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
 def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(
-        axes, "How long a span is", "length of a span of the thinking (tokens)", "share of the author's spans (%)"
+        axes, "How long a span is", "tokens that an author wrote before handing over", "share of that author's spans (%)"
     )
     spans = summary["spans"]
     if not any(spans[author]["count"] for author in AUTHORS):
@@ -177,7 +178,7 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
 
 def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
-    name_axes(axes, "What the tokens were spent on", "tokens (the discarded ones in their author's own)", "")
+    name_axes(axes, "What the tokens were spent on", "number of tokens (discarded: rolled back at a boundary)", "")
     tokens, discarded = summary["tokens"], summary["discarded"]
     spent = {
         "thinking": tokens["thinking"],

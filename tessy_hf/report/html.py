@@ -43,7 +43,7 @@ def drawn(image: bytes, description: str, *, wide: bool = False) -> dict[str, An
     svg = svg[svg.index("<svg") :]
     variables = {
         light.text: "text", light.muted: "muted", light.line: "line", light.teacher: "teacher",
-        light.student: "student-fill", light.third: "third",
+        light.student: "student-fill", **{color: f"dataset-{at}" for at, color in enumerate(light.datasets)},
     }  # fmt: skip
     for color, variable in variables.items():
         svg = svg.replace(color, f"var(--{variable})")

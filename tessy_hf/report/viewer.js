@@ -86,12 +86,17 @@
   function filtered() {
     const [leastShare, mostShare] = limits("share", 10);
     const [fewest, most] = limits("length", 1);
-    const reasons = new Set([...$("reasons").querySelectorAll("[aria-pressed=true]")].map((chip) => Number(chip.value)));
+    const [lowest, highest] = limits("score", 1);
+    const [reasons, verdicts] = ["reasons", "verdicts"].map(pressed_);
     const anyShare = leastShare === -Infinity && mostShare === Infinity;
+    const anyScore = lowest === -Infinity && highest === Infinity;
     const passed = [];
     for (let row = 0; row < index.prompt.length; row++) {
       const share = index.share[row];
-      if (reasons.size && !reasons.has(index.reason[row])) continue;
+      const score = index.score[row];
+      if (reasons.size && !reasons.has(index.reasons[index.reason[row]])) continue;
+      if (verdicts.size && !verdicts.has(verdict(row) ?? "none")) continue;
+      if (!anyScore && (score === null || score < lowest || score > highest)) continue;
       if (!anyShare && (share === null || share < leastShare || share > mostShare)) continue;
       if (index.tokens[row] < fewest || index.tokens[row] > most) continue;
       passed.push(row);
@@ -99,10 +104,17 @@
     return sorted(passed);
   }
 
+  const pressed_ = (id) => new Set([...$(id).querySelectorAll("[aria-pressed=true]")].map((chip) => chip.value));
+
+  function verdict(row) { // what a verifier said: a number below 1 ranks wrong answers
+    const value = index.verdict[row];
+    return value === null ? null : value >= 1 ? "right" : "wrong";
+  }
+
   function sorted(rows) {
     const [by, way] = $("sort").value.split("-");
     if (by === "order") return rows;
-    const column = by === "share" ? index.share : index.tokens;
+    const column = { share: index.share, length: index.tokens, score: index.score }[by];
     const sign = way === "up" ? 1 : -1;
     return rows.sort((a, b) => {
       if (column[a] === null || column[b] === null) return (column[a] === null) - (column[b] === null) || a - b;
@@ -195,15 +207,16 @@
 
   function item(row, place) {
     const facts = make("div", { className: "facts" });
-    facts.append(make("span", { className: "number", textContent: name(row) }), reason(row));
-    if (index.share[row] !== null) facts.append(`${percent(index.share[row])}`, bar(index.share[row]));
-    facts.append(make("span", { className: "length", textContent: `${number(index.tokens[row])} tokens` }));
+    facts.append(make("span", { className: "number", textContent: name(row) }), badges(row, true));
+    facts.append(make("span", { className: "share", textContent: index.share[row] === null ? "" : percent(index.share[row]) }));
+    facts.append(bar(index.share[row]));
+    facts.append(make("span", { className: "tokens", textContent: `${number(index.tokens[row])} tokens` }));
     const element = make("div", { className: "item", id: `item-${row}`, role: "option" });
     element.setAttribute("aria-selected", String(row === current));
     element.setAttribute("aria-posinset", place + 1);
     element.setAttribute("aria-setsize", shown.length);
     element.style.top = `${place * ITEM}px`;
-    element.append(make("div", { className: "prompt", textContent: index.prompt[row] || "(no prompt)" }), facts);
+    element.append(make("div", { className: "prompt", dir: "auto", textContent: index.prompt[row] || "(no prompt)" }), facts);
     element.addEventListener("click", () => open(row));
     return element;
   }
@@ -217,7 +230,16 @@
     return make("span", { className: `reason ${/^[a-z]+$/.test(word) ? word : ""}`, textContent: word });
   }
 
+  function badges(row, brief = false) { // in the list they leave room for the row's name
+    const both = make("span", { className: "badges" });
+    if (index.score[row] !== null && !brief) both.append(make("span", { className: "reason", textContent: `score ${number(index.score[row])}` }));
+    if (verdict(row)) both.append(make("span", { className: `reason ${verdict(row)}`, textContent: verdict(row) }));
+    if (!brief || !verdict(row) || index.reasons[index.reason[row]] !== "stop") both.append(reason(row));
+    return both;
+  }
+
   function bar(share) {
+    if (share === null) return make("span");
     const teacher = make("i");
     teacher.style.width = `${share / 10}%`;
     return make("span", { className: "bar", title: `${percent(share)} by the teacher` }, teacher);
@@ -265,7 +287,7 @@
   function drawRow(row, [turns, pieces, error, details, other]) {
     const place = shown.indexOf(row);
     const head = make("div", { className: "head" });
-    head.append(button("back", "← All rows", leave), make("h2", { textContent: name(row) }), reason(row));
+    head.append(button("back", "← All rows", leave), make("h2", { dir: "auto", textContent: name(row) }), badges(row));
     const steps = make("div", { className: "steps" });
     steps.append(button("previous", "Previous", () => step(-1)), button("next", "Next", () => step(1)));
     steps.children[0].disabled = place <= 0;
@@ -289,8 +311,8 @@
   }
 
   function turn([role, text]) {
-    const said = make("div", { className: "said" });
-    said.append(...highlighted(text));
+    const said = make("div", { className: "said", dir: "auto" });
+    said.append(...dressed(text, 0, notations(text)));
     return make("section", { className: "turn" }, make("h3", { textContent: role }), said);
   }
 
@@ -348,15 +370,19 @@
   }
 
   function text(title, part, pieces, tokens) {
-    const box = make("div", { className: "text", tabIndex: 0, role: "group", "aria-label": title });
+    const box = make("div", { className: "text", dir: "auto", tabIndex: 0, role: "group", "aria-label": title });
+    const own = (piece) => piece[0] !== 2 && piece[1] === part;
+    const ranges = notations(pieces.filter(own).map((piece) => piece[3]).join(""));
     let before = 0;
     let turns = 0;
+    let at = 0;
     const all = pieces.filter((piece) => piece[0] < 2).length;
     for (const [author, where, length, written] of pieces) {
       if (author < 2) turns += 1;
       if (where === part) {
-        const said = author === 2 ? written.trim() : written; // markers have a line of their own
-        const span = make("span", { className: `span ${AUTHORS[author]}` }, ...highlighted(said));
+        const said = author === 2 ? [written.trim()] : dressed(written, at, ranges); // markers have a line of their own
+        const span = make("span", { className: `span ${AUTHORS[author]}` }, ...said);
+        if (author !== 2) at += written.length;
         if (author < 2) {
           span.tabIndex = -1;
           span.facts = {
@@ -369,6 +395,35 @@
       before += length;
     }
     return box.childNodes.length ? [make("h3", { className: "part", textContent: title }), box] : [];
+  }
+
+  // Where a text is code or LaTeX: [from, to, class], in order. A dollar opens a formula as in Pandoc, so prices do not.
+  const NOTATION =
+    /^[ \t]*```[^\n]*\n[^]*?(?:\n[ \t]*```[ \t]*$|$(?![^]))|`[^`\n]+`|(?:\$\$[^$]+\$\$|\\\[(?:(?!\\\])[^]){1,2000}\\\]|\\\((?:(?!\\\))[^]){1,500}\\\)|\$(?=\S)[^$\n]*[^$\s\\]\$(?!\d))/gm;
+  function notations(text) {
+    return [...text.matchAll(NOTATION)].map((found) => {
+      const kind = found[0].trimStart().startsWith("```") ? "fence" : found[0].startsWith("`") ? "code" : "math";
+      return [found.index, found.index + found[0].length, kind];
+    });
+  }
+
+  // A part of a text that begins at `from`, with its code and its formulas in elements of their own.
+  function dressed(written, from, ranges) {
+    const parts = [];
+    let at = 0;
+    const upto = (end) => {
+      if (end > at) parts.push(...highlighted(written.slice(at, end)));
+      at = Math.max(at, end);
+    };
+    for (const [begin, end, kind] of ranges) {
+      if (end <= from || begin >= from + written.length) continue;
+      upto(begin - from);
+      const last = Math.min(end - from, written.length);
+      parts.push(make("code", { className: kind }, ...highlighted(written.slice(at, last))));
+      at = last;
+    }
+    upto(written.length);
+    return parts;
   }
 
   function highlighted(written) {
@@ -532,23 +587,32 @@
     action();
   }
 
-  function reasonChips() {
-    for (const [number_, word] of index.reasons.entries()) {
-      const rows = index.reason.reduce((sum, reason_) => sum + (reason_ === number_), 0);
-      const chip = make("button", { type: "button", className: "chip", value: number_, textContent: word });
+  function chips(id, words, of) {
+    for (const word of words) {
+      const rows = index.prompt.reduce((sum, _, row) => sum + (of(row) === word), 0);
+      if (!rows) continue;
+      const chip = make("button", { type: "button", className: "chip", value: word, textContent: word });
       chip.append(make("b", { textContent: number(rows) }));
       chip.setAttribute("aria-pressed", "false");
       chip.addEventListener("click", () => {
         chip.setAttribute("aria-pressed", String(chip.getAttribute("aria-pressed") !== "true"));
         refresh();
       });
-      $("reasons").append(chip);
+      $(id).append(chip);
     }
+  }
+
+  // Filters of judged rows are there where rows were judged.
+  function judged() {
+    $("verdicts").hidden = index.verdict.every((value) => value === null);
+    $("scores").hidden = index.score.every((value) => value === null);
+    $("sort").querySelector("[value=score-down]").hidden = $("scores").hidden;
+    if (!$("verdicts").hidden) chips("verdicts", ["right", "wrong", "none"], (row) => verdict(row) ?? "none");
   }
 
   function reset() {
     $("filters").reset();
-    for (const chip of document.querySelectorAll("#reasons .chip")) chip.setAttribute("aria-pressed", "false");
+    for (const chip of document.querySelectorAll(".chips .chip")) chip.setAttribute("aria-pressed", "false");
     refresh();
   }
 
@@ -595,7 +659,8 @@
     const wanted = /^#row=(\d+)$/.exec(location.hash);
     if (wanted) current = Math.max(0, index.number.indexOf(Number(wanted[1])));
     $("length-max").placeholder = String(index.tokens.reduce((most, tokens) => Math.max(most, tokens), 0));
-    reasonChips();
+    chips("reasons", index.reasons, (row) => index.reasons[index.reason[row]]);
+    judged();
     listen();
     await refresh();
     document.documentElement.dataset.ready = "yes";

@@ -49,7 +49,7 @@ def pack(
         The index of the rows, and their texts in chunks.
     """
     index: dict[str, Any] = {"names": [*names, None][:2], "reasons": [], "chunks": []}
-    columns: dict[str, list[Any]] = {name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens")}
+    columns: dict[str, list[Any]] = {name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens", "verdict", "score")}
     partner = _partners(against) if against is not None else lambda key: None
     texts, chunk, size = list[str](), list[Any](), 0
     for number, row in rows:
@@ -70,13 +70,14 @@ def pack(
 
 
 def _entry(number: int, row: Mapping[str, Any], turns: Sequence[tuple[str, str]], reasons: list[str]) -> list[Any]:
-    """Return what the page's list, search and filters need of a row: number, id, prompt, reason, share and tokens."""
+    """Return what the page's list, search and filters need of a row, see :func:`pack`."""
     reason = str(row.get("finish_reason") or "unknown")
     if reason not in reasons:
         reasons.append(reason)
     name = next((str(row[column]) for column in _IDS if row.get(column) is not None), None)
     prompt = " ".join(turns[-1][1].split())[:SNIPPET] if turns else ""
-    return [number, name, prompt, reasons.index(reason), _permille(row), _tokens(row)]
+    judged = [row.get("verdict"), row.get("teacher_score")]
+    return [number, name, prompt, reasons.index(reason), _permille(row), _tokens(row), *judged]
 
 
 def _packed(value: Any) -> str:
