@@ -119,8 +119,9 @@ class RunRecord(_Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     """All settings that decide the rows, and ``rows_in_flight``."""
     teacher: SpeakerRecord | None = None
-    """Null where only the fingerprint is known, as for rows of another process that come without a manifest."""
+    """Null where the method asks no teacher."""
     student: SpeakerRecord | None = None
+    """Null where only the fingerprint is known, as for rows of another process that come without a manifest."""
     source: SourceRecord | None = None
     libraries: dict[str, str] = Field(default_factory=dict)
     """Versions by distribution name."""
@@ -251,7 +252,7 @@ def now() -> str:
 
 
 def record(
-    teacher: Speaker,
+    teacher: Speaker | None,
     student: Speaker,
     settings: Settings,
     fingerprint: str,
@@ -261,7 +262,7 @@ def record(
     """Describe a run. Loads no model; revisions come from the local cache, so they are known after loading.
 
     Args:
-        teacher: The strong model.
+        teacher: The strong model, where it is asked.
         student: The model to be trained.
         settings: The run's settings.
         fingerprint: The run's fingerprint.
@@ -272,7 +273,7 @@ def record(
         fingerprint=fingerprint,
         method=settings.method,
         settings=settings.model_dump(exclude=set(SPEED) - {"rows_in_flight"}),
-        teacher=_speaker(teacher),
+        teacher=_speaker(teacher) if teacher is not None else None,
         student=_speaker(student),
         source=source,
         libraries=libraries(),

@@ -56,7 +56,7 @@ class Run:
     """A transform at work.
 
     Args:
-        teacher: The strong model.
+        teacher: The strong model; ``None`` where it is not asked.
         student: The model to be trained.
         settings: The run's settings.
         identify: Returns the run's fingerprint. Called once, when all engines can say what they are.
@@ -68,7 +68,7 @@ class Run:
 
     def __init__(
         self,
-        teacher: Speaker,
+        teacher: Speaker | None,
         student: Speaker,
         settings: Settings,
         identify: Callable[[], str],
@@ -77,6 +77,7 @@ class Run:
         self._settings, self._identify, self._record = settings, identify, record
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
+        teacher = teacher or student  # stands where one is expected, and is not asked
         self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
