@@ -282,14 +282,14 @@ def record(
     )
 
 
-def differences(one: RunRecord, other: RunRecord) -> list[str]:
-    """Name what differs between two runs and decides their rows, such as ``student.model.digest``."""
+def differences(one: RunRecord, other: RunRecord) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two runs and decides their rows, such as ``settings.seed``: both values by name."""
     first, second = (
         dict(_leaves(run.model_dump(include={"method", "settings", "teacher", "student"}))) for run in (one, other)
     )
     ignored = {"settings.rows_in_flight", "teacher.model.requested_revision", "student.model.requested_revision"}
-    names = dict.fromkeys([*first, *second])
-    return [name for name in names if first.get(name) != second.get(name) and name not in ignored]
+    values = {name: (first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1] and name not in ignored}
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

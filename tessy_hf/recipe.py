@@ -168,7 +168,12 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
     for name in settings.keys() - {*Settings.model_fields, "preset"}:  # settings and sections are one level of YAML
         if hint := nearest(name, ("teacher", "student", "cluster"), 0.7):
             raise SettingsError(f"The recipe {str(path)!r} has an unknown key {name!r}. {hint}")
-    Settings.check(**settings)
+    checked = Settings.check(**settings)
+    if recipe.teacher is None and "teacher" in checked.authors:
+        raise SettingsError(
+            f"The recipe {str(path)!r} has no `teacher`, and the method {checked.method!r} needs one. Expected: "
+            f"{_EXPECTED}; or method: student-only."
+        )
     teacher = _speaker(recipe.teacher, path) if recipe.teacher is not None else None
     return teacher, _speaker(recipe.student, path), settings
 

@@ -73,6 +73,7 @@ class TessyTransform(functools.partial[Any]):
     _token: str
     _async: bool
     _begun: str | None
+    _expected: tuple[int | None, int | None]  # rows, and those found
     _asked: tuple[Speaker | None, Speaker]  # as far as the method uses them
 
     def __new__(cls, *, teacher: Model | None = None, student: Model, **settings: Unpack[GivenSettings]) -> Self:
@@ -94,7 +95,7 @@ class TessyTransform(functools.partial[Any]):
             teacher, student = _with_predictors(teacher, student)
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
-        self._asked = _asked(teacher, student, settings)
+        self._asked, self._expected = _asked(teacher, student, settings), (None, None)
         self.source, self._token, self._async, self._begun = source, token, False, None
         TRANSFORMS.add(self)
         STREAMS.open(self)
@@ -149,7 +150,14 @@ class TessyTransform(functools.partial[Any]):
         dataset = _splits(dataset)[0]
         features = columns.features(dataset, self.settings.prompt_column, self._asked[1].thinking_format)
         self.source = prompt_source.source(dataset)
+        self._expect(len(dataset) if hasattr(dataset, "__len__") else None)
         return features
+
+    def _expect(self, rows: int | None, found: int | None = None) -> None:
+        """Note how many rows come, for the status line."""
+        self._expected = rows, found
+        if self._token in RUNS:
+            RUNS[self._token].expect(rows, found)
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
@@ -178,7 +186,9 @@ class TessyTransform(functools.partial[Any]):
             JournalError: The journal cannot be read.
         """
         counts = [plan(split, self.settings, self.run_fingerprint, self.record) for split in _splits(dataset)]
-        return Counts(*map(sum, zip(*counts, strict=True)))
+        summed = Counts(*map(sum, zip(*counts, strict=True)))
+        self._expect(sum(summed), summed.done)
+        return summed
 
     def with_settings(self, **settings: Unpack[GivenSettings]) -> Self:
         """Return the same transform with some settings changed, for instance ``journal=None``.
@@ -229,6 +239,7 @@ class TessyTransform(functools.partial[Any]):
             self._begun = provenance.now()
             STREAMS.open(self)
             RUNS[self._token] = Run(*self._asked, self.settings, self._fingerprint, self.record)
+            RUNS[self._token].expect(*self._expected)
         return RUNS[self._token]
 
     def close(self) -> None:
