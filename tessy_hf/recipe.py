@@ -221,6 +221,8 @@ def _change(given: Any, change: str) -> None:
     *above, last = name.split(".")
     inner = given
     for part in above:
+        if part == "boundary" and isinstance(inner, dict) and isinstance(inner.get(part), str):
+            inner[part] = {"model": inner[part]}
         inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
     if not (sign and last and isinstance(inner, dict)):
         raise SettingsError(

@@ -116,6 +116,12 @@ class TessyTransform(functools.partial[Any]):
         return cls(teacher=teacher, student=student, **settings)
 
     @property
+    def asked(self) -> dict[str, Speaker]:
+        """The speakers that the method asks for text, by author, as far as it uses them."""
+        both = {"teacher": self._asked[0], "student": self._asked[1]}
+        return {name: one for name, one in both.items() if one is not None and name in self.settings.authors}
+
+    @property
     def run_fingerprint(self) -> str:
         """The hash of all that decides the rows. While engines are open it is that of the models they have loaded."""
         run = RUNS.get(self._token)

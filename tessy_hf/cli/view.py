@@ -44,8 +44,8 @@ def view(
     for one in wanted:
         console.print(ShownRow(one), soft_wrap=not console.is_terminal)
     more = "; --limit shows more, --row ID one" if len(wanted) < len(finished) + len(begun) and not row else ""
-    half = f", {len(begun)} half-written" if begun else ""
-    console.print(f"{len(wanted)} of {len(finished):,} finished rows{half}{more}", highlight=False)
+    half = f" and {len(begun)} being written" if begun else ""
+    console.print(f"{len(wanted)} shown of {len(finished):,} finished rows{half}{more}", highlight=False)
 
 
 def _is_named(row: Mapping[str, Any], number: int, names: list[str]) -> bool:

@@ -1,6 +1,6 @@
 """Show a finished row, its text colored by author: in a terminal, or as HTML in a notebook.
 
-Text of prompts and models is data: markup in it is escaped, and so are control characters, which could drive a terminal.
+Text of prompts and models is data: markup in it is escaped, and so are control characters, which drive terminals.
 """
 
 from __future__ import annotations

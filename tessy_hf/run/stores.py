@@ -13,7 +13,7 @@ import datasets
 
 from tessy_hf.errors import JournalError, PromptError
 from tessy_hf.manifest import RunRecord, differences
-from tessy_hf.rows.prompt import PromptReader
+from tessy_hf.rows.prompt import PromptReader, read_prompts
 from tessy_hf.run.journal import Counts, Journal
 from tessy_hf.run.journal_file import is_journal
 from tessy_hf.run.journal_reader import JournalReader
@@ -96,6 +96,17 @@ def plan(dataset: Any, settings: Settings, fingerprint: str, record: Callable[[]
     for line in why_anew(other_prompts, settings):
         say(line)
     return counts._replace(done=counts.done + done, to_do=counts.to_do + unusable)
+
+
+def undone(rows: Iterable[Mapping[str, Any]], settings: Settings, fingerprint: str) -> Iterator[Mapping[str, Any]]:
+    """Iterate over prompts that have no finished row of this run in its journal or among the shared rows."""
+    journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
+    if shared is not None:
+        shared.refresh()
+    for key, row, _ in read_prompts(rows, settings):
+        there = shared is not None and key is not None and shared.done(key)
+        if not there and (journal is None or not journal.path.exists() or key is None or journal.row(key) is None):
+            yield row
 
 
 def other_runs(journal: JournalReader, record: Callable[[], RunRecord], keys: Iterable[RowKey]) -> Iterator[str]:
