@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tessy_hf.hub.boundary_models import push_boundary as push_boundary
     from tessy_hf.hub.push import push_to_hub as push_to_hub
     from tessy_hf.method.speaker import Speaker as Speaker
+    from tessy_hf.report.show import show as show
     from tessy_hf.settings import Settings as Settings
     from tessy_hf.text.thinking_format import ThinkingFormat as ThinkingFormat
     from tessy_hf.transform import TessyTransform as TessyTransform
@@ -46,6 +47,7 @@ _HOMES = {
     "TransformersEngine": "tessy_hf.engines.transformers",
     "VLLMEngine": "tessy_hf.engines.vllm",
     "push_to_hub": "tessy_hf.hub.push",
+    "show": "tessy_hf.report.show",
     "annotate": "tessy_hf.boundary_training.annotate",
     "push_boundary": "tessy_hf.hub.boundary_models",
     "train_boundary": "tessy_hf.boundary_training.train",

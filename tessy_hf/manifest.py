@@ -119,8 +119,9 @@ class RunRecord(_Record):
     settings: dict[str, Any] = Field(default_factory=dict)
     """All settings that decide the rows, and ``rows_in_flight``."""
     teacher: SpeakerRecord | None = None
-    """Null where only the fingerprint is known, as for rows of another process that come without a manifest."""
+    """Null where the method asks no teacher."""
     student: SpeakerRecord | None = None
+    """Null where only the fingerprint is known, as for rows of another process that come without a manifest."""
     source: SourceRecord | None = None
     libraries: dict[str, str] = Field(default_factory=dict)
     """Versions by distribution name."""
@@ -251,7 +252,7 @@ def now() -> str:
 
 
 def record(
-    teacher: Speaker,
+    teacher: Speaker | None,
     student: Speaker,
     settings: Settings,
     fingerprint: str,
@@ -261,7 +262,7 @@ def record(
     """Describe a run. Loads no model; revisions come from the local cache, so they are known after loading.
 
     Args:
-        teacher: The strong model.
+        teacher: The strong model, where it is asked.
         student: The model to be trained.
         settings: The run's settings.
         fingerprint: The run's fingerprint.
@@ -272,7 +273,7 @@ def record(
         fingerprint=fingerprint,
         method=settings.method,
         settings=settings.model_dump(exclude=set(SPEED) - {"rows_in_flight"}),
-        teacher=_speaker(teacher),
+        teacher=_speaker(teacher) if teacher is not None else None,
         student=_speaker(student),
         source=source,
         libraries=libraries(),
@@ -281,14 +282,14 @@ def record(
     )
 
 
-def differences(one: RunRecord, other: RunRecord) -> list[str]:
-    """Name what differs between two runs and decides their rows, such as ``student.model.digest``."""
+def differences(one: RunRecord, other: RunRecord) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two runs and decides their rows, such as ``settings.seed``: both values by name."""
     first, second = (
         dict(_leaves(run.model_dump(include={"method", "settings", "teacher", "student"}))) for run in (one, other)
     )
     ignored = {"settings.rows_in_flight", "teacher.model.requested_revision", "student.model.requested_revision"}
-    names = dict.fromkeys([*first, *second])
-    return [name for name in names if first.get(name) != second.get(name) and name not in ignored]
+    values = {name: (first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1] and name not in ignored}
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

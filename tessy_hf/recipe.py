@@ -29,15 +29,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Engine
 from tessy_hf.engines.server import ServerEngine
+from tessy_hf.engines.tokenizer_only import TokenizerOnly
 from tessy_hf.engines.transformers import TransformersEngine
 from tessy_hf.engines.vllm import VLLMEngine
 from tessy_hf.errors import SettingsError
 from tessy_hf.method.speaker import Speaker
-from tessy_hf.settings import Settings
+from tessy_hf.settings import Settings, nearest
 
 Read = TypeVar("Read", bound=BaseModel)
 
-ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VLLMEngine, "server": ServerEngine}
+ENGINES: dict[str, Any] = {
+    "transformers": TransformersEngine, "vllm": VLLMEngine, "server": ServerEngine, "tokenizer": TokenizerOnly
+}  # fmt: skip
 
 
 _EXPECTED = "settings by name, `teacher` and `student` with `engine`, `model` and `boundary`, and perhaps `cluster`"
@@ -59,7 +62,7 @@ class _Boundary(BaseModel):
 class _Speaker(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    engine: str
+    engine: str = "transformers"
     model: str
     options: dict[str, Any] = Field(default_factory=dict)
     boundary: str | _Boundary | None = None
@@ -86,7 +89,7 @@ class Placement(BaseModel):
 class _Recipe(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    teacher: _Speaker
+    teacher: _Speaker | None = None
     student: _Speaker
     cluster: Placement | None = None
 
@@ -120,8 +123,8 @@ def read_training(path: Path) -> dict[str, Any]:
     return given
 
 
-def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
-    """Read a recipe; return teacher, student and the settings.
+def read(path: Path, changes: Iterable[str] = ()) -> tuple[Speaker | None, Speaker, dict[str, Any]]:
+    """Read a recipe; return teacher, where there is one, student and the settings.
 
     Args:
         path: The file.
@@ -145,7 +148,7 @@ def read_placement(path: Path, changes: Iterable[str] = ()) -> Placement:
     return _validate(_Recipe, given, path, _EXPECTED).cluster or Placement()
 
 
-def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Speaker, Speaker, dict[str, Any]]:
+def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Speaker | None, Speaker, dict[str, Any]]:
     """Build teacher, student and settings from a recipe's content; ``path`` names it in errors.
 
     Raises:
@@ -162,8 +165,17 @@ def build(given: Any, path: Path | str, changes: Iterable[str] = ()) -> tuple[Sp
             "contain themselves and no mappings with keys of several kinds; put quotes around such keys."
         ) from error
     settings = dict(recipe.model_extra or {})
-    Settings.check(**settings)
-    return _speaker(recipe.teacher, path), _speaker(recipe.student, path), settings
+    for name in settings.keys() - {*Settings.model_fields, "preset"}:  # settings and sections are one level of YAML
+        if hint := nearest(name, ("teacher", "student", "cluster"), 0.7):
+            raise SettingsError(f"The recipe {str(path)!r} has an unknown key {name!r}. {hint}")
+    checked = Settings.check(**settings)
+    if recipe.teacher is None and "teacher" in checked.authors:
+        raise SettingsError(
+            f"The recipe {str(path)!r} has no `teacher`, and the method {checked.method!r} needs one. Expected: "
+            f"{_EXPECTED}; or method: student-only."
+        )
+    teacher = _speaker(recipe.teacher, path) if recipe.teacher is not None else None
+    return teacher, _speaker(recipe.student, path), settings
 
 
 def _content(path: Path) -> Any:
@@ -180,9 +192,27 @@ def _validate(kind: type[Read], given: Any, path: Path | str, expected: str) -> 
     except ValidationError as error:
         first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of several alternatives, the closest match
         where = ".".join(str(part) for part in first["loc"]) or "the file"
+        hint = _hint(first, given)
         raise SettingsError(
-            f"The recipe {str(path)!r} is invalid at {where}: {first['msg'].lower()}. Expected: {expected}."
+            f"The recipe {str(path)!r} is invalid at {where}: {first['msg'].lower()}. {hint}Expected: {expected}."
         ) from error
+
+
+def _hint(fault: Any, given: Any) -> str:
+    """Name the known key that is meant, for one that is unknown, or the unknown one for one that is missing."""
+    *above, last = map(str, fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        kind = {"boundary": _Boundary, "cluster": Placement}.get(str((above[1:2] or above)[0]), _Speaker)
+        hint = nearest(last, kind.model_fields)
+    elif fault["type"] == "missing" and isinstance(given, dict):
+        inner = given
+        for name in above:
+            inner = inner.get(name, {})
+        near = difflib.get_close_matches(last, map(str, inner), n=1, cutoff=0.7)
+        hint = f"Write {last!r} in place of {near[0]!r}." if near else ""
+    else:
+        return ""
+    return f"{hint} " if hint else ""
 
 
 def _change(given: Any, change: str) -> None:
@@ -191,6 +221,8 @@ def _change(given: Any, change: str) -> None:
     *above, last = name.split(".")
     inner = given
     for part in above:
+        if part == "boundary" and isinstance(inner, dict) and isinstance(inner.get(part), str):
+            inner[part] = {"model": inner[part]}
         inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
     if not (sign and last and isinstance(inner, dict)):
         raise SettingsError(
@@ -222,14 +254,13 @@ def _speaker(described: _Speaker, path: Path | str) -> Speaker:
 def _engine(described: _Speaker, path: Path | str) -> Engine:
     if described.engine not in ENGINES:
         raise SettingsError(
-            f"The recipe {str(path)!r} asks for the engine {described.engine!r}. Known: {', '.join(ENGINES)}."
+            f"The recipe {str(path)!r} asks for the engine {described.engine!r}. Known: {', '.join(ENGINES)}. "
+            f"{nearest(described.engine, ENGINES)}"
         )
     known = [*inspect.signature(ENGINES[described.engine]).parameters]
     for name in described.options.keys() - {*known}:  # what goes on to the engine's own library is known there only
-        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-            raise SettingsError(
-                f"The recipe {str(path)!r} has the option {name!r} for {described.model!r}. Did you mean {near[0]!r}?"
-            )
+        if hint := nearest(name, known, 0.85):
+            raise SettingsError(f"The recipe {str(path)!r} has the option {name!r} for {described.model!r}. {hint}")
     try:
         engine: Engine = ENGINES[described.engine](described.model, **described.options)
     except TypeError as error:

@@ -9,8 +9,8 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
 
@@ -70,10 +70,23 @@ SCORED_CANDIDATES = 5
 """How many candidates the paper lets the teacher choose from."""
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """Ask whether the nearest known name is meant; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
 class Checked(BaseModel):
     """Settings given by name. Unknown names are refused with the nearest known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put the fields' descriptions into ``help(cls)``."""
+        told = {name: " ".join((field.description or "").split()) for name, field in cls.model_fields.items()}
+        lines = [f"    {name}: {text}" for name, text in told.items()]
+        cls.__doc__ = "\n".join([cls.__doc__ or "", "", "Attributes:", *lines])
 
     @classmethod
     def check(cls, **given: Any) -> Self:
@@ -84,8 +97,7 @@ class Checked(BaseModel):
         """
         for name in given:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.4)
-                hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+                hint = nearest(name, cls.model_fields) or "Leave it out."
                 raise SettingsError(f"Unknown setting {name!r}. Known: {', '.join(cls.model_fields)}. {hint}")
         try:
             return cls(**given)
@@ -211,6 +223,13 @@ class Settings(Checked):
         """Whether the authors take turns within a row."""
         return self.method.startswith("tessy")
 
+    @property
+    def authors(self) -> frozenset[Author]:
+        """The authors that are asked for text. Of a student that is not, the tokenizer is read."""
+        if self.scored or self.shows_reference or self.method == "teacher-mix":
+            return frozenset(("teacher", "student"))
+        return self.plan("").writers
+
     def sampling(self, author: Author) -> Sampling:
         """Return how an author's tokens are drawn."""
         given = {name: getattr(self, name) for name in Sampling._fields}
@@ -242,6 +261,33 @@ class Settings(Checked):
         settings = self.model_dump(exclude={*SPEED, *unset})
         described = {"format": FORMAT, "settings": settings, "speakers": dict(speakers)}
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class GivenSettings(TypedDict, total=False):
+    """The fields of :class:`Settings` and ``preset``, for editors and type checkers."""
+
+    preset: Literal["paper", "authors"] | None
+    method: Method
+    chunk_tokens: int | Literal["auto"] | dict[Author, int]
+    stream: bool
+    temperature: float | dict[Author, float]
+    top_p: float | dict[Author, float]
+    top_k: int | dict[Author, int] | None
+    min_p: float | dict[Author, float] | None
+    repetition_penalty: float | dict[Author, float] | None
+    seed: int
+    max_thinking_tokens: int
+    max_answer_tokens: int
+    prompt_column: str
+    id_column: str | None
+    best_of: int | None
+    verifier: Any
+    system_prompt: str | None
+    rows_in_flight: int | Literal["auto"]
+    journal: str | os.PathLike[str] | None
+    parts: str | os.PathLike[str] | None
+    request_timeout: float
+    max_attempts: int
 
 
 def expand_preset(given: Mapping[str, Any]) -> dict[str, Any]:

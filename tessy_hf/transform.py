@@ -15,12 +15,13 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
 
 from tessy_hf import manifest as provenance
 from tessy_hf.boundary.predictor import BoundaryPredictor, is_shipped
+from tessy_hf.engines.tokenizer_only import TokenizerOnly
 from tessy_hf.errors import DatasetError, SettingsError
-from tessy_hf.method.speaker import Speaker
+from tessy_hf.method.speaker import Model, Speaker, as_speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
 from tessy_hf.rows.batch import Batch, Columns
 from tessy_hf.rows.output import write_rows
@@ -29,7 +30,7 @@ from tessy_hf.run.journal import Counts
 from tessy_hf.run.progress import Summary
 from tessy_hf.run.runner import RUNS, Run
 from tessy_hf.run.stores import plan
-from tessy_hf.settings import Settings, expand_preset
+from tessy_hf.settings import GivenSettings, Settings, expand_preset
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
@@ -55,32 +56,46 @@ class TessyTransform(functools.partial[Any]):
     (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()`` and ``to_parquet()`` work.
 
     Args:
-        teacher: The strong model, writer of capability spans.
-        student: The model to be trained, writer of style spans and of the answer.
+        teacher: The strong model, writer of capability spans: a :class:`Speaker`, an engine, or a model's Hub id or
+            folder, which ``transformers`` then runs in this process. ``student-only`` needs none.
+        student: The model to be trained, writer of style spans and of the answer. Of ``teacher-only`` only its
+            tokenizer is loaded.
         **settings: See :class:`tessy_hf.settings.Settings`, for instance ``method``, ``prompt_column``, ``journal``.
 
     Raises:
-        SettingsError: A setting is unknown or out of range, or an author lacks a boundary predictor.
+        SettingsError: A setting is unknown or out of range, or an author or its boundary predictor is missing.
     """
 
-    teacher: Speaker
+    teacher: Speaker | None
     student: Speaker
     settings: Settings
     source: provenance.SourceRecord | None  # the prompts last asked about with features()
     _token: str
     _async: bool
     _begun: str | None
+    _expected: tuple[int | None, int | None]  # rows, and those found
+    _asked: tuple[Speaker | None, Speaker]  # as far as the method uses them
 
-    def __new__(cls, *, teacher: Speaker, student: Speaker, **settings: Any) -> Self:
+    def __new__(cls, *, teacher: Model | None = None, student: Model, **settings: Unpack[GivenSettings]) -> Self:
         """Check the settings. Loads nothing."""
-        return cls._make(teacher, student, Settings.check(**settings), uuid.uuid4().hex)
+        speakers = teacher if teacher is None else as_speaker(teacher), as_speaker(student)
+        return cls._make(*speakers, Settings.check(**settings), uuid.uuid4().hex)
 
     @classmethod
-    def _make(cls, teacher: Speaker, student: Speaker, settings: Settings, token: str, source: Any = None) -> Self:
+    def _make(
+        cls, teacher: Speaker | None, student: Speaker, settings: Settings, token: str, source: Any = None
+    ) -> Self:
+        if teacher is None and "teacher" in settings.authors:
+            raise SettingsError(
+                f"The method {settings.method!r} needs a teacher and got none. Pass for instance "
+                'teacher="Qwen/Qwen3-8B", or method="student-only".'
+            )
         if settings.alternates:
+            assert teacher is not None
             teacher, student = _with_predictors(teacher, student)
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
+        self._asked, self._expected = _asked(teacher, student, settings), (None, None)
         self.source, self._token, self._async, self._begun = source, token, False, None
         TRANSFORMS.add(self)
         STREAMS.open(self)
@@ -101,13 +116,20 @@ class TessyTransform(functools.partial[Any]):
         return cls(teacher=teacher, student=student, **settings)
 
     @property
+    def asked(self) -> dict[str, Speaker]:
+        """The speakers that the method asks for text, by author, as far as it uses them."""
+        both = {"teacher": self._asked[0], "student": self._asked[1]}
+        return {name: one for name, one in both.items() if one is not None and name in self.settings.authors}
+
+    @property
     def run_fingerprint(self) -> str:
         """The hash of all that decides the rows. While engines are open it is that of the models they have loaded."""
         run = RUNS.get(self._token)
         return (run and run.fingerprint) or self._fingerprint()
 
     def _fingerprint(self) -> str:
-        return self.settings.fingerprint({"teacher": self.teacher.identity, "student": self.student.identity})
+        teacher, student = self._asked
+        return self.settings.fingerprint({"teacher": teacher and teacher.identity, "student": student.identity})
 
     def map(self, dataset: AnyDataset, **options: Any) -> Any:
         """Write an answer to each prompt: ``dataset.map(self, batched=True, features=self.features(dataset))``.
@@ -132,14 +154,20 @@ class TessyTransform(functools.partial[Any]):
             DatasetError: The prompt column is missing, or a column would be overwritten.
         """
         dataset = _splits(dataset)[0]
-        features = columns.features(dataset, self.settings.prompt_column, self.student.thinking_format)
+        features = columns.features(dataset, self.settings.prompt_column, self._asked[1].thinking_format)
         self.source = prompt_source.source(dataset)
+        self._expect(len(dataset) if hasattr(dataset, "__len__") else None)
         return features
+
+    def _expect(self, rows: int | None, found: int | None = None) -> None:
+        """Note how many rows come, for the status line."""
+        self._expected = rows, found
+        if self._token in RUNS:
+            RUNS[self._token].expect(rows, found)
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        made_of = self.teacher, self.student, self.settings, self.run_fingerprint
-        return provenance.record(*made_of, self.source, self._begun)
+        return provenance.record(*self._asked, self.settings, self.run_fingerprint, self.source, self._begun)
 
     def write(self, rows: Dataset | IterableDataset, path: str | Path, *, overwrite: bool = False) -> int:
         """Write rows to a ``.parquet`` or ``.jsonl`` file with the run's record, all or none; return their number.
@@ -164,9 +192,11 @@ class TessyTransform(functools.partial[Any]):
             JournalError: The journal cannot be read.
         """
         counts = [plan(split, self.settings, self.run_fingerprint, self.record) for split in _splits(dataset)]
-        return Counts(*map(sum, zip(*counts, strict=True)))
+        summed = Counts(*map(sum, zip(*counts, strict=True)))
+        self._expect(sum(summed), summed.done)
+        return summed
 
-    def with_settings(self, **settings: Any) -> Self:
+    def with_settings(self, **settings: Unpack[GivenSettings]) -> Self:
         """Return the same transform with some settings changed, for instance ``journal=None``.
 
         Raises:
@@ -201,7 +231,7 @@ class TessyTransform(functools.partial[Any]):
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
         given = Batch.read(batch, extra)
-        layout = self.settings.prompt_column, self.student.thinking_format.key
+        layout = self.settings.prompt_column, self._asked[1].thinking_format.key
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), *layout)
         return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
@@ -214,7 +244,8 @@ class TessyTransform(functools.partial[Any]):
         if self._token not in RUNS:
             self._begun = provenance.now()
             STREAMS.open(self)
-            RUNS[self._token] = Run(self.teacher, self.student, self.settings, self._fingerprint, self.record)
+            RUNS[self._token] = Run(*self._asked, self.settings, self._fingerprint, self.record)
+            RUNS[self._token].expect(*self._expected)
         return RUNS[self._token]
 
     def close(self) -> None:
@@ -239,8 +270,19 @@ class TessyTransform(functools.partial[Any]):
 
     def __repr__(self) -> str:
         """Show the method and the models."""
-        models = f"teacher={self.teacher.engine.model!r}, student={self.student.engine.model!r}"
+        models = f"teacher={self.teacher and self.teacher.engine.model!r}, student={self.student.engine.model!r}"
         return f"TessyTransform({models}, method={self.settings.method!r}, fingerprint={self.run_fingerprint})"
+
+
+def _asked(teacher: Speaker | None, student: Speaker, settings: Settings) -> tuple[Speaker | None, Speaker]:
+    """Return the speakers as far as a method uses them; nothing else is loaded, started or in the fingerprint."""
+    teacher, student = copy.copy(teacher), copy.copy(student)
+    if "student" not in settings.authors:
+        student.engine = TokenizerOnly(student.engine)
+    for one in (teacher, student):
+        if one is not None and not settings.alternates:
+            one.boundary = None
+    return teacher if "teacher" in settings.authors else None, student
 
 
 def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speaker]:

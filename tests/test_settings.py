@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import pydoc
+from typing import get_type_hints
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from tessy_hf.errors import SettingsError, TessyError
 from tessy_hf.plan import Sampling
-from tessy_hf.settings import FORMAT, Settings
+from tessy_hf.settings import FORMAT, GivenSettings, Settings
 from tessy_hf.verifiers.verifiers import Number
 
 SPEAKERS = {"teacher": {"engine": {"model": "t"}}, "student": {"engine": {"model": "s"}}}
@@ -270,3 +272,24 @@ def test_teacher_mix_splits_the_rows_by_their_key_alone_and_about_in_half():
     assert 160 < sum(plan.thinking == "teacher" for plan in plans.values()) < 240
     again = Settings.check(method="teacher-mix", seed=2, chunk_tokens=9)
     assert all(again.plan(key).thinking == plan.thinking for key, plan in plans.items())
+
+
+def test_the_typed_settings_are_those_there_are():
+    hints, fields = get_type_hints(GivenSettings), Settings.model_fields
+    assert hints.keys() == {*fields, "preset"} and GivenSettings.__total__ is False
+    for name, field in fields.items():
+        given = TypeAdapter(hints[name], config={"arbitrary_types_allowed": True}).json_schema(mode="validation")
+        assert _kinds(given) == _kinds(Settings.model_json_schema()["properties"][name]), (name, field)
+
+
+def _kinds(schema):
+    """The types of JSON values that a schema allows, and the values of its enumerations."""
+    found = {json.dumps(schema[key]) for key in ("enum", "const") if key in schema} or {schema.get("type")}
+    return set().union(*map(_kinds, schema["anyOf"])) if "anyOf" in schema else found
+
+
+def test_each_setting_is_described_in_help_and_in_the_schema():
+    text, schema = pydoc.render_doc(Settings), Settings.model_json_schema()["properties"]
+    for name in Settings.model_fields:
+        assert schema[name]["description"]
+        assert f"{name}: {schema[name]['description'].split()[0]}" in text

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import typer
 
+import tessy_hf
 from tessy_hf.cli.main import app
 from tests.documents import blocks
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("tessy_hf", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+SOURCES = ("tessy_hf", "recipes", "setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
 def run(*command, cwd):
@@ -54,6 +55,16 @@ def installed(tmp_path_factory):
 def test_the_demo_in_the_readme_runs_outside_the_checkout(installed, tmp_path):
     block = next(block.code for block in blocks(ROOT / "README.md") if "demo.transform" in block.code)
     assert "tokens are the teacher's" in run(installed, "-c", block, cwd=tmp_path)
+
+
+def test_the_recipes_come_with_the_package(installed, tmp_path):
+    command = installed.parent / "tessy"
+    listed = run(command, "examples", cwd=tmp_path)
+    assert "miniature\n" in listed and "qwen3-8b--gpt-oss-120b--code\n" in listed and "cluster/slurm\n" in listed
+    run(command, "examples", "miniature", cwd=tmp_path)
+    done = run(command, "synthesize", "miniature.yaml", "prompts.jsonl", "rows.jsonl", "--limit", "2", cwd=tmp_path)
+    assert "2 rows in rows.jsonl" in done
+    assert f"tessy-hf {tessy_hf.__version__}" in run(command, "--version", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("command", [None, *sorted(typer.main.get_command(app).commands)])

@@ -143,7 +143,7 @@ class BoundaryPredictor:
 
             check_installed()
         if self.model != SHIPPED:
-            _convention(self.model, _describe(self.model, self.revision)[0], self._stated)
+            _convention(self.model, _describe(self.files.path, self.revision)[0], self._stated)
 
     def start(self) -> None:
         """Load the model, if it is not loaded yet."""
@@ -211,7 +211,7 @@ class _Live:
     """A loaded predictor: label convention, window, vocabulary and reader."""
 
     def __init__(self, predictor: BoundaryPredictor) -> None:
-        model, revision, stated = predictor.model, None, predictor._stated
+        model, revision, stated = predictor.files.path, None, predictor._stated
         if model == SHIPPED:
             _shipped_digest()  # raises if it is missing
             model = str(_SHIPPED_FOLDER)

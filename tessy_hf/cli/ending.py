@@ -1,4 +1,4 @@
-"""How a run ends on the command line: a summary and the next command, or what is kept where it was stopped."""
+"""How a run begins and ends on the command line: what is there, a summary, the next command, what is kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from tessy_hf.errors import SettingsError
 
 if TYPE_CHECKING:
+    from tessy_hf.run.journal import Counts
     from tessy_hf.run.progress import Summary
     from tessy_hf.transform import TessyTransform
 
@@ -57,11 +58,51 @@ def stopping(transform: TessyTransform) -> Iterator[None]:
         raise
 
 
-def show(summary: Summary, transform: TessyTransform, data: str, out: Path | None) -> None:
-    """Print the summary of a run that has ended, where its rows are kept, and the next command."""
+def tell_plan(transform: TessyTransform, counts: Counts) -> None:
+    """Print how the rows stand before a run, and what it loads."""
+    from tessy_hf.run.progress import say
+
+    reused = f"{counts.done:,} of {sum(counts):,} rows are there already and are reused, " if counts.done else ""
+    others = {"to continue": counts.to_continue, "failed before": counts.failed_before}
+    more = "".join(f", {number:,} {what}" for what, number in others.items() if number)
+    place = f" (journal: {journal})" if (journal := _journal(transform)) else " (no journal: a rerun repeats them)"
+    say(f"{reused}{counts.to_do:,} rows to write{more}{place}")
+    if sum(counts) > counts.done:
+        one_line_for_weights(transform)
+
+
+def one_line_for_weights(transform: TessyTransform) -> None:
+    """Name the models that a run loads in this process, in place of a bar of `transformers` for each."""
+    from transformers.utils import logging
+
+    from tessy_hf.engines.server import ServerEngine
+    from tessy_hf.run.progress import say
+
+    logging.disable_progress_bar()
+    speakers = {name: one for name, one in transform.asked.items() if not isinstance(one.engine, ServerEngine)}
+    loaded = [f"{name} {one.engine.model}" for name, one in speakers.items()]
+    predictors = sum(one.boundary is not None for one in transform.asked.values())
+    loaded += [f"{predictors} boundary predictors"] if predictors else []
+    if loaded:
+        say(f"Loading weights: {', '.join(loaded)}")
+
+
+def show(summary: Summary, transform: TessyTransform, data: str, out: Path | None, *, trial: bool = False) -> None:
+    """Print the summary of a run that has ended, where its rows are kept, and the next command.
+
+    After a ``trial`` these are the commands that show its rows and write all others.
+    """
+    from tessy_hf.report.show import visible
+
     settings, console = transform.settings, Console()
-    lines = [str(summary), *(f"journal: {place}" for place in [_journal(transform)] if place)]
-    if summary.failed and (settings.journal or settings.parts):
+    lines = [visible(str(summary)), *(f"journal: {place}" for place in [_journal(transform)] if place)]
+    if trial and not summary.failed:
+        words = iter(sys.argv[1:])
+        whole = [word for word in words if not (word == "--limit" and next(words)) and not word.startswith("--limit=")]
+        kept = "  (all rows; these are reused)" if _journal(transform) or settings.parts else "  (all rows)"
+        lines += [f"look: {shlex.join(['tessy', 'view', str(out)])}"] if out is not None else []
+        lines.append(f"next: {shlex.join(['tessy', *whole])}{kept}")
+    elif summary.failed and (settings.journal or settings.parts):
         again = f"{_command()} --set max_attempts={2 * settings.max_attempts}"
         lines.append(f"next: {again}  (tries the failed rows again)")
     elif out is None:

@@ -6,21 +6,22 @@ start or go on, as one sentence says; 130, stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import re
+from typing import Annotated
+
 import typer
 from rich.console import Console
 
-from tessy_hf.cli import boundary, release, report, rows, synthesize
+import tessy_hf
+from tessy_hf.cli import boundary, examples, release, report, rows, synthesize, view
 from tessy_hf.errors import MergeError, TessyError
 
-app = typer.Typer(
-    help="Cooperative teacher-student synthesis of reasoning data (TESSY).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
+    examples.examples,
     synthesize.synthesize,
     synthesize.plan,
+    view.view,
     rows.status,
     rows.export,
     rows.merge,
@@ -37,6 +38,21 @@ for command in (
     app.command(command.__name__.replace("_", "-"))(command)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tessy-hf {tessy_hf.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def tessy(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Cooperative teacher-student synthesis of reasoning data (TESSY)."""
+
+
 def main() -> None:
     """Run the command. What this package raises on purpose ends in one sentence, not in a traceback."""
     try:
@@ -45,10 +61,31 @@ def main() -> None:
         known = _known(error)
         if known is None:
             raise
+        from tessy_hf.report.show import visible
+
         console = Console(stderr=True)
         console.print(f"[bold red]{type(known).__name__}[/]", end=": ")
-        console.print(" ".join(str(known).split()), markup=False, highlight=False, soft_wrap=True)
+        text = visible(for_command_line(" ".join(str(known).split())))
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1 if isinstance(known, MergeError) else 2) from None
+
+
+_ADVICE = (
+    (r"\b(teacher|student)=Speaker\(engine, (\w+)=\.\.\.\)", r"--set \1.\2=..."),
+    (r"\bSpeaker\((?:engine|\.\.\.), (\w+)=([^()]*)\)", r"--set AUTHOR.\1=\2"),
+    (r"\bBoundaryPredictor\(\.\.\., (\w+)=(\w*)\)", r"--set AUTHOR.boundary.\1=\2"),
+    (r"\b\w+Engine\(\.\.\., (\w+)=(\w*)\)", r"--set AUTHOR.options.\1=\2"),
+    (r"\b([Pp]ass|or|with|instance) (?=(?:SETTINGS)=)", r"\1 --set "),
+)
+
+
+def for_command_line(text: str) -> str:
+    """Return an error's text with ``--set NAME=VALUE`` where it advises keyword arguments of Python."""
+    from tessy_hf.settings import Settings
+
+    for pattern, words in _ADVICE:
+        text = re.sub(pattern.replace("SETTINGS", "|".join(Settings.model_fields)), words, text)
+    return text
 
 
 def _known(error: BaseException | None) -> TessyError | None:

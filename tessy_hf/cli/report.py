@@ -17,7 +17,8 @@ def report(
         str,
         typer.Argument(
             metavar="PATH_OR_REPO",
-            help="Finished rows: a .parquet or .jsonl file, a saved folder, or a dataset on the Hub (me/data@v1.0.0).",
+            help="Finished rows: a .parquet or .jsonl file, a saved folder, a journal, or a dataset on the Hub "
+            "(me/data@v1.0.0).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
@@ -27,11 +28,12 @@ def report(
     split: Annotated[str, typer.Option(help="Which split, if there are several.")] = "train",
     config_name: Annotated[str | None, typer.Option("--config", help="Which configuration, on the Hub.")] = None,
     rows: Annotated[int, typer.Option(help="The most rows to show; the numbers cover all rows.")] = 10_000,
+    run: Annotated[str | None, typer.Option(help="Which run of a journal, if it holds several.")] = None,
 ) -> None:
     """Write one HTML file with a dataset's statistics, figures and rows colored by author."""
     from tessy_hf.report.page import write_report
 
-    shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows)
+    shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows, run=run)
     size = out.stat().st_size / 1e6
     Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tessy_hf.cli.files import load
 
 if TYPE_CHECKING:
     from tessy_hf.cluster.merge import Report
+    from tessy_hf.manifest import RunRecord
+    from tessy_hf.run.journal import Counts
 
 from tessy_hf.cli.synthesize import open_transform
 
@@ -22,14 +24,60 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_default=False)]
 
 
-def status(journal: JournalPath) -> None:
-    """Show how far the runs in a journal are."""
+def status(
+    journal: Annotated[
+        Path | None, typer.Argument(help="A journal; without one, all that are here, below and in the default place.")
+    ] = None,
+) -> None:
+    """Show how far runs are: recipe, models, dates, progress, and which settings differ."""
+    from tessy_hf.report.show import visible
+    from tessy_hf.rows import run_record
     from tessy_hf.run.finished import open_journal
+    from tessy_hf.run.journal_reader import JournalReader
+    from tessy_hf.run.stores import find_journals
 
-    table = Table("run", "done", "to continue", "begun", "failed before")
-    for fingerprint, counts in open_journal(journal).fingerprints().items():
-        table.add_row(fingerprint, *map(str, (counts.done, counts.to_continue, counts.to_do, counts.failed_before)))
-    Console().print(table)
+    paths = [open_journal(journal).path] if journal is not None else find_journals(Path.cwd())
+    runs = [(path, run, counts) for path in paths for run, counts in JournalReader(path, "").fingerprints().items()]
+    records = [run_record.parse(JournalReader(path, run).description() or "{}", path) for path, run, _ in runs]
+    told = [record.settings if record else {} for record in records]
+    names = dict.fromkeys(name for settings in told for name in settings)
+    differing = [name for name in names if len({json.dumps(one[name]) for one in told if name in one}) > 1]
+    console = Console()
+    for (path, run, counts), record, settings in zip(runs, records, told, strict=True):
+        lines = [
+            _shown_path(path),
+            f"  {run}  {_models(record)}",
+            f"  {_progress(counts)}; last written {_date(path)}",
+        ]
+        chosen = [f"{name}={settings[name]}" for name in differing if name in settings]
+        lines += [f"  differs in: {', '.join(chosen)}"] if chosen else []
+        console.print(visible("\n".join(lines)), markup=False, highlight=False, soft_wrap=True)
+    if not runs:
+        console.print("No journals here, below, or in the default place. A run with a journal makes one.")
+
+
+def _shown_path(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _models(record: RunRecord | None) -> str:
+    if record is None or record.student is None:
+        return "models unknown"
+    models = " → ".join(one.model.name for one in (record.teacher, record.student) if one is not None)
+    return f"{record.method}: {models}, begun {(record.begun or '?')[:16].replace('T', ' ')} UTC"
+
+
+def _progress(counts: Counts) -> str:
+    total = sum(counts)
+    share = f" ({counts.done / total:.0%})" if total else ""
+    more = {"to continue": counts.to_continue, "to do": counts.to_do, "failed before": counts.failed_before}
+    return f"{counts.done:,} of {total:,} rows done{share}" + "".join(
+        f", {n:,} {what}" for what, n in more.items() if n
+    )
+
+
+def _date(path: Path) -> str:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def export(

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tessy_hf.cli.ending import check_failures, most_failures, show, stopping
+from tessy_hf.cli.ending import check_failures, most_failures, one_line_for_weights, show, stopping, tell_plan
 from tessy_hf.cli.files import load
 from tessy_hf.errors import SettingsError
 
@@ -43,6 +43,9 @@ def synthesize(
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Change the recipe: temperature=0.5, teacher.model=me/model.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first rows, as a trial: the run without --limit reuses them.", min=1)
+    ] = None,
     run: Annotated[str | None, typer.Option(help="Which run of a release, if it has several.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="Only this shard of the prompts, RANK/WORLD: 0/8 to 7/8 for eight hosts.")
@@ -73,18 +76,14 @@ def synthesize(
         prompts = load(data, split, config, line_column="prompt")
         if kept is not None:
             prompts = prompts.filter(kept, with_indices=True)
+        prompts = prompts if limit is None else prompts.take(limit)
         if output is not None:
             output.check_prompts(transform.run_fingerprint, transform.settings, prompts)
         if ray:
             _synthesize_on_ray(prompts, transform, out, recipe, change or [], overwrite, allow_failures)
             return
         features = transform.features(prompts)
-        plan = transform.plan(prompts)
-        Console(stderr=True).print(
-            f"{plan.done} rows done, {plan.to_continue} to continue, {plan.to_do} to do, "
-            f"{plan.failed_before} failed before",
-            highlight=False,
-        )
+        tell_plan(transform, transform.plan(prompts))
         rows = prompts.map(transform, batched=True, features=features)
         with stopping(transform):
             if output is None:
@@ -93,7 +92,7 @@ def synthesize(
                 count = output.write(tables(rows, features), features, transform.record)
         summary = transform.summary()
     Console().print(f"{count} rows in {out or transform.settings.parts}", soft_wrap=True)
-    show(summary, transform, data, out)
+    show(summary, transform, data, out, trial=limit is not None)
     check_failures(summary.failed, summary.finished + summary.failed, allow_failures)
 
 
@@ -146,15 +145,19 @@ def plan(
     split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
     config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the pilot's rows in the run's journal.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Estimate the cost of a run from a short pilot, whose rows are discarded."""
+    """Estimate the cost of a run from a short pilot, whose rows are discarded unless --keep is given."""
     from tessy_hf.pilot.estimate import estimate
 
     given = load(data, split, config, streaming=prompts is not None, line_column="prompt")
     gpus = {"teacher": teacher_gpus, "student": student_gpus}
     with open_transform(recipe, change or [], None) as transform:
-        found = estimate(transform, given, prompts, rows, gpus)
+        if prompts is None:
+            transform.plan(given)  # names other runs of these prompts
+        one_line_for_weights(transform)
+        found = estimate(transform, given, prompts, rows, gpus, keep=keep)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
         return

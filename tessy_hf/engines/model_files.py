@@ -26,18 +26,24 @@ SETTLED_SECONDS = 2.0
 """Files younger than this are not remembered: file systems may give a second change the same time."""
 
 
+DEMO = "demo:"
+"""Begins the names of the miniature models in this package, which are the same on every machine."""
+
+_MINIATURES = Path(__file__).parent.parent / "demo" / "models"
+
+
 class ModelFiles:
     """A model as the user names it, and the files that this name stands for when it is first asked.
 
     A Hub id stands for one commit from then on, also in pickled copies: what identifies the model is what is loaded.
 
     Args:
-        model: Hub id or folder.
+        model: Hub id or folder, or a miniature model such as ``demo:teacher``.
         revision: Branch, tag or commit on the Hub.
         weights: Whether the weights belong to it, or only the tokenizer.
 
     Raises:
-        SettingsError: The revision is not text, such as a number in YAML.
+        SettingsError: The revision is not text, such as a number in YAML, or there is no such miniature model.
     """
 
     def __init__(self, model: str, revision: str | None = None, *, weights: bool = True) -> None:
@@ -47,12 +53,18 @@ class ModelFiles:
                 "around it in YAML."
             )
         self.model, self.revision, self._weights = model, revision, weights
+        located(model)
         self._commit: str | None = None
+
+    @property
+    def path(self) -> str:
+        """What is loaded: a folder or a Hub id."""
+        return located(self.model)
 
     @property
     def pinned(self) -> str | None:
         """The revision to load: the commit on the Hub, where it can be found out, else as given."""
-        if self._commit is None and not Path(self.model).is_dir():
+        if self._commit is None and not Path(self.path).is_dir():
             self._commit = commit(self.model, self.revision)
         return self._commit or self.revision
 
@@ -60,8 +72,23 @@ class ModelFiles:
     def identity(self) -> dict[str, Any]:
         """What identifies the model in a run's fingerprint: name, revision, and the digest of a local folder."""
         identity: dict[str, Any] = {"model": self.model, "revision": self.pinned}
-        folder = Path(self.model)
+        folder = Path(self.path)
         return {**identity, "digest": digest(folder, weights=self._weights)} if folder.is_dir() else identity
+
+
+def located(model: str) -> str:
+    """Return the folder of a miniature model of this package, ``demo:teacher`` and the like, else the name itself.
+
+    Raises:
+        SettingsError: There is no such miniature model.
+    """
+    name = model.removeprefix(DEMO)
+    if name == model:
+        return model
+    known = sorted(path.name for path in _MINIATURES.iterdir())
+    if name not in known:
+        raise SettingsError(f"There is no miniature model {model!r}. Known: {', '.join(DEMO + one for one in known)}.")
+    return str(_MINIATURES / name)
 
 
 def commit(name: str, revision: str | None) -> str | None:

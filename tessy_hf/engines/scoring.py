@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tessy_hf.engines.forward import forward
+from tessy_hf.engines.model_files import located
 from tessy_hf.errors import SettingsError
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -62,8 +63,8 @@ def load_student(tokenizer: str, model: str | None = None) -> tuple[Vocabulary, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(tokenizer), tokenizer)
-        network = AutoModelForCausalLM.from_pretrained(model, use_safetensors=True) if model else None
+        vocabulary = Vocabulary(AutoTokenizer.from_pretrained(located(tokenizer)), tokenizer)
+        network = AutoModelForCausalLM.from_pretrained(located(model), use_safetensors=True) if model else None
     except (OSError, ValueError) as error:
         seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingsError(

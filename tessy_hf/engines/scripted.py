@@ -160,6 +160,9 @@ class ScriptedEngine:
         """Pickle the description only."""
         return {**self.__dict__, "_vocabulary": None, "_plays": {}}
 
+    def __repr__(self) -> str:
+        return f"ScriptedEngine({self.model!r})"
+
 
 def _as_script(given: Script | str | Sequence[str]) -> Script:
     return given if isinstance(given, Script) else Script(given)

@@ -125,7 +125,7 @@ class ServerEngine:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         hint = "Pass ServerEngine(..., tokenizer=) with the Hub id or folder of the served model's tokenizer."
-        return load_tokenizer(self.tokenizer_name, self.files.pinned, hint)
+        return load_tokenizer(self.files.path, self.files.pinned, hint)
 
     @property
     def context_length(self) -> int:

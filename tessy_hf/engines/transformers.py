@@ -104,7 +104,7 @@ class TransformersEngine:
         if self._tokenizer is None:
             hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
             own = {name: self._options[name] for name in ("gguf_file",) if name in self._options}
-            self._tokenizer = load_tokenizer(self.model, self.files.pinned, hint, **own)
+            self._tokenizer = load_tokenizer(self.files.path, self.files.pinned, hint, **own)
         return self._tokenizer
 
     @property
@@ -132,7 +132,7 @@ class TransformersEngine:
         from tessy_hf.engines.generation import Generator
         from tessy_hf.engines.network import load, row_length
 
-        network = load(self.model, self.files.pinned, self._dtype, pick_device(self._device), self._options)
+        network = load(self.files.path, self.files.pinned, self._dtype, pick_device(self._device), self._options)
         self._row_length = row_length(network, self._context_length)
         self._rounds = _Rounds(Generator(network), self._max_batch)
 

@@ -72,7 +72,7 @@ class VLLMEngine:
         """The model's tokenizer."""
         if self._tokenizer is None:
             hint = "A Hub id or a folder is expected; check the name, and HF_TOKEN for gated models."
-            self._tokenizer = load_tokenizer(self.model, self.files.pinned, hint)
+            self._tokenizer = load_tokenizer(self.files.path, self.files.pinned, hint)
         return self._tokenizer
 
     @property
@@ -109,7 +109,7 @@ class VLLMEngine:
             self._restarting = asyncio.Lock()
 
     async def _launch(self) -> VLLMProcess:
-        process = VLLMProcess(self.model, {"revision": self.files.pinned, "dtype": self._dtype, **self._options})
+        process = VLLMProcess(self.files.path, {"revision": self.files.pinned, "dtype": self._dtype, **self._options})
         try:
             await asyncio.to_thread(process.start)
         except BaseException:

@@ -130,12 +130,13 @@ def recipe(run: RunRecord) -> dict[str, Any]:
     Raises:
         HubError: The record does not name the models.
     """
-    if run.teacher is None or run.student is None:
+    if run.student is None:
         raise HubError(
             f"The record of run {run.fingerprint} does not name its models. One made by a TessyTransform is expected; "
             "ask the publisher for the recipe."
         )
-    return {**run.settings, "teacher": _speaker(run.teacher), "student": _speaker(run.student)}
+    teacher = {"teacher": _speaker(run.teacher)} if run.teacher is not None else {}
+    return {**run.settings, **teacher, "student": _speaker(run.student)}
 
 
 def _speaker(speaker: SpeakerRecord) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Submission:
             column = self.record(run).settings.get("prompt_column")
             if column and not {column, f"source_{column}"} & set(self.rows.features):
                 yield f"the rows have no column {column!r}; `tessy merge JOURNAL --prompts` writes the prompts'"
-            if self.record(run).teacher is None:
+            if self.record(run).student is None:
                 yield f"of run {run} only the fingerprint is known; pass manifest= (--recipe) to name its models"
 
     @cached_property

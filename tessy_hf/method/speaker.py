@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Engine
+from tessy_hf.engines.transformers import TransformersEngine
 from tessy_hf.errors import PromptError, SettingsError
 from tessy_hf.plan import Plan
 from tessy_hf.text.thinking_format import FAMILIES, ThinkingFormat, check_templates, detect, end_ids, misfit, render
@@ -205,6 +206,33 @@ class Speaker:
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description only."""
         return {**self.__dict__, "_loaded": None}
+
+    def __repr__(self) -> str:
+        """Show what differs from a bare engine."""
+        format_ = self.given_format
+        given = {
+            "boundary": self.boundary,
+            "chat_template": self.chat_template and "...",
+            "template_options": self.template_options,
+            "thinking_format": next((name for name, one in FAMILIES.items() if one is format_), format_),
+        }
+        told = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+        return f"Speaker({self.engine!r}{told})"
+
+
+Model: TypeAlias = Speaker | Engine | str | Path
+"""What names an author: a speaker, an engine, or a model's Hub id or folder."""
+
+
+def as_speaker(given: Model) -> Speaker:
+    """Return a speaker; a Hub id or folder becomes one run by `transformers` in this process.
+
+    Raises:
+        SettingsError: It is none of these.
+    """
+    if isinstance(given, Speaker):
+        return given
+    return Speaker(TransformersEngine(given) if isinstance(given, str | Path) else given)
 
 
 def _format(given: ThinkingFormat | str | Mapping[str, Any] | None) -> ThinkingFormat | None:

@@ -1,13 +1,13 @@
 """Estimate what a run costs from a short pilot: tokens, requests, hours, GPU-hours, and the bottleneck.
 
-A transform and its prompts go in, an :class:`Estimate` comes out. The pilot's rows are thrown away. Its rates hold for
-as many rows in flight as it had, so it should have a few times more rows than the window.
+A transform and its prompts go in, an :class:`Estimate` comes out. The pilot's rows are discarded, or kept in the run's
+journal. Its rates hold for as many rows in flight as it had, so it should have a few times more rows than the window.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import islice
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.run.metering import Load
+from tessy_hf.run.stores import undone
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -83,19 +84,22 @@ def estimate(
     total: int | None = None,
     rows: int = 64,
     gpus: Mapping[str, int] | None = None,
+    *,
+    keep: bool = False,
 ) -> Estimate:
     """Run a pilot and scale its costs up.
 
     Args:
-        transform: The run. It is used with its own engines, without its journal.
+        transform: The run. It is used with its own engines; with its journal only where rows are kept.
         prompts: The prompts; the first ``rows`` are the pilot's.
         total: How many prompts the whole run has; by default as many as ``prompts``.
         rows: How many rows the pilot writes.
         gpus: GPUs of ``teacher`` and ``student`` in the pilot, 1 each by default.
+        keep: Whether the run keeps the pilot's rows, which are those of its first prompts that have none yet.
 
     Raises:
         DatasetError: There are no prompts, their number is unknown, or every row of the pilot failed.
-        SettingsError: ``gpus`` names another model, or ``rows`` is below 1.
+        SettingsError: ``gpus`` names another model, ``rows`` is below 1, or there is no place to keep rows.
     """
     gpus = {"teacher": 1, "student": 1, **(gpus or {})}
     if set(gpus) != set(AUTHORS) or rows < 1:
@@ -106,7 +110,8 @@ def estimate(
     total = len(prompts) if total is None and hasattr(prompts, "__len__") else total
     if total is None:
         raise DatasetError("The number of prompts in a stream is unknown. Pass total= with the number to plan for.")
-    written, seconds, loads = _run_pilot(transform.with_settings(journal=None, parts=None), _first(prompts, rows))
+    run, first = _pilot(transform, prompts, rows, keep)
+    written, seconds, loads = _run_pilot(run, first, keep)
     good = [row for row in written if row["finish_reason"] != "error"]
     if not good:
         raise DatasetError(
@@ -127,10 +132,24 @@ def estimate(
     )
 
 
-def _run_pilot(run: TessyTransform, prompts: Dataset) -> tuple[list[dict[str, Any]], float, dict[str, Load]]:
+def _pilot(transform: TessyTransform, prompts: Any, rows: int, keep: bool) -> tuple[TessyTransform, Dataset]:
+    """Return the pilot's transform and prompts; of rows that are kept one more, as the first one is not measured."""
+    if not keep:
+        return transform.with_settings(journal=None, parts=None), _first(prompts, rows, prompts.features)
+    settings = transform.settings
+    if settings.journal is None and settings.parts is None:
+        raise SettingsError("The pilot's rows cannot be kept without a journal. Pass journal='auto', or a path.")
+    given = undone(prompts, settings, transform.run_fingerprint)
+    return transform, _first(given, rows + 1, prompts.features)
+
+
+def _run_pilot(
+    run: TessyTransform, prompts: Dataset, keep: bool
+) -> tuple[list[dict[str, Any]], float, dict[str, Load]]:
     """Write the rows of the pilot; return them, the seconds it took, and what they waited for."""
     with run:
         next(iter(prompts.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
+        prompts = prompts.select(range(1, len(prompts))) if keep and len(prompts) > 1 else prompts
         before, begin = run.loads(), time.monotonic()
         written = list(prompts.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
         seconds, after = time.monotonic() - begin, run.loads()
@@ -149,13 +168,16 @@ def _cost(author: str, rows: list[dict[str, Any]], load: Load, scale: float, gpu
     )
 
 
-def _first(prompts: Dataset | IterableDataset, rows: int) -> Dataset:
+def _first(prompts: Iterable[Any], rows: int, features: Any) -> Dataset:
     from datasets import Dataset
 
     first = list(islice(prompts, rows))
     if not first:
-        raise DatasetError("There are no prompts. A pilot needs at least one; check the file and the split.")
-    return Dataset.from_list(first, features=prompts.features)
+        raise DatasetError(
+            "There are no prompts to write. A pilot needs at least one; check the file and the split, or run without "
+            "--keep if all rows are written."
+        )
+    return Dataset.from_list(first, features=features)
 
 
 def _replicas(teacher: float, student: float) -> dict[str, int]:

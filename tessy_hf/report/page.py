@@ -10,7 +10,8 @@ from tessy_hf.report import figures, viewer
 from tessy_hf.report.html import drawn, render
 from tessy_hf.report.statistics import NEEDED, evenly, summarize
 from tessy_hf.report.tables import Table, comparison, count, percent, tables
-from tessy_hf.rows.loading import load_finished, short_names
+from tessy_hf.rows.loading import short_names
+from tessy_hf.run.finished import open_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,19 +22,20 @@ ROWS = 10_000
 
 def write_report(
     source: str, out: Path, *, against: str | None = None, split: str = "train", config_name: str | None = None,
-    rows: int = ROWS,
+    rows: int = ROWS, run: str | None = None,
 ) -> int:  # fmt: skip
     """Write one self-contained HTML file with a dataset's statistics, figures and rows.
 
     Statistics are those of all rows. If there are more than ``rows`` rows, that many are shown, evenly spaced.
 
     Args:
-        source: A dataset, as for :func:`tessy_hf.rows.loading.load`.
+        source: A journal, or a dataset as for :func:`tessy_hf.rows.loading.load`.
         out: The file to write.
         against: A second dataset of the same prompts, for instance of the teacher alone, to show beside the first.
         split: Which split, where there are several.
         config_name: Which configuration, on the Hub.
         rows: The most rows to show.
+        run: Which run of a journal, where it holds several.
 
     Returns:
         How many rows are shown.
@@ -44,9 +46,9 @@ def write_report(
     """
     if rows < 1:
         raise SettingsError(f"rows={rows} shows nothing. Pass at least 1; the default is {ROWS:,}.")
-    dataset = load_finished(source, split, config_name)
+    dataset = open_rows(source, split, config_name, run)
     summary = summarize(dataset)
-    other = load_finished(against, split, config_name) if against is not None else None
+    other = open_rows(against, split, config_name, run) if against is not None else None
     names = short_names([source] if against is None else [source, against])
     shown = evenly(len(dataset), rows)
     index, texts = viewer.pack(zip(shown, dataset.select(shown), strict=True), names, other)

@@ -53,7 +53,7 @@ def pack(
     partner = _partners(against) if against is not None else lambda key: None
     texts, chunk, size = list[str](), list[Any](), 0
     for number, row in rows:
-        turns, spans = _prompt(row), shown(row)
+        turns, spans = prompt_turns(row), shown(row)
         other = partner(_key(turns))
         if not chunk:
             index["chunks"].append(len(columns["number"]))
@@ -74,10 +74,14 @@ def _entry(number: int, row: Mapping[str, Any], turns: Sequence[tuple[str, str]]
     reason = str(row.get("finish_reason") or "unknown")
     if reason not in reasons:
         reasons.append(reason)
-    name = next((str(row[column]) for column in _IDS if row.get(column) is not None), None)
     prompt = " ".join(turns[-1][1].split())[:SNIPPET] if turns else ""
     judged = [row.get("verdict"), row.get("teacher_score")]
-    return [number, name, prompt, reasons.index(reason), _permille(row), _tokens(row), *judged]
+    return [number, row_id(row), prompt, reasons.index(reason), _permille(row), _tokens(row), *judged]
+
+
+def row_id(row: Mapping[str, Any]) -> str | None:
+    """Return a row's id, where one of the usual columns has it."""
+    return next((str(row[column]) for column in _IDS if row.get(column) is not None), None)
 
 
 def _packed(value: Any) -> str:
@@ -87,7 +91,7 @@ def _packed(value: Any) -> str:
 # --- what is shown of a row
 
 
-def _prompt(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+def prompt_turns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return role and text of the messages before the assistant's finished turn."""
     messages = row["messages"] or []
     if messages and messages[-1]["role"] == "assistant":
@@ -105,7 +109,7 @@ def _partners(dataset: Dataset) -> Callable[[str], Any]:
     """Return a function from a prompt's key to its row; of several rows of a prompt it returns each once."""
     places: dict[str, deque[int]] = {}
     for place, row in enumerate(dataset.select_columns("messages")):
-        places.setdefault(_key(_prompt(row)), deque()).append(place)
+        places.setdefault(_key(prompt_turns(row)), deque()).append(place)
 
     def partner(key: str) -> Any:
         left = places.get(key)

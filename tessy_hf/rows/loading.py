@@ -142,10 +142,10 @@ def _load_files(source: str, kind: str, split: str, streaming: bool, line_column
 
     if source.lower().endswith(".zst") and find_spec("zstandard") is None:
         raise ImportError("it needs zstandard, which is not installed; run: pip install zstandard")
+    if re.split(r"\W", split)[0] != "train":
+        raise ValueError("a file has one split, 'train'")
     builder, options = FORMATS[kind]
-    named = re.match(r"\w*", split)
-    files = {named[0] if named else split: source}  # a file is one split, whatever that is called
-    dataset = load_dataset(builder, data_files=files, split=split, streaming=streaming, **options)
+    dataset = load_dataset(builder, data_files={"train": source}, split=split, streaming=streaming, **options)
     if builder != "text":
         return dataset
     lines = dataset.filter(lambda line: bool(line.strip()), input_columns="text")
@@ -156,8 +156,7 @@ def _take(saved: Dataset | DatasetDict, split: str) -> Dataset:
     """Return a split, or a slice of one, of what ``save_to_disk`` wrote."""
     from datasets import DatasetDict, ReadInstruction, concatenate_datasets
 
-    named = re.match(r"\w*", split)
-    splits = saved if isinstance(saved, DatasetDict) else {named[0] if named else split: saved}
+    splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
     slices = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in slices])
 

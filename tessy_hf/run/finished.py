@@ -6,6 +6,7 @@ Memory is bounded by a batch, whatever the length of the stream. Knows nothing o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from tessy_hf.errors import DatasetError, JournalError
 from tessy_hf.manifest import RunRecord
 from tessy_hf.rows import columns, parquet, run_record
 from tessy_hf.rows.datasets_internals import table
-from tessy_hf.rows.loading import ending, load_rows
+from tessy_hf.rows.loading import ending, load_finished, load_rows
 from tessy_hf.rows.tools import CALL_KEYS, SOURCE_TOOLS, TOOLS
 from tessy_hf.run.answers import Answers
 from tessy_hf.run.journal import Journal
+from tessy_hf.run.journal_file import is_journal
 from tessy_hf.run.journal_reader import Counts, JournalReader
 
 if TYPE_CHECKING:
@@ -165,6 +167,33 @@ def _released(features: Features) -> Features:
             f"{twice.removeprefix('source_')!r} as their own. Rename or remove one of the two."
         )
     return type(features)({names[name]: kind for name, kind in features.items()})
+
+
+def open_rows(source: str, split: str = "train", config_name: str | None = None, run: str | None = None) -> Dataset:
+    """Load the finished rows of a file, a folder, a dataset on the Hub or a journal, of which ``run`` names one run.
+
+    Raises:
+        TessyError: They cannot be read, or are no rows of a TessyTransform.
+    """
+    if is_journal(Path(source)):
+        return Rows(source, run).dataset()
+    return load_finished(source, split, config_name)
+
+
+def half_written(source: str, run: str | None = None) -> Iterator[dict[str, Any]]:
+    """Iterate over the rows that a journal has the beginning of, without their prompts; over none of another file."""
+    if not is_journal(Path(source)):
+        return
+    for key, spans in _journal(source, run, 1).unfinished():
+        ends = list(accumulate(len(span.text) for span in spans))
+        laid = zip(spans, [0, *ends], ends, strict=False)
+        texts = {part: "".join(span.text for span in spans if span.part == part) for part in ("thinking", "answer")}
+        yield {
+            "key": key,
+            **texts,
+            "messages": [{"role": "assistant", "content": "".join(texts.values())}],
+            "spans": [{"author": s.author, "part": s.part, "start": a, "end": b, "tokens": 0} for s, a, b in laid],
+        }
 
 
 # --- journals

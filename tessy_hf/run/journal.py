@@ -30,21 +30,17 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from tessy_hf.errors import JournalError
-from tessy_hf.run.journal_reader import ROW, Counts, JournalReader, Key, row_key, utf8
-from tessy_hf.trajectory import Author, Part, RowKey, Span
+from tessy_hf.run.journal_reader import AUTHORS, PARTS, ROW, Counts, JournalReader, Key, joined, row_key, utf8
+from tessy_hf.trajectory import RowKey, Span
 
 __all__ = ["Claim", "Counts", "Journal"]
 
 LEASE_SECONDS = 60.0
 """How long a claim holds after its process last flushed, where it cannot be seen that the process is gone."""
-
-_AUTHORS: tuple[Author, ...] = ("student", "teacher")  # pieces.author and pieces.part index these
-_PARTS: tuple[Part, ...] = ("thinking", "answer")
 
 _ENROLL = "INSERT OR IGNORE INTO rows (fingerprint, key, prompt_hash) VALUES (?, CAST(? AS TEXT), ?)"
 _DESCRIPTIONS = "CREATE TABLE IF NOT EXISTS descriptions (fingerprint TEXT PRIMARY KEY, text TEXT NOT NULL)"
@@ -130,7 +126,7 @@ class Journal(JournalReader):
             found = db.execute("SELECT author, part, text FROM pieces WHERE row = ? ORDER BY number", (row,))
             pieces = found.fetchall()
         self._held[key] = _Lease(row, len(pieces))
-        return Claim("started", spans=_spans(pieces), state=json.loads(state or "{}"), attempts=attempts)
+        return Claim("started", spans=joined(pieces), state=json.loads(state or "{}"), attempts=attempts)
 
     def append(self, key: Key, pieces: Iterable[Span], state: Mapping[str, Any] | None = None) -> None:
         """Buffer text kept of a claimed row. The cost does not depend on how much the row has already.
@@ -139,7 +135,7 @@ class Journal(JournalReader):
         """
         lease = self._lease(key)
         for piece in pieces:
-            author, part = _AUTHORS.index(piece.author), _PARTS.index(piece.part)
+            author, part = AUTHORS.index(piece.author), PARTS.index(piece.part)
             lease.pieces.append((lease.row, lease.number, author, part, utf8(piece.text)))
             lease.number += 1
         if state is not None:
@@ -308,9 +304,3 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return utf8(_encode(value))
-
-
-def _spans(pieces: Iterable[tuple[int, int, str]]) -> list[Span]:
-    """Join neighbors of the same author and part."""
-    kinds = groupby(pieces, key=lambda piece: piece[:2])
-    return [Span(_AUTHORS[a], _PARTS[p], "".join(text for *_, text in group)) for (a, p), group in kinds]

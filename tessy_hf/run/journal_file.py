@@ -62,6 +62,16 @@ COMMIT;
 """
 
 
+def is_journal(path: Path) -> bool:
+    """Return whether a file is a journal, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(72)
+    except OSError:
+        return False
+    return head.startswith(b"SQLite format 3\0") and head[68:] == APPLICATION_ID.to_bytes(4, "big")
+
+
 class JournalFile:
     """One journal's connection: opened when first used, the file made if need be; closed before a fork.
 

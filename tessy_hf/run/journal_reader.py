@@ -7,12 +7,12 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tessy_hf.run.journal_file import JournalFile
-from tessy_hf.trajectory import RowKey
+from tessy_hf.trajectory import Author, Part, RowKey, Span
 
 Key = RowKey | str
 """A row's key; a string is an id without a prompt hash."""
@@ -22,6 +22,10 @@ ROW = "fingerprint = ? AND key = CAST(? AS TEXT) AND prompt_hash = ?"
 DONE = "(finish_reason IS NOT NULL OR attempts >= ?)"
 _STANDING = f"""CASE WHEN {DONE} THEN 'done' WHEN attempts > 0 THEN 'failed_before'
     WHEN EXISTS (SELECT 1 FROM pieces WHERE row = id) THEN 'to_continue' ELSE 'to_do' END"""
+
+
+AUTHORS: tuple[Author, ...] = ("student", "teacher")  # pieces.author and pieces.part index these
+PARTS: tuple[Part, ...] = ("thinking", "answer")
 
 
 class Counts(NamedTuple):
@@ -100,6 +104,15 @@ class JournalReader:
             for last, *values in page:  # noqa: B007 - the last id is where the next page begins
                 yield tuple(values)
 
+    def unfinished(self) -> Iterator[tuple[str, list[Span]]]:
+        """Iterate over ids and text so far of the rows that are being written, or were when their run ended."""
+        query = """SELECT rows.id, key, author, part, text FROM rows JOIN pieces ON row = rows.id
+            WHERE fingerprint = ? AND finish_reason IS NULL ORDER BY rows.id, number"""
+        with self._file.use() as db:
+            found = db.execute(query, (self.fingerprint,)).fetchall()
+        for (_, key), pieces in groupby(found, key=lambda piece: piece[:2]):
+            yield key, joined(piece[2:] for piece in pieces)
+
     def has_key(self, name: str) -> bool:
         """Return whether any row of this run has this key in its columns, at whatever depth."""
         query = "SELECT 1 FROM rows JOIN results ON row = id WHERE fingerprint = ? AND instr(columns, ?) LIMIT 1"
@@ -145,6 +158,12 @@ class JournalReader:
     def close(self) -> None:
         """Close the file. The next use opens it again."""
         self._file.close()
+
+
+def joined(pieces: Iterable[tuple[int, int, str]]) -> list[Span]:
+    """Join neighboring pieces of the same author and part, as they are stored."""
+    kinds = groupby(pieces, key=lambda piece: piece[:2])
+    return [Span(AUTHORS[a], PARTS[p], "".join(text for *_, text in group)) for (a, p), group in kinds]
 
 
 def row_key(key: Key) -> RowKey:

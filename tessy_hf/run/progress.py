@@ -1,20 +1,19 @@
-"""The status line of a run: rows done, in flight and failed, tokens per second by author, the teacher's share."""
+"""The status line and the summary of a run: the bottleneck, rows, time left, tokens per second, teacher's share."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import multiprocess
 
-from tessy_hf.run.journal import Counts
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.window import Window
 
@@ -28,6 +27,12 @@ def say(text: str) -> None:
 
 Origin = Literal["written", "found", "refused"]
 """Where a row comes from: written now; found in a journal or shared rows; or refused, as its prompt cannot be used."""
+
+WIDTH = 80
+"""Columns that the status line takes at most."""
+
+LOG_SECONDS, LOG_WIDTH = 60.0, 200
+"""How often the status is logged where it cannot be drawn, and in how many characters."""
 
 _DETAILS = re.compile(r"'[^']*'|\d+")  # in which errors of the same kind differ
 
@@ -112,7 +117,9 @@ class Summary:
 
 
 class Progress:
-    """One status line of one process. Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
+    """One status line of one process: on a terminal or in a notebook drawn in place, else a log line now and then.
+
+    Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
 
     Args:
         meter: What the rows wait for.
@@ -123,8 +130,15 @@ class Progress:
         self._meter, self._window = meter, window
         self.in_flight = 0
         self.summary = Summary()
+        self._written = self._before = self._found = 0
+        self._total: int | None = None
         self._begin: float | None = None  # of the first row: models load before it
+        self._said = 0.0
         self._bar: Any = None
+
+    def expect(self, total: int | None, found: int = 0) -> None:
+        """Expect so many rows from now on, of which so many need not be written."""
+        self._total, self._found, self._before = total, found, self.summary.rows
 
     @contextlib.contextmanager
     def row(self) -> Iterator[None]:
@@ -140,18 +154,27 @@ class Progress:
         """Count a row as done."""
         self.summary.add(row, origin)
         self.summary.seconds = self._seconds
-        if self._bar is None:
-            self._open()
-        self._bar.set_postfix_str(self.line(), refresh=False)
-        self._bar.update()
+        self._written += origin == "written"
+        self._show()
+        if self._total is not None and self._rows >= self._total:
+            self.close()
 
-    def plan(self, counts: Counts | None, journal: Path) -> None:
-        """Say what an earlier run left in the journal, and so what there is to do."""
-        done, to_continue, _, failed = counts or (0, 0, 0, 0)
-        self.write(
-            f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
-            f"(journal: {journal})."
-        )
+    def _show(self) -> None:
+        from datasets.utils import is_progress_bar_enabled, tqdm
+
+        if self._is_worker() or not is_progress_bar_enabled():
+            return
+        if not _is_drawn():
+            now = time.monotonic()
+            if now - self._said >= LOG_SECONDS:
+                self._said = now
+                say(self.line(LOG_WIDTH))
+            return
+        line = self.line(min(WIDTH, shutil.get_terminal_size().columns) - 1)
+        if self._bar is None:
+            self._bar = tqdm(desc=line, total=self._total, initial=self._rows - 1, bar_format="{desc}")
+        self._bar.set_description_str(line, refresh=False)
+        self._bar.update()
 
     def write(self, text: str) -> None:
         """Write a line above the status line; of ``num_proc`` workers, only the first one does."""
@@ -162,28 +185,48 @@ class Progress:
     def _seconds(self) -> float:
         return max(time.monotonic() - self._begin, 1e-9) if self._begin is not None else 0.0
 
-    def line(self) -> str:
-        """Return what stands behind the count of rows."""
-        seconds, sums = self._seconds or 1.0, self.summary
-        speeds = ", ".join(f"{author} {tokens / seconds:.0f} tok/s" for author, tokens in sums.written_tokens.items())
-        return (
-            f"{self.in_flight} in flight{self._window.reason}, {sums.failed + sums.refused} failed, {speeds}, "
-            f"teacher share of rows {sums.teacher_share:.0%}{self._bottleneck(seconds)}"
-        )
+    @property
+    def _rows(self) -> int:
+        return self.summary.rows - self._before
 
-    def _bottleneck(self, seconds: float) -> str:
-        """Say how much of the time each model had work, and for what the rows waited longest."""
-        loads = self._meter.loads()
-        if not loads:
+    def line(self, width: int = WIDTH) -> str:
+        """Return the status in at most ``width`` characters, the bottleneck first; what matters less is left out."""
+        sums = self.summary
+        failed = sums.failed + sums.refused
+        fields = {
+            "bottleneck": self._bottleneck(),
+            "rows": self._share_done(),
+            "eta": self._eta(),
+            "speed": f"{_short(sum(sums.written_tokens.values()) / (self._seconds or 1))} tok/s",
+            "share": f"teacher {sums.teacher_share:.0%}",
+            "failed": f"{failed:,} failed" if failed else "",
+            "flight": f"{self.in_flight} in flight{self._window.reason}",
+        }
+        for last in ("", "flight", "share", "speed", "eta"):
+            fields.pop(last, None)
+            text = "  ".join(filter(None, fields.values()))
+            if len(text) <= width:
+                break
+        return text[:width]
+
+    def _share_done(self) -> str:
+        if not self._total or self._rows > self._total:
+            return f"{self._rows:,} rows"
+        return f"{self._rows:,}/{self._total:,} {self._rows / self._total:.0%}"
+
+    def _eta(self) -> str:
+        """Say how long the rows that are to be written take at the speed of those that were."""
+        if not self._total or not self._written:
             return ""
-        authors = [author for author in self.summary.tokens if author in loads]
-        busy = ", ".join(f"{author} {loads[author].busy / seconds:.0%} busy" for author in authors)
-        return f"; {busy}: {max(loads, key=lambda name: loads[name].waited).removesuffix('s')}-bound"
+        there = max(self._found, self._rows - self._written)
+        left = max(0, self._total - there - self._written)
+        hours, minutes = divmod(round(left * self._seconds / self._written / 60), 60)
+        return f"ETA {hours}h{minutes:02}m"
 
-    def _open(self) -> None:
-        from datasets.utils import tqdm
-
-        self._bar = tqdm(desc="TESSY", unit=" rows", disable=self._is_worker())
+    def _bottleneck(self) -> str:
+        """Name what the rows waited for longest."""
+        loads = self._meter.loads()
+        return f"{max(loads, key=lambda name: loads[name].waited).removesuffix('s')}-bound" if loads else ""
 
     @staticmethod
     def _is_worker() -> bool:
@@ -194,3 +237,13 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _is_drawn() -> bool:
+    """Return whether standard error can draw over a line: a terminal or a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return sys.stderr.isatty() or shell is not None
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number < 10_000 else f"{number / 1000:,.0f}k"

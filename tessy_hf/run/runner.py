@@ -24,6 +24,7 @@ from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
 from tessy_hf.run.commits import Commits
+from tessy_hf.run.journal import Counts, Journal
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin, Progress, Summary
@@ -56,7 +57,7 @@ class Run:
     """A transform at work.
 
     Args:
-        teacher: The strong model.
+        teacher: The strong model; ``None`` where it is not asked.
         student: The model to be trained.
         settings: The run's settings.
         identify: Returns the run's fingerprint. Called once, when all engines can say what they are.
@@ -68,7 +69,7 @@ class Run:
 
     def __init__(
         self,
-        teacher: Speaker,
+        teacher: Speaker | None,
         student: Speaker,
         settings: Settings,
         identify: Callable[[], str],
@@ -77,6 +78,7 @@ class Run:
         self._settings, self._identify, self._record = settings, identify, record
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
+        teacher = teacher or student  # stands where one is expected, and is not asked
         self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
@@ -85,7 +87,7 @@ class Run:
         self._outbox: Outbox | None = None
         self._synthesis: Synthesis
         self._rows_begun = 0
-        self._warned = self._told_of_tools = False
+        self._planned = self._warned = self._told_of_tools = False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pass] = weakref.WeakKeyDictionary()
@@ -106,6 +108,11 @@ class Run:
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def expect(self, rows: int | None, found: int | None = None) -> None:
+        """Expect so many rows, and where a plan has told it, so many that are there already: it is not told again."""
+        self._planned = self._planned or found is not None
+        self._progress.expect(rows, found or 0)
 
     @property
     def summary(self) -> Summary:
@@ -148,10 +155,8 @@ class Run:
             await asyncio.to_thread(self._outbox.shared.refresh)
             self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
         if self._commits is not None:
-            journal = self._commits.journal
-            for line in other_runs(journal, self._record):
-                self._progress.write(line)
-            self._progress.plan(journal.fingerprints().get(self.fingerprint), journal.path)
+            if not self._planned:
+                self._tell_plan(self._commits.journal)
             self._own(asyncio.create_task(self._commits.sync_regularly()))
         if self._starts_apart:
             await asyncio.gather(self._teacher.start(), self._student.start())
@@ -166,6 +171,14 @@ class Run:
         if self._outbox is not None:
             schema = columns.schema(self._student.thinking_format.key)
             self._outbox.shared.describe(schema, described.model_dump_json())
+
+    def _tell_plan(self, journal: Journal) -> None:
+        """Say what an earlier run left in the journal, and so what there is to do."""
+        done, to_continue, _, failed = journal.fingerprints().get(self.fingerprint) or Counts()
+        self._progress.write(
+            f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
+            f"(journal: {journal.path})."
+        )
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -227,7 +240,12 @@ class Run:
     def _enroll(self, prompts: list[Prompt]) -> None:
         """Give rows their places in the journal, and say once that ids are there with other prompts."""
         other_prompts: dict[str, str] = {}
-        self._synthesis.enroll([prompt.row_key for prompt in prompts], other_prompts)
+        keys = [prompt.row_key for prompt in prompts]
+        if self._commits is not None and not self._planned:
+            for line in other_runs(self._commits.journal, self._record, keys):
+                self._progress.write(line)
+        self._planned = True
+        self._synthesis.enroll(keys, other_prompts)
         if other_prompts and not self._warned:
             self._warned = True
             for line in why_anew(other_prompts, self._settings):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from tessy_hf.errors import PromptError
+from tessy_hf.errors import JournalError, PromptError
 from tessy_hf.manifest import RunRecord, differences
-from tessy_hf.rows.prompt import PromptReader
+from tessy_hf.rows.prompt import PromptReader, read_prompts
 from tessy_hf.run.journal import Counts, Journal
+from tessy_hf.run.journal_file import is_journal
 from tessy_hf.run.journal_reader import JournalReader
 from tessy_hf.run.progress import say
 from tessy_hf.run.shared_rows import SharedRows
@@ -19,15 +23,23 @@ from tessy_hf.settings import Settings
 from tessy_hf.trajectory import RowKey
 
 NAMED_RUNS = 3
-"""Of how many other runs in its journal a new run speaks."""
+"""Of how many other runs of its prompts a new run speaks."""
+
+ENDINGS = (".journal", ".sqlite", ".sqlite3", ".db")
+"""How the names of files end that are looked at for journals."""
+
+BRIEF = 24
+"""Characters shown of a value that differs."""
+
+SAMPLE = 500
+"""How many of its prompts are looked up in journals of other runs."""
 
 
 def journal_of(settings: Settings, fingerprint: str) -> Journal | None:
     """Return the journal of a run, where it has one. Touches no file."""
     if settings.journal is None:
         return None
-    folder = Path(datasets.config.HF_DATASETS_CACHE).parent / "tessy"
-    path = folder / f"{fingerprint}.journal" if settings.journal == "auto" else settings.journal
+    path = _default_folder() / f"{fingerprint}.journal" if settings.journal == "auto" else settings.journal
     return Journal(path, fingerprint, max_attempts=settings.max_attempts)
 
 
@@ -51,7 +63,7 @@ def plan(dataset: Any, settings: Settings, fingerprint: str, record: Callable[[]
         TessyError: A column is missing, or the journal or the shared rows cannot be read.
     """
     names = [name for name in (settings.prompt_column, settings.id_column) if name is not None]
-    reader = PromptReader(settings, list(dataset.column_names or next(iter(dataset), names)))
+    given = list(dataset.column_names or next(iter(dataset), names))
     journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
     if shared is not None:
         shared.refresh()
@@ -60,6 +72,7 @@ def plan(dataset: Any, settings: Settings, fingerprint: str, record: Callable[[]
 
     def keys() -> Iterator[RowKey]:
         nonlocal unusable, done
+        reader = PromptReader(settings, given)
         for row in dataset.select_columns(reader.read_columns):
             try:
                 key = reader.read(row).row_key
@@ -71,28 +84,71 @@ def plan(dataset: Any, settings: Settings, fingerprint: str, record: Callable[[]
             else:
                 yield key
 
+    if journal is not None:
+        for line in other_runs(journal, record, keys()):
+            say(line)
+    unusable = done = 0  # those were counted to look them up in other journals
     if journal is None or not journal.path.exists():
         counts = Counts(to_do=sum(1 for _ in keys()))
     else:
         counts = journal.plan(keys(), other_prompts)
-        for line in other_runs(journal, record):
-            say(line)
         journal.close()
     for line in why_anew(other_prompts, settings):
         say(line)
     return counts._replace(done=counts.done + done, to_do=counts.to_do + unusable)
 
 
-def other_runs(journal: JournalReader, record: Callable[[], RunRecord]) -> Iterator[str]:
-    """Say of a journal that holds other runs than this one, not begun yet, why their rows are not taken over."""
-    runs = journal.fingerprints()
-    if journal.fingerprint in runs:
+def undone(rows: Iterable[Mapping[str, Any]], settings: Settings, fingerprint: str) -> Iterator[Mapping[str, Any]]:
+    """Iterate over prompts that have no finished row of this run in its journal or among the shared rows."""
+    journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
+    if shared is not None:
+        shared.refresh()
+    for key, row, _ in read_prompts(rows, settings):
+        there = shared is not None and key is not None and shared.done(key)
+        if not there and (journal is None or not journal.path.exists() or key is None or journal.row(key) is None):
+            yield row
+
+
+def other_runs(journal: JournalReader, record: Callable[[], RunRecord], keys: Iterable[RowKey]) -> Iterator[str]:
+    """Name the runs that have rows of these prompts already and what differs, before a run that has none begins."""
+    if journal.path.exists() and journal.fingerprint in journal.fingerprints():
         return
-    for run in [run for run, counts in runs.items() if counts.done][-NAMED_RUNS:]:
-        described = JournalReader(journal.path, run).description()
-        other = differences(RunRecord.model_validate_json(described), record()) if described else ["its description"]
-        why = f"differs in {', '.join(other[:4])}" if other else "is of another version of tessy-hf"
-        yield f"the journal has {runs[run].done} rows of run {run}, which {why}: they are not taken over."
+    sample, named = list(islice(keys, SAMPLE)), 0
+    for path in find_journals(journal.path.parent, deep=False):
+        with suppress(JournalError):  # not the journal of this run
+            for run, counts in JournalReader(path, "").fingerprints().items():
+                reader = JournalReader(path, run, max_attempts=journal.max_attempts)
+                if counts.done and named < NAMED_RUNS and reader.plan(sample).done:
+                    named += 1
+                    why = _why(reader, record)
+                    yield f"{path} has {counts.done} rows of run {run}, which {why}: they are not reused."
+
+
+def _why(other: JournalReader, record: Callable[[], RunRecord]) -> str:
+    described = other.description()
+    if described is None:
+        return "does not say what it is"
+    found = differences(RunRecord.model_validate_json(described), record())
+    named = [f"{name} ({_brief(before)}, now {_brief(now)})" for name, (before, now) in found.items()]
+    return f"differs in {', '.join(named[:4])}" if named else "is of another version of tessy-hf"
+
+
+def _brief(value: Any) -> str:
+    shown = str(value)
+    return shown if len(shown) <= BRIEF else f"{shown[:BRIEF]}…"
+
+
+def find_journals(folder: Path, *, deep: bool = True) -> list[Path]:
+    """Return the journals in a folder, or below it too, and those in the default place; the latest written first."""
+    found = set(_default_folder().glob("*.journal"))
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if deep and not name.startswith((".", "_", "node_modules"))]
+        found |= {Path(place, name).resolve() for name in names if name.endswith(ENDINGS)}
+    return sorted(filter(is_journal, found), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _default_folder() -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE).parent / "tessy"
 
 
 def why_anew(other_prompts: Mapping[str, str], settings: Settings) -> Iterator[str]:

@@ -67,7 +67,7 @@ def test_failed_rows_are_told_and_left_out():
 def test_a_pilot_that_fails_as_a_whole_says_why():
     with transform(0, 0, journal=None) as run, pytest.raises(DatasetError, match=r"All 2 rows .* first with: .+"):
         estimate(run, Dataset.from_dict({"prompt": ["", ""]}))
-    with transform(0, 0, journal=None) as run, pytest.raises(DatasetError, match="no prompts"):
+    with transform(0, 0, journal=None) as run, pytest.raises(DatasetError, match="no prompts to write"):
         estimate(run, PROMPTS.select([]), total=5)
 
 

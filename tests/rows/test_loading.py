@@ -72,7 +72,10 @@ def test_folders_and_patterns_are_read():
     for name in ("saved", "splits", "files", "files/*.parquet"):
         assert list(load(name)) == list(load(name, streaming=True)) == ROWS
         assert list(load(name, "train[1:]")) == ROWS[1:]
-    assert list(load("splits", "test")) == ROWS[2:] and list(load("saved", "test")) == ROWS
+    assert list(load("splits", "test")) == ROWS[2:]
+    for name in ("saved", "files/a.parquet"):
+        with pytest.raises(DatasetError, match="with a split 'trainn'"):
+            load(name, "trainn")
 
 
 BROKEN = {
