@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 from tessy_hf.engines import completions_api as api
 from tessy_hf.engines.base import Completion, Request
-from tessy_hf.engines.completions_api import EXACT, AnswerError, CompletionsAPI, Protocol
+from tessy_hf.engines.completions_api import STREAMS, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
 from tessy_hf.engines.replicas import Service
+from tessy_hf.engines.sessions import SessionHeaders
 from tessy_hf.errors import EngineDeadError, EngineError, RequestError
 from tessy_hf.retries import TRANSIENT_STATUSES, retry_after
 
@@ -52,33 +53,41 @@ class Client:
         timeout: float,
         context_length: int | None,
         protocols: Sequence[Protocol],
+        session_headers: Sequence[str],
     ) -> None:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
         self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
         self._api = CompletionsAPI(model, tokenizer)
         self.roots: dict[str, str] = {}
         self._connections = Connections(read_key(api_key_env), timeout)
-        self.release = self._api.release
+        self._sessions = SessionHeaders(session_headers)
         self.close = self._connections.close
+
+    def release(self, row: str) -> None:
+        """Forget what is kept for a row."""
+        self._api.release(row)
+        self._sessions.release(row)
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
-        url = _url(server, protocol)
-        text = await self._send(server, "POST", url, self._api.body(protocol, request))
+        url = api.address(server, protocol)
+        text = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
         with self._reading(server, url):
             return self._api.completion(protocol, api.parse(text), request)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
-        url, left = _url(server, protocol), request.max_tokens
+        url, left = api.address(server, protocol), request.max_tokens
         body = self._api.body(protocol, request, stream=True)
-        async with self._connections.request(server, "POST", url, body) as reply:
+        headers = self._sessions.of(server, request.row)
+        async with self._connections.request(server, "POST", url, body, headers) as reply:
+            self._sessions.keep(server, request.row, reply.headers, reply.cookies)
             if reply.status != 200:
                 raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
             async with aclosing(reply.events()) as batches:
                 async for events in batches:
                     with self._reading(server, url):
-                        piece = self._api.piece(list(map(api.parse, events)), request, left)
+                        piece = self._api.piece(protocol, list(map(api.parse, events)), request, left)
                     if piece is None:
                         continue
                     left -= len(piece.token_ids)
@@ -93,7 +102,7 @@ class Client:
         length = await self._context_length(server)
         await self._check_tokenizer(server)
         protocol = await self._find_protocol(server)
-        return Service(protocol, protocol in EXACT, length, await self._cache_tokens(server))
+        return Service(protocol, protocol in STREAMS, length, await self._cache_tokens(server))
 
     async def _context_length(self, server: str) -> int:
         answer = await self._json(server, "GET", server + "/models")
@@ -147,9 +156,12 @@ class Client:
         with self._reading(server, url):
             return api.parse(text)
 
-    async def _send(self, server: str, method: str, url: str, content: bytes | None = None) -> str:
-        async with self._connections.request(server, method, url, content) as reply:
+    async def _send(self, server: str, method: str, url: str, content: bytes | None = None, row: str = "") -> str:
+        headers = self._sessions.of(server, row) if row else {}
+        async with self._connections.request(server, method, url, content, headers) as reply:
             text = await reply.text()
+            if row:
+                self._sessions.keep(server, row, reply.headers, reply.cookies)
             if reply.status != 200:
                 raise self._refusal(server, url, reply.status, text, reply.headers)
             return text
@@ -190,7 +202,3 @@ def _is_transient(error: Exception) -> bool:
 def _root(server: str) -> str:
     """Return the address without the version."""
     return server.removesuffix("/v1")
-
-
-def _url(server: str, protocol: Protocol) -> str:
-    return _root(server) + "/inference/v1/generate" if protocol == "generate" else server + "/completions"

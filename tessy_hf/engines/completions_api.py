@@ -1,4 +1,4 @@
-"""Request bodies and answers of the completion protocols: vLLM's `/inference/v1/generate` and any `/v1/completions`.
+"""Request bodies and answers of the completion protocols, vLLM's `/inference/v1/generate` and `/v1/completions` first.
 
 A request goes in and the bytes of a body come out; an answer goes in and a completion comes out. Knows no replicas,
 retries or sockets. Chat endpoints are never used: their reasoning parsers mislabel thinking that is continued
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from tessy_hf.engines.base import Completion, Request, derive_seed
+from tessy_hf.engines.native_apis import NATIVE
 from tessy_hf.retries import first_words
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -25,17 +26,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Protocol = Literal["generate", "ids", "ids-to-text", "text"]
+Protocol = Literal["generate", "sglang", "llama.cpp", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
+    "sglang",  # ids in and out by SGLang's own `/generate`
+    "llama.cpp",  # ids in and out by llama.cpp's own `/completion`
     "ids",  # ids in and out by `/v1/completions`: any vLLM; it sends the prompt back each time
-    "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as SGLang and OpenAI's own do
+    "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as OpenAI's own do
     "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
 )
 """How a server can be asked to continue a text, best first."""
 
-EXACT: frozenset[Protocol] = frozenset({"generate", "ids"})
-"""Protocols with ids in and out, which can also stream."""
+EXACT: frozenset[Protocol] = frozenset({"generate", "sglang", "llama.cpp", "ids"})
+"""Protocols with ids in and out."""
+
+STREAMS = EXACT - {"llama.cpp"}
+"""Protocols that can stream ids."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""
@@ -117,13 +123,16 @@ class CompletionsAPI:
             options["stop_token_ids"] = _sorted_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
             options["stop"] = stops
-        if protocol == "generate":
+        native = NATIVE.get(protocol)
+        if native is not None:
+            options = native.options(options, request, self._stop_texts(request.stop_ids))
+        elif protocol == "generate":
             options = {"sampling_params": {**options, "detokenize": False}}
         elif protocol == "ids":
             options["return_token_ids"] = True
         if stream:
             options["stream"] = True
-        name = b"token_ids" if protocol == "generate" else b"prompt"
+        name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
         prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
         head = json.dumps({"model": self._model})[:-1].encode()
         return b"".join((head, b', "', name, b'": ', prompt, b", ", json.dumps(options)[1:].encode()))
@@ -165,14 +174,21 @@ class CompletionsAPI:
 
     def completion(self, protocol: Protocol, answer: Any, request: Request) -> Completion:
         """Read a completion from the JSON of an answer."""
+        answer = _common(protocol, answer)
         read = self._ids if protocol in EXACT else self._text_ids
         ids, stop_id = read(_choice(answer), request, request.max_tokens)
         return Completion(ids, stop_id, uncached_tokens(answer))
 
-    def piece(self, events: Sequence[Any], request: Request, most: int) -> Completion | None:
+    def piece(self, protocol: Protocol, events: Sequence[Any], request: Request, most: int) -> Completion | None:
         """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing."""
-        choices = [_choice(event) for event in events if _get(event, "choices", list)]
-        ids = [i for choice in choices for i in _get(choice, "token_ids", list)]
+        choices: list[Mapping[str, Any]] = []
+        ids: list[int] = []
+        seen = request.max_tokens - most
+        for event in events:
+            common = _common(protocol, event, seen + len(ids))
+            if _get(common, "choices", list):
+                choices.append(_choice(common))
+                ids += _get(choices[-1], "token_ids", list)
         if not ids:  # the last event may have nothing but the reason
             return None
         together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
@@ -234,6 +250,13 @@ def server_words(text: str) -> str:
     return first_words(next((words for words in found if isinstance(words, str) and words), text))
 
 
+def address(server: str, protocol: Protocol) -> str:
+    """Return where a server is asked in a protocol; the server's address mostly ends in its version."""
+    if protocol == "generate":
+        return server.removesuffix("/v1") + "/inference/v1/generate"
+    return server.removesuffix("/v1") + NATIVE[protocol].path if protocol in NATIVE else server + "/completions"
+
+
 def uncached_tokens(answer: Any) -> int | None:
     """Return how many tokens of the prompt were not in the server's cache, where it tells.
 
@@ -282,6 +305,12 @@ def _check(answer: Any) -> None:
     status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
     words = first_words(str(described.get("message") or json.dumps(error)))
     raise AnswerError(f"answered with an error: {words!r}", status, words)
+
+
+def _common(protocol: Protocol, answer: Any, seen: int = 0) -> Any:
+    """Return an answer as vLLM would have sent it."""
+    native = NATIVE.get(protocol)
+    return answer if native is None else native.answer(answer if isinstance(answer, Mapping) else {}, seen)
 
 
 def _choice(answer: Any) -> Mapping[str, Any]:

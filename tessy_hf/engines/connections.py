@@ -11,6 +11,8 @@ import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from types import MappingProxyType
 from typing import Literal
 
 import httpx2
@@ -22,6 +24,8 @@ Kind = Literal["down", "busy", "lost", "invalid"]
 
 CONNECT_SECONDS = 10.0
 """Most seconds to wait for a connection."""
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 _LOGGERS = [
     logging.getLogger(name)
@@ -48,6 +52,7 @@ class Reply:
         response.encoding = "utf-8"  # as JSON is, whatever the server calls it
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
+        self.cookies = response.headers.get_list("set-cookie")
         self._connections, self._server, self._response = connections, server, response
 
     async def text(self) -> str:
@@ -88,14 +93,16 @@ class Connections:
             logger.addFilter(self._redact_record)
 
     @asynccontextmanager
-    async def request(self, server: str, method: str, url: str, content: bytes | None = None) -> AsyncIterator[Reply]:
-        """Send a request and wait for the headers of the answer; redirects are not followed.
+    async def request(
+        self, server: str, method: str, url: str, content: bytes | None = None, headers: Mapping[str, str] = NO_HEADERS
+    ) -> AsyncIterator[Reply]:
+        """Send a request and wait for the headers of the answer; redirects are not followed, cookies are not kept.
 
         Raises:
             ReplicaError: No answer arrived: kind ``down`` or ``lost``.
             EngineDeadError: The server's certificate is not trusted.
         """
-        headers = {} if content is None else {"Content-Type": "application/json"}
+        headers = headers if content is None else {"Content-Type": "application/json", **headers}
         client = self._idle.pop() if self._idle else self._open()
         try:
             async with self.limits(server):
@@ -127,6 +134,7 @@ class Connections:
             # uvicorn closes idle connections after 5 s: a request must not cross with that
             limits=httpx2.Limits(max_keepalive_connections=None, keepalive_expiry=3.0),
             verify=self._ssl,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # they would be those of another row
         )
         self._clients.append(client)
         return client

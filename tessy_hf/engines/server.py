@@ -31,6 +31,7 @@ from tessy_hf.engines.membership import Membership
 from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.engines.replicas import Replicas
 from tessy_hf.engines.served import ServedModel
+from tessy_hf.engines.sessions import SESSION_HEADERS, check_names
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.retries import Failures, RetryPolicy
 
@@ -65,13 +66,14 @@ class ServerEngine:
         retry_timeout: Seconds, from its first failure, for which a request that may succeed later is tried again; and
             for which a run waits for servers of which none answers.
         max_connections: Most requests at once per replica.
+        session_headers: Headers that tell a router which requests belong to one row; their value is a hash.
         patience: Former name of ``retry_timeout``.
 
     Attributes:
         protocols: How servers may be asked, best first. A subclass may leave some out.
 
     Raises:
-        SettingsError: An address cannot be used.
+        SettingsError: An address or a header cannot be used.
     """
 
     protocols: ClassVar[Sequence[Protocol]] = PROTOCOLS
@@ -88,6 +90,7 @@ class ServerEngine:
         timeout: float = 600.0,
         retry_timeout: float = 120.0,
         max_connections: int = 256,
+        session_headers: str | Sequence[str] = SESSION_HEADERS,
         patience: float | None = None,
     ) -> None:
         self.model = str(model)
@@ -95,7 +98,7 @@ class ServerEngine:
         self.api_key_env = api_key_env
         self.timeout, self.max_connections = timeout, max_connections
         self.retry_timeout = retry_timeout if patience is None else patience
-        self.given_context_length = context_length
+        self.given_context_length, self.session_headers = context_length, check_names(session_headers)
         self.files = ModelFiles(str(tokenizer or model), revision, weights=False)
         self._served = ServedModel(self.model, self.addresses, api_key_env)
         self._session: _Session | None = None
@@ -216,6 +219,7 @@ class _Session:
             engine.timeout,
             engine.given_context_length,
             engine.protocols,
+            engine.session_headers,
         )
         self.replicas = Replicas(engine.retry_timeout)
         self.membership = Membership(

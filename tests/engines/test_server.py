@@ -70,7 +70,7 @@ def expected(asked):
 
 
 class FakeContract(EngineContract):
-    ways = PROTOCOLS
+    ways, path = PROTOCOLS, "/v1/completions"
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
@@ -86,13 +86,28 @@ class FakeContract(EngineContract):
     def test_is_asked_in_the_best_protocol_offered(self, ask, server, live):
         (completion,) = ask(request(tokens=120))
         path, body = server.texts[-1]
-        assert path == ("/inference/v1/generate" if "generate" in self.ways else "/v1/completions")
-        assert isinstance(body.get("token_ids") or body["prompt"], str) == (self.ways == ("text",))
+        assert path == self.path
+        assert ("prompt" in body and isinstance(body["prompt"], str)) == (self.ways == ("text",))
         assert list(completion.token_ids) == expected(request(tokens=120))
 
 
 class TestGenerate(FakeContract):
-    ways = ("generate", "ids")
+    ways, path = ("generate", "ids"), "/inference/v1/generate"
+
+
+class TestSGLang(FakeContract):
+    """A stand-in: see :meth:`tests.engines.servers._Handler._sglang`."""
+
+    ways, path = ("sglang", "ids-to-text"), "/generate"
+
+
+class TestSGLangThatStreamsNewIdsOnly(TestSGLang):
+    ways = ("sglang", "sglang-incremental")
+
+
+class TestLlamaCpp(FakeContract):
+    ways, path = ("llama.cpp", "ids-to-text"), "/completion"
+    streams = False
 
 
 class TestIds(FakeContract):
@@ -815,11 +830,11 @@ def vllm_replicas(tmp_path_factory):
 
 
 class CompletionsOnly(ServerEngine):
-    protocols = PROTOCOLS[1:]
+    protocols = PROTOCOLS[PROTOCOLS.index("ids") :]
 
 
 class TextOnly(ServerEngine):
-    protocols = PROTOCOLS[2:]
+    protocols = PROTOCOLS[PROTOCOLS.index("ids-to-text") :]
 
 
 class VLLMContract(ModelContract):
