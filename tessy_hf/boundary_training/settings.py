@@ -50,6 +50,9 @@ class TrainingSettings(Checked):
     """Entries of the base model's config to change, for instance ``{"classifier_dropout": 0.2}``."""
     label_shift: LabelShift = 0
     """0: a token's label is about that token (the paper's text). 1: about the next one (the released checkpoints)."""
+    lookahead: int = Field(default=0, ge=0)
+    """Words beyond a word to read before it is judged: better boundaries, at the cost of generating so many words more
+    at each hand-over. Not with ``label_shift=1``."""
     window: int = Field(default=200, ge=2)
     """The most tokens of thinking to read. Longer segments are cut into pieces for training."""
     author: Literal["teacher", "student", "any"] = "any"

@@ -134,7 +134,8 @@ class Turn:
         row, stopped = self._row, completion.stop_id is not None
         whole = not (row.row_thinks or self._speaker.thinking_format.thinks)
         kept = row.trajectory.last_text(LOOKBACK if row.marks.final_answer else 1)
-        return Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole)
+        ahead = self._judge.lookahead if self._judge is not None else 0
+        return Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole, lookahead=ahead)
 
     async def _next_tokens(self) -> Completion | None:
         """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
@@ -215,7 +216,7 @@ class Turn:
         if not ends:
             return self._settle(chunk, chunk.aligned(count), count)
         if boundary is not None:
-            self._row.chunk_sizes.observe(self._author, self._view.turn_tokens - chunk.tokens_after(count))
+            self._row.chunk_sizes.observe(self._author, self._view.turn_tokens - chunk.tokens_after(count + chunk.lookahead))
         text = chunk.upto(count)
         dropped = self._row.transcript.cut(self._author, chunk.ends, chunk.end(count), text)
         self._row.trajectory.discarded[self._author] += dropped
