@@ -69,6 +69,10 @@ def expected(asked):
 # --- the contract, in each protocol
 
 
+MEASURES = frozenset({"logprobs", "score"})
+"""What servers measure that take and give ids."""
+
+
 class FakeContract(EngineContract):
     ways = PROTOCOLS
 
@@ -93,10 +97,12 @@ class FakeContract(EngineContract):
 
 class TestGenerate(FakeContract):
     ways = ("generate", "ids")
+    measures = MEASURES
 
 
 class TestIds(FakeContract):
     ways = ("ids",)
+    measures = MEASURES
 
 
 class TestIdsToText(FakeContract):
@@ -824,6 +830,7 @@ class TextOnly(ServerEngine):
 
 class VLLMContract(ModelContract):
     knows_its_cache = True
+    measures = MEASURES
     engine = ServerEngine
 
     @pytest.fixture(scope="class", autouse=True)
@@ -863,6 +870,7 @@ class TestVLLMCompletions(VLLMContract):
 class TestVLLMText(VLLMContract):
     engine = TextOnly
     streams = False
+    measures = frozenset()
 
 
 @needs_vllm
