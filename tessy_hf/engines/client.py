@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tessy_hf.engines import completions_api as api
-from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.base import Completion, Request, Scores
 from tessy_hf.engines.completions_api import STREAMS, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
 from tessy_hf.engines.replicas import Service
@@ -74,6 +74,13 @@ class Client:
         text = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
         with self._reading(server, url):
             return self._api.completion(protocol, api.parse(text), request)
+
+    async def score(self, server: str, protocol: Protocol, request: Request, count: int) -> Scores:
+        """Ask for the log-probabilities of a prompt's last ids."""
+        url = api.address(server, protocol)
+        text = await self._send(server, "POST", url, self._api.score_body(protocol, request), request.row)
+        with self._reading(server, url):
+            return self._api.scores(api.parse(text), request, count)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from tessy_hf.engines.base import Completion, Request, derive_seed
+from tessy_hf.engines.base import Completion, Request, Scores, derive_seed
 from tessy_hf.engines.native_apis import NATIVE
 from tessy_hf.retries import first_words
 from tessy_hf.text.vocabulary import Vocabulary
@@ -42,6 +42,9 @@ EXACT: frozenset[Protocol] = frozenset({"generate", "sglang", "llama.cpp", "ids"
 
 STREAMS = EXACT - {"llama.cpp"}
 """Protocols that can stream ids."""
+
+MEASURED: frozenset[Protocol] = frozenset({"generate", "ids"})
+"""Protocols that tell log-probabilities of ids."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""
@@ -111,6 +114,14 @@ class CompletionsAPI:
 
     def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
+        return self._asking(protocol, request, self._options(protocol, request), stream)
+
+    def score_body(self, protocol: Protocol, request: Request) -> bytes:
+        """Return the body that asks for the log-probabilities of a prompt, with one new token."""
+        options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        return self._asking(protocol, request, options, False)
+
+    def _options(self, protocol: Protocol, request: Request) -> dict[str, Any]:
         options: dict[str, Any] = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -119,10 +130,15 @@ class CompletionsAPI:
         }
         if request.temperature:
             options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+        if request.logprobs and protocol in MEASURED:
+            options["logprobs"] = 0  # of the drawn ids only
         if protocol in EXACT:
             options["stop_token_ids"] = _sorted_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
             options["stop"] = stops
+        return options
+
+    def _asking(self, protocol: Protocol, request: Request, options: dict[str, Any], stream: bool) -> bytes:
         native = NATIVE.get(protocol)
         if native is not None:
             options = native.options(options, request, self._stop_texts(request.stop_ids))
@@ -175,9 +191,20 @@ class CompletionsAPI:
     def completion(self, protocol: Protocol, answer: Any, request: Request) -> Completion:
         """Read a completion from the JSON of an answer."""
         answer = _common(protocol, answer)
-        read = self._ids if protocol in EXACT else self._text_ids
-        ids, stop_id = read(_choice(answer), request, request.max_tokens)
-        return Completion(ids, stop_id, uncached_tokens(answer))
+        read, choice = self._ids if protocol in EXACT else self._text_ids, _choice(answer)
+        ids, stop_id = read(choice, request, request.max_tokens)
+        logprobs = _logprobs([choice], len(ids)) if request.logprobs else None
+        return Completion(ids, stop_id, uncached_tokens(answer), logprobs)
+
+    def scores(self, answer: Any, request: Request, count: int) -> Scores:
+        """Read the log-probabilities and ranks of a prompt's last ``count`` ids."""
+        told = _get(answer, "prompt_logprobs", list) or _get(_choice(answer), "prompt_logprobs", list)
+        ids = request.prompt_ids[len(request.prompt_ids) - count :]
+        entries = [_get(each, str(token), dict) for each, token in zip(told[-count:], ids, strict=False)]
+        scores: list[tuple[Any, Any]] = [(one.get("logprob"), one.get("rank")) for one in entries]
+        if len(told) != len(request.prompt_ids) or not all(_is_score(*one) for one in scores):
+            raise AnswerError("answered without log-probabilities of the prompt")
+        return Scores([float(logprob) for logprob, _ in scores], [int(rank) for _, rank in scores])
 
     def piece(self, protocol: Protocol, events: Sequence[Any], request: Request, most: int) -> Completion | None:
         """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing."""
@@ -192,7 +219,8 @@ class CompletionsAPI:
         if not ids:  # the last event may have nothing but the reason
             return None
         together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
-        return Completion(*self._ids(together, request, most))
+        ids, stop_id = self._ids(together, request, most)
+        return Completion(ids, stop_id, None, _logprobs(choices, len(ids)) if request.logprobs else None)
 
     def other_tokens(self, answer: Any) -> str | None:
         """Return where the tokens of `/tokenize` differ from the local tokenizer's, for people; else ``None``."""
@@ -228,6 +256,20 @@ class CompletionsAPI:
             return ids[:most], None
         eos = self._tokenizer.eos_token_id  # any stop will do: which one it was is not told
         return ids, int(eos) if eos is not None else min(request.stop_ids, default=None)
+
+
+def _logprobs(choices: Sequence[Mapping[str, Any]], count: int) -> list[float]:
+    """Return the log-probabilities of the first ids that choices have: of `/inference/v1/generate`, or OpenAI's."""
+    told = [_get(choice, "logprobs", dict) for choice in choices]
+    found: list[Any] = [value for one in told for value in _get(one, "token_logprobs", list)]
+    found += [entry.get("logprob") for one in told for entry in _get(one, "content", list)]
+    if len(found) < count or not all(_is_score(value, 1) for value in found[:count]):
+        raise AnswerError("answered without log-probabilities of the new tokens")
+    return [float(value) for value in found[:count]]
+
+
+def _is_score(logprob: Any, rank: Any) -> bool:
+    return isinstance(logprob, int | float) and type(rank) is int
 
 
 def parse(text: str) -> Any:

@@ -69,6 +69,10 @@ def expected(asked):
 # --- the contract, in each protocol
 
 
+MEASURES = frozenset({"logprobs", "score"})
+"""What vLLM's servers measure."""
+
+
 class FakeContract(EngineContract):
     ways, path = PROTOCOLS, "/v1/completions"
 
@@ -93,6 +97,7 @@ class FakeContract(EngineContract):
 
 class TestGenerate(FakeContract):
     ways, path = ("generate", "ids"), "/inference/v1/generate"
+    measures = MEASURES
 
 
 class TestSGLang(FakeContract):
@@ -112,6 +117,7 @@ class TestLlamaCpp(FakeContract):
 
 class TestIds(FakeContract):
     ways = ("ids",)
+    measures = MEASURES
 
 
 class TestIdsToText(FakeContract):
@@ -839,6 +845,7 @@ class TextOnly(ServerEngine):
 
 class VLLMContract(ModelContract):
     knows_its_cache = True
+    measures = MEASURES
     engine = ServerEngine
 
     @pytest.fixture(scope="class", autouse=True)
@@ -878,6 +885,7 @@ class TestVLLMCompletions(VLLMContract):
 class TestVLLMText(VLLMContract):
     engine = TextOnly
     streams = False
+    measures = frozenset()
 
 
 @needs_vllm
