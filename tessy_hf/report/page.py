@@ -15,13 +15,15 @@ from tessy_hf.rows.loading import load_finished, short_names
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from tessy_hf.text.vocabulary import Vocabulary
+
 ROWS = 10_000
 """The default for the most rows to show."""
 
 
 def write_report(
     source: str, out: Path, *, against: str | None = None, split: str = "train", config_name: str | None = None,
-    rows: int = ROWS,
+    rows: int = ROWS, vocabulary: Vocabulary | None = None,
 ) -> int:  # fmt: skip
     """Write one self-contained HTML file with a dataset's statistics, figures and rows.
 
@@ -34,19 +36,20 @@ def write_report(
         split: Which split, where there are several.
         config_name: Which configuration, on the Hub.
         rows: The most rows to show.
+        vocabulary: Counts the tokens of rows that others released; without one they have no lengths.
 
     Returns:
         How many rows are shown.
 
     Raises:
-        DatasetError: A dataset cannot be read, or was not written by a TessyTransform.
+        DatasetError: A dataset cannot be read, or its rows are of no known format.
         SettingsError: ``rows`` is below 1.
     """
     if rows < 1:
         raise SettingsError(f"rows={rows} shows nothing. Pass at least 1; the default is {ROWS:,}.")
-    dataset = load_finished(source, split, config_name)
+    dataset = load_finished(source, split, config_name, vocabulary=vocabulary)
     summary = summarize(dataset)
-    other = load_finished(against, split, config_name) if against is not None else None
+    other = load_finished(against, split, config_name, vocabulary=vocabulary) if against is not None else None
     names = short_names([source] if against is None else [source, against])
     shown = evenly(len(dataset), rows)
     index, texts = viewer.pack(zip(shown, dataset.select(shown), strict=True), names, other)
