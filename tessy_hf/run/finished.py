@@ -26,6 +26,8 @@ from tessy_hf.run.journal_reader import Counts, JournalReader
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from tessy_hf.text.vocabulary import Vocabulary
+
 TRAINERS_OWN = frozenset(
     "prompt completion chosen rejected conversations input_ids labels completion_mask assistant_masks seq_lengths "
     "image images chat_template_kwargs".split()
@@ -169,15 +171,23 @@ def _released(features: Features) -> Features:
     return type(features)({names[name]: kind for name, kind in features.items()})
 
 
-def open_rows(source: str, split: str = "train", config_name: str | None = None, run: str | None = None) -> Dataset:
+def open_rows(
+    source: str,
+    split: str = "train",
+    config_name: str | None = None,
+    run: str | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Dataset:
     """Load the finished rows of a file, a folder, a dataset on the Hub or a journal, of which ``run`` names one run.
+
+    A ``vocabulary`` counts the tokens of rows that others released.
 
     Raises:
         TessyError: They cannot be read, or are no rows of a TessyTransform.
     """
     if is_journal(Path(source)):
         return Rows(source, run).dataset()
-    return load_finished(source, split, config_name)
+    return load_finished(source, split, config_name, vocabulary=vocabulary)
 
 
 def half_written(source: str, run: str | None = None) -> Iterator[dict[str, Any]]:

@@ -109,7 +109,7 @@ def test_the_draw_depends_on_trace_and_seed_alone():
 
 
 def test_short_traces_are_taken_whole_and_the_shortest_not_at_all():
-    rows = [{"thinking": "one two " * 12}, {"thinking": "too short"}, {"thinking": None}, {"other": "column"}]
+    rows = [{"thinking": "one two " * 12}, {"thinking": "too short"}, {"thinking": None}, {"text": "column"}]
     (only,) = draw(rows, AnnotationSettings(aligned_share=0))
     assert only.text == ("one two " * 12).strip() and only.problem_id == only.trace_id
 
