@@ -9,7 +9,7 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from tessy_hf.cli import boundary, release, report, rows, synthesize
+from tessy_hf.cli import boundary, release, report, rows, serve, synthesize
 from tessy_hf.errors import MergeError, TessyError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 for command in (
     synthesize.synthesize,
     synthesize.plan,
+    serve.serve,
     rows.status,
     rows.export,
     rows.merge,

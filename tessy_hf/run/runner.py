@@ -24,11 +24,12 @@ from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
 from tessy_hf.run.commits import Commits
+from tessy_hf.run.journal import Journal
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin, Progress, Summary
 from tessy_hf.run.stores import journal_of, other_runs, shared_rows_of, why_anew
-from tessy_hf.run.synthesis import Synthesis
+from tessy_hf.run.synthesis import Asked, Synthesis
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Prompt
@@ -104,6 +105,10 @@ class Run:
             self._passes[caller] = _Pass(caller)
         return self._call(self._batch(batch, self._passes[caller].enter()))
 
+    def write(self, prompt: Prompt, asked: Asked) -> Future[tuple[dict[str, Any], Origin]]:
+        """Write one row outside of any dataset, after the first batch. To stop it, cancel the future."""
+        return self._call(self._alone(prompt, asked))
+
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -148,10 +153,7 @@ class Run:
             await asyncio.to_thread(self._outbox.shared.refresh)
             self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
         if self._commits is not None:
-            journal = self._commits.journal
-            for line in other_runs(journal, self._record):
-                self._progress.write(line)
-            self._progress.plan(journal.fingerprints().get(self.fingerprint), journal.path)
+            _tell_plan(self._progress, self._commits.journal, self._record, self.fingerprint)
             self._own(asyncio.create_task(self._commits.sync_regularly()))
         if self._starts_apart:
             await asyncio.gather(self._teacher.start(), self._student.start())
@@ -161,11 +163,7 @@ class Run:
         self.window.open(self._teacher.engine, self._student.engine)
         described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
         await asyncio.to_thread(run_record.remember, described)
-        if self._commits is not None:
-            self._commits.journal.describe(described.model_dump_json())
-        if self._outbox is not None:
-            schema = columns.schema(self._student.thinking_format.key)
-            self._outbox.shared.describe(schema, described.model_dump_json())
+        _describe(described, self._commits, self._outbox, self._student)
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -179,33 +177,41 @@ class Run:
             await self._outbox.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
 
-    def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+    def _own(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""
+        assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     # --- batches and rows
 
+    async def _alone(self, prompt: Prompt, asked: Asked) -> tuple[dict[str, Any], Origin]:
+        task = self._own(asyncio.current_task())
+        async with self._admission:
+            await self.window.enter()
+        task.add_done_callback(self._leave)
+        made_of = self._teacher, self._student, self._settings, self.fingerprint, self.meter
+        return await self._row(prompt, {}, Synthesis(*made_of, None, None, asked))
+
     async def _batch(self, batch: Columns, seen: set[str]) -> dict[str, list[Any]]:
-        task = asyncio.current_task()
-        assert task is not None
-        self._own(task)
+        self._own(asyncio.current_task())
         reader = PromptReader(self._settings, list(batch), seen)
         inputs = rows_of(batch, reader.read_columns, self._settings.prompt_column)
-        tasks: dict[int, asyncio.Task[dict[str, Any]]] = {}
+        tasks: dict[int, asyncio.Task[tuple[dict[str, Any], Origin]]] = {}
         try:
             async with self._admission:  # one batch after another, in the order in which they came
                 if self._started is None:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
-                prompts = [self._read(reader, row) for row in inputs]
+                prompts = [_read(reader, row, self._settings.seed) for row in inputs]
                 self._enroll([prompt for prompt in prompts if isinstance(prompt, Prompt)])
                 for number in _longest_first(prompts):
                     await self.window.enter()
-                    tasks[number] = self._own(asyncio.create_task(self._row(prompts[number], inputs[number])))
+                    writing = self._row(prompts[number], inputs[number], self._synthesis)
+                    tasks[number] = self._own(asyncio.create_task(writing))
                     tasks[number].add_done_callback(self._leave)
-            rows = await asyncio.gather(*(tasks[number] for number in range(len(inputs))))
+            rows = [row for row, _ in await asyncio.gather(*(tasks[number] for number in range(len(inputs))))]
             await self._synthesis.stored()
         finally:
             for one in tasks.values():
@@ -217,13 +223,6 @@ class Run:
             self._progress.write("tools are not shown beside prompts that are text, only beside lists of messages.")
         return {**tools, **{name: [row.get(name) for row in rows] for name in columns.COLUMNS}}  # old rows lack some
 
-    def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:
-        try:
-            prompt = reader.read(row)
-        except PromptError as error:
-            return error
-        return replace(prompt, seed=derive_seed(self._settings.seed, prompt.key))
-
     def _enroll(self, prompts: list[Prompt]) -> None:
         """Give rows their places in the journal, and say once that ids are there with other prompts."""
         other_prompts: dict[str, str] = {}
@@ -233,19 +232,21 @@ class Run:
             for line in why_anew(other_prompts, self._settings):
                 self._progress.write(line)
 
-    async def _row(self, prompt: Prompt | PromptError, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    async def _row(
+        self, prompt: Prompt | PromptError, inputs: Mapping[str, Any], synthesis: Synthesis
+    ) -> tuple[dict[str, Any], Origin]:
         """Write one row, whatever its prompt is like."""
         origin: Origin
         self._rows_begun += 1
         if isinstance(prompt, PromptError):
-            row, origin = self._synthesis.unusable(prompt), "refused"
+            row, origin = synthesis.unusable(prompt), "refused"
         else:
             with self._progress.row():
-                row, origin = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
+                row, origin = await synthesis.row(replace(prompt, order=self._rows_begun), inputs)
             tokens = length(prompt.messages) // CHARACTERS_PER_TOKEN + row["teacher_tokens"] + row["student_tokens"]
             self.window.learn(tokens, self.meter.recomputed_tokens)
         self._progress.done(row, origin)
-        return row
+        return row, origin
 
     def _leave(self, _: asyncio.Task[Any]) -> None:
         """Give a row's place in the window to the next."""
@@ -264,6 +265,29 @@ async def _report_stalls(meter: Meter, progress: Progress) -> None:
         elif (stalled := meter.stalled(after)) is not None:
             progress.write(f"nothing came for {after:.0f} s. Waiting for {stalled}.")
             after *= 2
+
+
+def _tell_plan(progress: Progress, journal: Journal, record: Callable[[], RunRecord], fingerprint: str) -> None:
+    """Say what earlier runs left in the journal."""
+    for line in other_runs(journal, record):
+        progress.write(line)
+    progress.plan(journal.fingerprints().get(fingerprint), journal.path)
+
+
+def _read(reader: PromptReader, row: Mapping[str, Any], seed: int) -> Prompt | PromptError:
+    try:
+        prompt = reader.read(row)
+    except PromptError as error:
+        return error
+    return replace(prompt, seed=derive_seed(seed, prompt.key))
+
+
+def _describe(record: RunRecord, commits: Commits | None, outbox: Outbox | None, student: Speaker) -> None:
+    """Keep the run's record beside its rows."""
+    if commits is not None:
+        commits.journal.describe(record.model_dump_json())
+    if outbox is not None:
+        outbox.shared.describe(columns.schema(student.thinking_format.key), record.model_dump_json())
 
 
 class _Pass:
