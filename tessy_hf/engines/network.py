@@ -53,7 +53,7 @@ def load(model: str, revision: str | None, dtype: str, device: str, options: Map
             "quantization that this transformers knows; download it again, update transformers, or serve the model "
             "with vLLM (ServerEngine)."
         )
-    quantization = getattr(network.config, "quantization_config", None)
+    quantization: Any = getattr(network.config, "quantization_config", None)
     if getattr(quantization, "load_in_8bit", False) and quantization.llm_int8_threshold:
         raise SettingsError(
             f"{model!r} is quantized by LLM.int8 with llm_int8_threshold={quantization.llm_int8_threshold}: which "

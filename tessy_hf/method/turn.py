@@ -50,6 +50,13 @@ class Row:
     marks: Marks
     row_thinks: bool
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of the final answer, after the thinking."""
+        thought = self.plan.max_thinking_tokens - self.limits.tokens_left
+        both = self.plan.max_tokens
+        return self.plan.max_answer_tokens if both is None else min(self.plan.max_answer_tokens, both - thought)
+
 
 @asynccontextmanager
 async def open_turns(
@@ -264,16 +271,17 @@ class Turn:
         before, marker_ids = speaker.closing
         view.append(before)
         view.ids.extend(marker_ids)
-        request = self._request("answer", row.plan.max_answer_tokens)
+        most = row.answer_tokens
+        request = self._request("answer", most)
         if request is None:
-            return "", Ending("length", "context")
+            return "", Ending("length", "context" if most > 0 else "answer")
         completion = self._count(await speaker.engine.complete(request))
         text = self._as_answer(speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]))
         if completion.stop_id is not None:
             return text, Ending("stop")
         if LoopDetector().feed(text) is not None:
             return text, Ending("repetition")
-        return text, Ending("length", "answer" if request.max_tokens == row.plan.max_answer_tokens else "context")
+        return text, Ending("length", "answer" if request.max_tokens == most else "context")
 
     def _as_answer(self, text: str) -> str:
         """Return an answer as the row has it: without white space around it, but for what parts it from the thinking.
