@@ -38,6 +38,7 @@ class Segment:
         source_model: The model that wrote it, for figures by model.
         weight: Its weight in training.
         key: Its name in errors.
+        domain: What it is about, such as code or math, for figures by domain.
     """
 
     text: str
@@ -47,16 +48,19 @@ class Segment:
     source_model: str = ""
     weight: float = 1.0
     key: str = ""
+    domain: str = ""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], number: int = 0) -> Segment:
         """Read a row with ``text`` and ``style_spans`` (a list of ``{"start", "end"}``, with or without ``"text"``).
 
-        Optional columns: ``problem_id``, ``family``, ``source_model``, ``weight`` and ``id``.
+        Optional columns: ``problem_id``, ``family``, ``source_model``, ``domain``, ``weight`` and ``id``. The authors'
+        annotations (``id_ddm``, ``think_text`` and ``pred_result`` with ``span``, ``start``, ``end``) are read, too.
 
         Raises:
             DatasetError: A column is missing, or spans are out of order or outside the text.
         """
+        row = _own_names(row)
         key = str(row.get("id") or f"number {number}")
         if not isinstance(row.get("text"), str) or row.get("style_spans") is None:
             raise DatasetError(
@@ -74,8 +78,9 @@ class Segment:
                     "character offsets, in order, without overlap. Fix or drop the row."
                 )
         weight = 1.0 if row.get("weight") is None else float(row["weight"])
-        problem, family, source_model = (str(row.get(name) or "") for name in ("problem_id", "family", "source_model"))
-        return cls(text, spans, problem, family, source_model, weight, key)
+        names = ("problem_id", "family", "source_model", "domain")
+        problem, family, source_model, domain = (str(row.get(name) or "") for name in names)
+        return cls(text, spans, problem, family, source_model, weight, key, domain)
 
     def style(self) -> Mask:
         """Return, for each character, whether it is style."""
@@ -98,6 +103,15 @@ class Segment:
     def marked(self) -> list[dict[str, Any]]:
         """Return the style spans as rows of a dataset: offsets, and the text for people to read."""
         return [{"start": start, "end": end, "text": self.text[start:end]} for start, end in self.spans]
+
+
+def _own_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rename the columns of the authors' annotations."""
+    if "think_text" not in row or row.get("pred_result") is None:
+        return row
+    spans = [{"text": one.get("span"), "start": one["start"], "end": one["end"]} for one in row["pred_result"]]
+    named = {"id": row.get("id_ddm"), "problem_id": row.get("id_ddm"), "text": row["think_text"], "style_spans": spans}
+    return {**row, **named}
 
 
 def read_segments(source: str | Path | Iterable[Mapping[str, Any] | Segment]) -> list[Segment]:
