@@ -342,7 +342,7 @@ def _convention(model: str, config: Any, stated: dict[str, Any]) -> Convention:
     if not isinstance(lookahead, int) or lookahead < 0 or (lookahead and (found["label_shift"] or end_id is None)):
         raise BoundaryError(
             f"The config of the boundary predictor {model!r} has lookahead={lookahead!r}, "
-            f"label_shift={found['label_shift']} and eos_token_id={end_id!r}. Expected is a number of words, and where "
-            "it is not 0, label_shift=0 and the id of an end token. Fix config.json."
+            f"label_shift={found['label_shift']} and eos_token_id={end_id!r}. Expected is a number of words, and "
+            "where it is not 0, label_shift=0 and the id of an end token. Fix config.json."
         )
     return Convention(found["label_shift"], int(found["style_label"]), lookahead, end_id if lookahead else 0)

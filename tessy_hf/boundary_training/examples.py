@@ -54,9 +54,7 @@ class Example(NamedTuple):
     weight: float
 
 
-def encode(
-    segment: Segment, vocabulary: Vocabulary, label_shift: int, lookahead: int = 0, end_id: int = 0
-) -> Example:
+def encode(segment: Segment, vocabulary: Vocabulary, label_shift: int, lookahead: int = 0, end_id: int = 0) -> Example:
     """Turn a segment's character spans into token labels.
 
     Args:
@@ -72,9 +70,7 @@ def encode(
     if lookahead:
         words_before = [IGNORED] * lookahead + [int(kind) for kind in word_kinds(segment)]
         own = owners(offsets, [end for _, end in words(segment.text)])
-        beyond = [
-            IGNORED if kind == IGNORED else words_before[word] for kind, word in zip(kinds, own, strict=True)
-        ]
+        beyond = [IGNORED if kind == IGNORED else words_before[word] for kind, word in zip(kinds, own, strict=True)]
         ids, labels = [*ids, *[end_id] * lookahead], [*beyond, *words_before[-lookahead:]]
     return Example(ids, labels, segment.weight)
 

@@ -54,6 +54,7 @@ class Segment:
         source_model: The model that wrote it, for figures by model.
         weight: Its weight in training.
         key: Its name in errors.
+        domain: What it is about, such as code or math, for figures by domain.
     """
 
     text: str
@@ -63,12 +64,13 @@ class Segment:
     source_model: str = ""
     weight: float = 1.0
     key: str = ""
+    domain: str = ""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], number: int = 0) -> Segment:
         """Read a row in one of :data:`FORMATS`, its spans ``{"start", "end"}`` with or without what they quote.
 
-        Optional columns: ``problem_id``, ``family``, ``source_model``, ``weight`` and ``id``.
+        Optional columns: ``problem_id``, ``family``, ``source_model``, ``domain``, ``weight`` and ``id``.
 
         Raises:
             DatasetError: A column is missing, or spans are out of order or outside the text.
@@ -93,8 +95,8 @@ class Segment:
                 )
         weight = 1.0 if row.get("weight") is None else float(row["weight"])
         problem = str(row.get("problem_id") or row.get("id_ddm") or "")  # their segments are of one trace each
-        family, source_model = (str(row.get(name) or "") for name in ("family", "source_model"))
-        return cls(text, spans, problem, family, source_model, weight, key)
+        family, source_model, domain = (str(row.get(name) or "") for name in ("family", "source_model", "domain"))
+        return cls(text, spans, problem, family, source_model, weight, key, domain)
 
     def style(self) -> Mask:
         """Return, for each character, whether it is style."""

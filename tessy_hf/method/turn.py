@@ -223,7 +223,9 @@ class Turn:
         if not ends:
             return self._settle(chunk, chunk.aligned(count), count)
         if boundary is not None:
-            self._row.chunk_sizes.observe(self._author, self._view.turn_tokens - chunk.tokens_after(count + chunk.lookahead))
+            self._row.chunk_sizes.observe(
+                self._author, self._view.turn_tokens - chunk.tokens_after(count + chunk.lookahead)
+            )
         text = chunk.upto(count)
         dropped = self._row.transcript.cut(self._author, chunk.ends, chunk.end(count), text)
         self._row.trajectory.discarded[self._author] += dropped

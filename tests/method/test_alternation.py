@@ -154,7 +154,9 @@ def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, lookahead, t
         scripted(teacher, kinds[0]),
         scripted(student, kinds[1]),
         both(
-            after_comma if label_shift else by_first_letter_of(lookahead), kinds[2], label_shift=label_shift,
+            after_comma if label_shift else by_first_letter_of(lookahead),
+            kinds[2],
+            label_shift=label_shift,
             lookahead=lookahead,
         ),
         chunk_tokens=k,
