@@ -36,6 +36,7 @@ from tessy_hf.run.finished import Rows
 HERE = Path(__file__).parent
 MINIATURE, STYLE_SPANS = HERE / "miniature", HERE / "style-spans"
 ROWS = "data/train-00000.parquet"
+ENGLISH = "---\nlanguage: [en]\n---\n"
 STYLE_HEAD = ("segments", "style spans", "characters", "style, of the characters", "characters of a span, mean")
 
 
@@ -83,7 +84,7 @@ def miniature_card() -> str:
     summary = summarize(Dataset.from_parquet(str(MINIATURE / ROWS)))
     manifest = Manifest.model_validate_json((MINIATURE / "manifest.json").read_text(encoding="utf-8"))
     shown = {f"figures/{name}.png": figures.describe(name, summary) for name in figures.NAMES}
-    return str(cards.dataset_card(summary, manifest, "tessy-hf/miniature", figures=shown))
+    return str(cards.dataset_card(summary, manifest, "tessy-hf/miniature", ENGLISH, figures=shown))
 
 
 def style_spans_card() -> str:

@@ -45,7 +45,9 @@ def sources() -> dict[str, str]:
     found = {path.relative_to(ROOT): path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.*")}
     found |= {path.relative_to(ROOT): "reference" / path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.*")}
     found |= {path.relative_to(ROOT): path.relative_to(ROOT) for path in (ROOT / "examples").glob("*.ipynb")}
-    kept = {str(old): str(new) for old, new in found.items() if old.suffix in (".md", ".png", ".css", ".yaml", ".ipynb")}
+    kept = {
+        str(old): str(new) for old, new in found.items() if old.suffix in (".md", ".png", ".css", ".yaml", ".ipynb")
+    }
     return ALSO | {old: re.sub(r"README\.md$", "index.md", new) for old, new in kept.items()}
 
 
@@ -89,8 +91,7 @@ def settings_page() -> str:
     documented = griffe.load("tessy_hf.settings", search_paths=[ROOT])["Settings"]
     lines = ["# Settings", "", (ROOT / "docs/reference/settings.txt").read_text(encoding="utf-8")]
     for name, field in Settings.model_fields.items():
-        docstring = documented[name].docstring
-        words = plain(field.description or (docstring.value if docstring else ""))
+        words = plain(field.description or "")
         kind = str(documented[name].annotation).replace("Annotated", "").replace("\n", " ")
         lines += [f"## `{name}`", "", f"`{kind}`, by default `{field.default!r}`", "", words, ""]
     return "\n".join(lines)
@@ -112,7 +113,11 @@ def parameters(name: str, command: Any) -> Iterator[str]:
     yield from ("| | |", "|---|---|")
     for one in command.get_params(context):
         if one.name != "help":
-            names = ", ".join([*one.opts, *one.secondary_opts]) if one.param_type_name == "option" else str(one.metavar or one.name).upper()
+            names = (
+                ", ".join([*one.opts, *one.secondary_opts])
+                if one.param_type_name == "option"
+                else str(one.metavar or one.name).upper()
+            )
             default = "" if one.default in (None, False) or one.required else f" By default `{one.default}`."
             yield f"| `{names}` | {(getattr(one, 'help', '') or '').replace('|', chr(92) + '|')}{default} |"
     yield ""
@@ -130,7 +135,12 @@ def navigation() -> list[Any]:
     nav[3]["Reference"].append({"Recipes": recipes})
     notebooks = [f"examples/{path.name}" for path in sorted((PAGES / "examples").glob("*.md"))]
     nav[1]["Tutorials"] += [{"Notebooks": notebooks}]
-    return [*nav, {"Troubleshooting": "troubleshooting.md"}, {"Changelog": "changelog.md"}, {"Contributing": "contributing.md"}]
+    return [
+        *nav,
+        {"Troubleshooting": "troubleshooting.md"},
+        {"Changelog": "changelog.md"},
+        {"Contributing": "contributing.md"},
+    ]
 
 
 def toml(value: Any) -> str:
@@ -156,7 +166,9 @@ def main() -> None:
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     done = subprocess.run(command, cwd=WORK, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
-    warnings = [line for line in done.stdout.splitlines() if line.startswith(("griffe:", "WARNING", "mkdocs_autorefs"))]
+    warnings = [
+        line for line in done.stdout.splitlines() if line.startswith(("griffe:", "WARNING", "mkdocs_autorefs"))
+    ]
     if done.returncode or warnings:
         raise SystemExit(f"The site has {len(warnings)} warnings, see above." if warnings else done.returncode)
     print(f"The site is in {WORK / 'site'}.")

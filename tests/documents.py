@@ -1,6 +1,7 @@
 """The documentation's pages, their links, and their blocks of code. Run as a module it executes all blocks.
 
-Each page is tried as a reader would, top to bottom, in a folder of its own that sees the checkout's recipes and data.
+Each page is tried as a reader would, top to bottom, in a folder of its own that sees the checkout's recipes and data,
+and has some ``prompts.jsonl``.
 A block after ``<!-- not run: why -->`` is left out. Called by ``make test-readme``.
 """
 
@@ -11,10 +12,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
+
+from tessy_hf import demo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -76,6 +80,7 @@ def run(page: Path) -> int:
         for name in _SEEN:
             (Path(folder) / name).symlink_to(ROOT / name)
         (Path(folder) / ".blocks").mkdir()
+        demo.prompts(4, seed=29).to_json(Path(folder) / "prompts.jsonl")
         environment = {
             **os.environ,
             "PATH": os.pathsep.join([f"{folder}/.blocks", str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -98,12 +103,16 @@ def _command(path: Path, line: str) -> None:
 
 
 def main() -> None:
-    """Execute the pages that are named, or all."""
-    named = [Path(name).resolve() for name in sys.argv[1:]]
-    for page in named or RUN:
+    """Execute the pages that are named, or all, two at a time."""
+    pages = [Path(name).resolve() for name in sys.argv[1:]] or RUN
+
+    def timed(page: Path) -> str:
         begin = time.monotonic()
-        count = run(page)
-        print(f"{page.relative_to(ROOT)}: {count} block(s) ran in {time.monotonic() - begin:.0f} s.", flush=True)
+        return f"{page.relative_to(ROOT)}: {run(page)} block(s) ran in {time.monotonic() - begin:.0f} s."
+
+    with ThreadPoolExecutor(2) as both:
+        for line in both.map(timed, pages):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

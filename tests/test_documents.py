@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from itertools import pairwise
 
 import pytest
 import typer
@@ -22,7 +23,7 @@ def name_of(page):
 def anchors(page):
     """The anchors of a page's headings, as GitHub and the site make them."""
     tokens = MARKDOWN.parse(page.read_text(encoding="utf-8"))
-    titles = [after.content for token, after in zip(tokens, tokens[1:]) if token.type == "heading_open"]
+    titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 

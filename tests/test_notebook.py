@@ -1,5 +1,7 @@
 """In a real notebook kernel, where an event loop is running, `map` works as it stands."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -27,3 +29,13 @@ def test_map_in_a_notebook():
     right, _, answer = printed[2].strip().partition(" ")
     assert int(right) >= 10 and answer.startswith("the answer is")
     assert printed[3].strip() == "True"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "examples").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_the_examples_run_from_top_to_bottom(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
+    NotebookClient(notebook, timeout=240, kernel_name="python3").execute()

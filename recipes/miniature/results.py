@@ -231,7 +231,9 @@ def draw(path: Path, main: int) -> None:
 
     panels = {level: read_changes(path.read_text(), level, main) for level in LEVELS}
     panels = {level: lines for level, lines in panels.items() if lines}
-    figure = Figure(figsize=(9, 0.27 * sum(map(len, panels.values())) + 0.62 * len(panels) + 0.5), layout="constrained")
+    figure = Figure(
+        figsize=(9, 0.27 * sum(map(len, panels.values())) + 0.62 * len(panels) + 0.5), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     ratios = [len(lines) + 0.8 for lines in panels.values()]
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
@@ -249,7 +251,9 @@ def draw(path: Path, main: int) -> None:
         panel.tick_params(length=0)
         panel.grid(axis="x", color="#e3e7ec", linewidth=0.8)
         panel.spines[:].set_visible(False)
-    axes[-1].set_xlabel("change of right answers after fine-tuning (percentage points; mean and deviation of 3 students)")
+    axes[-1].set_xlabel(
+        "change of right answers after fine-tuning (percentage points; mean and deviation of 3 students)"
+    )
     axes[0].legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
     figure.savefig(path.with_name("results.png"), dpi=110)
 

@@ -219,6 +219,7 @@ def _environment() -> Environment:
         link=_link,
         url=lambda path: Markdown(quote(path)),
         grid=_grid,
+        lines=lambda text: Markdown("<br>".join(map(_inert, str(text).strip().splitlines()))),
         join_codes=lambda names: Markdown(", ".join(map(code, names))),
     )
     return environment

@@ -123,7 +123,12 @@ def _authors(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> Non
 
 def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
     axes = figure.subplots()
-    figures.name_axes(axes, "How foreign the texts are to the student", "negative log-likelihood per token (nats; less is more familiar)", "")
+    figures.name_axes(
+        axes,
+        "How foreign the texts are to the student",
+        "negative log-likelihood per token (nats; less is more familiar)",
+        "",
+    )
     bars = []
     for name, color in _colors(theme, found).items():
         for kind, one in found["nll"][name].items():

@@ -41,7 +41,9 @@ class Theme:
 
 
 THEMES = {
-    "light": Theme("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", ("#0e8a66", "#7b4fc9", "#4a5560")),
+    "light": Theme(
+        "#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", ("#0e8a66", "#7b4fc9", "#4a5560")
+    ),
     "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c", ("#4fc79c", "#b79bf2", "#b9c2cc")),
 }
 
@@ -120,7 +122,9 @@ def describe(name: str, summary: dict[str, Any]) -> str:
 def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     row, thinking = (summary["teacher_share"][part] for part in ("row", "thinking"))
-    name_axes(axes, "How much of a row the teacher wrote", "share of a row's tokens by the teacher (%)", "number of rows")
+    name_axes(
+        axes, "How much of a row the teacher wrote", "share of a row's tokens by the teacher (%)", "number of rows"
+    )
     if not row["count"]:
         return _nothing(axes, theme)
     edges = [100 * edge for edge in row["histogram"]["edges"]]
@@ -142,7 +146,9 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
     for axes, part in zip(panels, ("thinking", "answer"), strict=True):
         shares = [None if share is None else 100 * share for share in position[part]]
         edges = [100 * step / len(shares) for step in range(len(shares) + 1)]
-        axes.set_xlabel("from the beginning to the end of the thinking (%)" if part == "thinking" else "of the answer (%)")
+        axes.set_xlabel(
+            "from the beginning to the end of the thinking (%)" if part == "thinking" else "of the answer (%)"
+        )
         axes.grid(visible=False)
         axes.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 10 if part == "thinking" else 50))
         if any(share is None for share in shares):
@@ -157,7 +163,10 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
 def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
     axes = figure.subplots()
     name_axes(
-        axes, "How long a span is", "tokens that an author wrote before handing over", "share of that author's spans (%)"
+        axes,
+        "How long a span is",
+        "tokens that an author wrote before handing over",
+        "share of that author's spans (%)",
     )
     spans = summary["spans"]
     if not any(spans[author]["count"] for author in AUTHORS):

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError
+from tessy_hf.rows.columns import assistant_text, content_text, pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,6 +37,9 @@ SHARE_STEPS = 10_000
 """Quantiles of shares are exact to one part in this many; means are exact."""
 ERRORS_KEPT = 500
 """How many kinds of error are counted separately; the rest counts as "other errors"."""
+
+SAMPLED, LONGEST_SAMPLE = 100, 2_000
+"""Rows of a batch that are looked at for a sample, and the most characters of one."""
 
 Numbers = npt.NDArray[Any]
 
@@ -74,6 +78,7 @@ class Statistics:
 
     Attributes:
         rows: The number of rows.
+        sample: A row to show.
         counts: All else that is counted, by name: finish reasons, methods, runs, kinds of error; tokens by part (or
             ``kept``, ``discarded``) and author; shares in steps, their sums, lengths, and amounts along the row.
     """
@@ -81,6 +86,7 @@ class Statistics:
     def __init__(self) -> None:
         self.rows = 0
         self.counts: defaultdict[str, Tally] = defaultdict(Tally)
+        self.sample: dict[str, Any] | None = None
 
     @property
     def errors(self) -> Counter[str]:
@@ -116,6 +122,7 @@ class Statistics:
             self.counts[f"share of {part}"].update(round(one * SHARE_STEPS) for one in shares)
             self.counts["sum of shares"][part] += sum(shares)
         self._add_spans(_spans(table), table.num_rows)
+        self.sample = self.sample or _sample(table)
 
     def _add_spans(self, spans: dict[str, Numbers], rows: int) -> None:
         row, tokens, thinking = spans["row"], spans["tokens"], spans["thinking"]
@@ -136,6 +143,7 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Count all that ``other`` has counted."""
         self.rows += other.rows
+        self.sample = self.sample or other.sample
         for name, tally in other.counts.items():
             self.counts[name].update(tally)
 
@@ -145,7 +153,8 @@ class Statistics:
         Shares are between 0 and 1 and lengths are in the student's tokens. What does not exist, such as the mean of no
         rows, is ``None``. Keys: ``rows``, ``finish_reasons``, ``failures``, ``methods``, ``run_fingerprints``,
         ``teacher_share`` (of a whole row, and of its thinking), ``tokens``, ``lengths``, ``spans`` (of the thinking,
-        by author), ``spans_per_row``, ``discarded``, ``position``.
+        by author), ``spans_per_row``, ``discarded``, ``position``, ``sample`` (the first short row that finished: its
+        ``prompt``, and its ``spans`` with ``author`` and ``text``).
         """
         failed = self.counts["finish_reason"]["error"]
         return {
@@ -169,6 +178,7 @@ class Statistics:
             "spans_per_row": self.counts["spans per row"].summary(),
             "discarded": self._discarded(),
             "position": {part: self._positions(part) for part in PARTS},
+            "sample": self.sample,
         }
 
     def _tokens(self, part: str, *authors: str) -> int:
@@ -230,6 +240,18 @@ def kind_of_error(error: str) -> str:
 def share(part: float, whole: float) -> float | None:
     """Return ``part / whole``, or ``None`` if the whole is 0."""
     return part / whole if whole else None
+
+
+def _sample(table: pa.Table) -> dict[str, Any] | None:
+    """Return the first row that finished and is short enough to show."""
+    if "messages" not in table.column_names:
+        return None
+    for row in table.slice(0, SAMPLED).to_pylist():
+        cut, asked = pieces(row), [message["content"] for message in row["messages"] or () if message["role"] == "user"]
+        if row["finish_reason"] == "stop" and cut and asked and len(assistant_text(row)) <= LONGEST_SAMPLE:
+            spans = [{"author": piece.author, "text": piece.text} for piece in cut if piece.text.strip()]
+            return {"prompt": content_text(asked[-1])[:LONGEST_SAMPLE], "spans": spans}
+    return None
 
 
 def _values(table: pa.Table, name: str) -> list[Any]:

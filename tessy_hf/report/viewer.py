@@ -49,7 +49,9 @@ def pack(
         The index of the rows, and their texts in chunks.
     """
     index: dict[str, Any] = {"names": [*names, None][:2], "reasons": [], "chunks": []}
-    columns: dict[str, list[Any]] = {name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens", "verdict", "score")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens", "verdict", "score")
+    }
     partner = _partners(against) if against is not None else lambda key: None
     texts, chunk, size = list[str](), list[Any](), 0
     for number, row in rows:

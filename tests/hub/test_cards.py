@@ -184,6 +184,14 @@ def test_no_field_is_left_unfilled(summary, given):
         assert re.search(r"-->\n## Limits\n\n- ", card) and "\n\n\n" not in card
 
 
+def test_a_row_is_shown_by_author_and_nothing_in_it_is_markup():
+    spans = [{"author": "student", "text": "okay | so\n# no heading"}, {"author": "teacher", "text": "<b>1 * 2</b>"}]
+    given = Statistics().summary() | {"sample": {"prompt": "[a](http://x)", "spans": spans}}
+    card = str(cards.dataset_card(given, manifest(), "me/data"))
+    assert "🟧&nbsp;student | okay &#124; so<br>&#35; no heading |" in card.replace("&#128999;", "🟧")
+    assert "teacher | &#60;b&#62;1 &#42; 2&#60;/b&#62; |" in card and "[a](http" not in card
+
+
 def test_failed_rows_are_accounted_for(summary):
     left_out = words(cards.dataset_card(summary, manifest(failed=20), "me/data"))
     assert "20 rows that did not end with `stop` are left out of this release." in left_out
@@ -398,7 +406,7 @@ def test_parts_stay_parts_whatever_is_in_them():
     for text in NASTY:
         card = with_text(text)
         parts = re.findall(r"^<!-- tessy:(\w+) \w{8} -->$", card.text, re.M)
-        assert parts == ["about", "load", "train", "numbers", "limits", "provenance", "license"]
+        assert parts == ["about", "sample", "load", "train", "numbers", "limits", "provenance", "citation", "license"]
         assert cards.merge(card.text, {name: "new" for name in parts}).count("\nnew\n") == len(parts)
 
 

@@ -6,6 +6,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from selenium.webdriver.common.keys import Keys
 
 from tessy_hf.report.page import write_report
@@ -464,3 +465,48 @@ def test_nothing_sticks_out_at_any_width(reader, width):
         figure.rect["width"] > 250 for figure in reader.all("figure svg")
     )
     assert all(figure.get_attribute("aria-label") for figure in reader.all("figure"))
+
+
+# --- code, formulas, directions, verdicts
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Rows with verdicts and scores; the first holds code that two authors wrote, and a formula, and prices."""
+    texts = ["Okay:\n```python\na = 1\n", "b = 2\n```\nso $x^2$ costs $20 or $30. ", "`done`"]
+    spans, at = [], len("<think>\n")
+    for number, text in enumerate(texts):
+        begin = 0 if number == 0 else at
+        at += len(text)
+        author = "student" if number % 2 == 0 else "teacher"
+        spans.append({"author": author, "part": "thinking", "start": begin, "end": at, "tokens": 1})
+    whole = "<think>\n" + "".join(texts) + "\n</think>\n\n"
+    spans[-1]["end"] = len(whole)
+    first = finished_row(0) | {"thinking": "".join(texts), "answer": "", "spans": spans, "finish_reason": "stop"}
+    first["messages"] = [{"role": "user", "content": "كم عدد التفاحات؟"}, {"role": "assistant", "content": whole}]
+    verdicts = [1.0, 0.5, 0.0, None]
+    rows = [first | {"id": f"r{n}", "verdict": verdicts[n % 4], "teacher_score": n} for n in range(8)]
+    folder = tmp_path_factory.mktemp("judged")
+    Dataset.from_list(rows, features=FEATURES).to_parquet(folder / "rows.parquet")
+    write_report(str(folder / "rows.parquet"), folder / "r.html")
+    return folder / "r.html"
+
+
+def test_judged_rows_are_filtered_by_verdict_and_score(reader, judged):
+    reader.open(judged)
+    assert reader.texts("#verdicts .chip") == ["right2", "wrong4", "none2"]
+    reader.all("#verdicts .chip")[0].click()
+    reader.settle()
+    assert reader.texts("#list .item .number") == ["r0", "r4"]
+    reader.fill("score-min", 3)
+    assert reader.texts("#list .item .number") == ["r4"]
+    reader.open()
+    assert not reader.one("#verdicts").is_displayed() and not reader.one("#scores").is_displayed()
+
+
+def test_code_and_formulas_are_set_apart_and_every_text_has_its_direction(reader, judged):
+    reader.open(judged)
+    kinds = {kind: reader.texts(f".text code.{kind}") for kind in ("fence", "code", "math")}
+    assert kinds == {"fence": ["```python\na = 1\n", "b = 2\n```"], "code": ["`done`"], "math": ["$x^2$"]}
+    assert reader.js("return getComputedStyle(document.querySelector('.said')).direction") == "rtl"
+    assert reader.js("return getComputedStyle(document.querySelector('.text')).direction") == "ltr"
