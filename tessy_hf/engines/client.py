@@ -64,9 +64,9 @@ class Client:
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
         url = _url(server, protocol)
-        text = await self._send(server, "POST", url, self._api.body(protocol, request))
+        content = await self._send(server, "POST", url, self._api.body(protocol, request))
         with self._reading(server, url):
-            return self._api.completion(protocol, api.parse(text), request)
+            return self._api.completion(protocol, api.parse(content), request)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
@@ -74,7 +74,7 @@ class Client:
         body = self._api.body(protocol, request, stream=True)
         async with self._connections.request(server, "POST", url, body) as reply:
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
+                raise self._refusal(server, url, reply.status, await reply.content(), reply.headers)
             async with aclosing(reply.events()) as batches:
                 async for events in batches:
                     with self._reading(server, url):
@@ -138,21 +138,23 @@ class Client:
 
     async def _cache_tokens(self, server: str) -> int | None:
         try:
-            return api.cache_tokens(await self._send(server, "GET", _root(server) + "/metrics"))
+            return api.cache_tokens(
+                (await self._send(server, "GET", _root(server) + "/metrics")).decode(errors="replace")
+            )
         except (ReplicaError, EngineError):
             return None
 
     async def _json(self, server: str, method: str, url: str, content: bytes | None = None) -> Any:
-        text = await self._send(server, method, url, content)
+        answer = await self._send(server, method, url, content)
         with self._reading(server, url):
-            return api.parse(text)
+            return api.parse(answer)
 
-    async def _send(self, server: str, method: str, url: str, content: bytes | None = None) -> str:
+    async def _send(self, server: str, method: str, url: str, content: bytes | None = None) -> bytes:
         async with self._connections.request(server, method, url, content) as reply:
-            text = await reply.text()
+            answer = await reply.content()
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, text, reply.headers)
-            return text
+                raise self._refusal(server, url, reply.status, answer, reply.headers)
+            return answer
 
     @contextmanager
     def _reading(self, server: str, url: str) -> Iterator[None]:
@@ -161,12 +163,12 @@ class Client:
             yield
         except AnswerError as error:
             if error.status is not None:
-                raise self._refusal(server, url, error.status, error.words, {}) from error
+                raise self._refusal(server, url, error.status, error.words.encode(), {}) from error
             raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
 
-    def _refusal(self, server: str, url: str, status: int, text: str, headers: Mapping[str, str]) -> Exception:
+    def _refusal(self, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:
         """Return what a status other than 200 means: for the server, for the row, or for the run."""
-        words = api.server_words(text)
+        words = api.server_words(answer)
         if status in KEY_STATUSES:
             return EngineDeadError(
                 f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "
