@@ -71,16 +71,16 @@ class Client:
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
         url = api.address(server, protocol)
-        text = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
+        content = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
         with self._reading(server, url):
-            return self._api.completion(protocol, api.parse(text), request)
+            return self._api.completion(protocol, api.parse(content), request)
 
     async def score(self, server: str, protocol: Protocol, request: Request, count: int) -> Scores:
         """Ask for the log-probabilities of a prompt's last ids."""
         url = api.address(server, protocol)
-        text = await self._send(server, "POST", url, self._api.score_body(protocol, request), request.row)
+        content = await self._send(server, "POST", url, self._api.score_body(protocol, request), request.row)
         with self._reading(server, url):
-            return self._api.scores(api.parse(text), request, count)
+            return self._api.scores(api.parse(content), request, count)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
@@ -90,7 +90,7 @@ class Client:
         async with self._connections.request(server, "POST", url, body, headers) as reply:
             self._sessions.keep(server, request.row, reply.headers, reply.cookies)
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
+                raise self._refusal(server, url, reply.status, await reply.content(), reply.headers)
             async with aclosing(reply.events()) as batches:
                 async for events in batches:
                     with self._reading(server, url):
@@ -154,24 +154,26 @@ class Client:
 
     async def _cache_tokens(self, server: str) -> int | None:
         try:
-            return api.cache_tokens(await self._send(server, "GET", _root(server) + "/metrics"))
+            return api.cache_tokens(
+                (await self._send(server, "GET", _root(server) + "/metrics")).decode(errors="replace")
+            )
         except (ReplicaError, EngineError):
             return None
 
     async def _json(self, server: str, method: str, url: str, content: bytes | None = None) -> Any:
-        text = await self._send(server, method, url, content)
+        answer = await self._send(server, method, url, content)
         with self._reading(server, url):
-            return api.parse(text)
+            return api.parse(answer)
 
-    async def _send(self, server: str, method: str, url: str, content: bytes | None = None, row: str = "") -> str:
+    async def _send(self, server: str, method: str, url: str, content: bytes | None = None, row: str = "") -> bytes:
         headers = self._sessions.of(server, row) if row else {}
         async with self._connections.request(server, method, url, content, headers) as reply:
-            text = await reply.text()
+            answer = await reply.content()
             if row:
                 self._sessions.keep(server, row, reply.headers, reply.cookies)
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, text, reply.headers)
-            return text
+                raise self._refusal(server, url, reply.status, answer, reply.headers)
+            return answer
 
     @contextmanager
     def _reading(self, server: str, url: str) -> Iterator[None]:
@@ -180,12 +182,12 @@ class Client:
             yield
         except AnswerError as error:
             if error.status is not None:
-                raise self._refusal(server, url, error.status, error.words, {}) from error
+                raise self._refusal(server, url, error.status, error.words.encode(), {}) from error
             raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
 
-    def _refusal(self, server: str, url: str, status: int, text: str, headers: Mapping[str, str]) -> Exception:
+    def _refusal(self, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:
         """Return what a status other than 200 means: for the server, for the row, or for the run."""
-        words = api.server_words(text)
+        words = api.server_words(answer)
         if status in KEY_STATUSES:
             return EngineDeadError(
                 f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "

@@ -7,7 +7,6 @@ retries or sockets. Chat endpoints are never used: their reasoning parsers misla
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import OrderedDict
@@ -16,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import orjson
 
 from tessy_hf.engines.base import Completion, Request, Scores, derive_seed
 from tessy_hf.engines.native_apis import NATIVE
@@ -59,8 +59,7 @@ _STOPPED = frozenset({"stop", "eos", "eos_token", "stop_token", "stop_sequence",
 _OUT_OF_TOKENS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "model_length", "limit"})
 """What servers write as ``finish_reason``: OpenAI, TGI, Together, Mistral, Cohere, Anthropic and llama.cpp."""
 
-_sorted_ids = lru_cache(maxsize=64)(sorted)
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell but no text can hold
+_ECHO = b'"prompt_token_ids":'
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 
 
@@ -133,7 +132,7 @@ class CompletionsAPI:
         if request.logprobs and protocol in MEASURED:
             options["logprobs"] = 0  # of the drawn ids only
         if protocol in EXACT:
-            options["stop_token_ids"] = _sorted_ids(request.stop_ids)
+            options["stop_token_ids"] = _encoded_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
             options["stop"] = stops
         return options
@@ -150,8 +149,8 @@ class CompletionsAPI:
             options["stream"] = True
         name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
         prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
-        head = json.dumps({"model": self._model})[:-1].encode()
-        return b"".join((head, b', "', name, b'": ', prompt, b", ", json.dumps(options)[1:].encode()))
+        head = orjson.dumps({"model": self._model})[:-1]
+        return b"".join((head, b',"', name, b'":', prompt, b",", orjson.dumps(options)[1:]))
 
     def release(self, row: str) -> None:
         """Forget a row's encoded prompt."""
@@ -165,7 +164,7 @@ class CompletionsAPI:
     def tokenize_body(self) -> bytes:
         """Return the body that asks vLLM's `/tokenize` for the tokens of :data:`PROBE` and the template's markers."""
         body = {"model": self._model, "prompt": self._probe_text, "add_special_tokens": False}
-        return json.dumps(body).encode()
+        return orjson.dumps(body)
 
     def _id_prompt(self, request: Request) -> bytes:
         prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
@@ -178,7 +177,7 @@ class CompletionsAPI:
         """Return the prompt as text, without what the server's tokenizer puts before each text."""
         ids, prefix = list(request.prompt_ids), self._prefix
         own = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
-        return json.dumps(self._vocabulary.decode(own)).encode()
+        return orjson.dumps(self._vocabulary.decode(own))
 
     def _decode_stops(self, stop_ids: frozenset[int]) -> list[str]:
         """Return the stop ids as text, the end of thinking first. A server knows its own end of sequence."""
@@ -243,7 +242,7 @@ class CompletionsAPI:
 
     def _text_ids(self, choice: Mapping[str, Any], request: Request, most: int) -> tuple[list[int], int | None]:
         text, reason = choice.get("text"), _reason(choice)
-        if not isinstance(text, str) or _SURROGATE.search(text) or reason not in _STOPPED | _OUT_OF_TOKENS:
+        if not isinstance(text, str) or reason not in _STOPPED | _OUT_OF_TOKENS:
             shown = first_words(str(choice.get("finish_reason")))
             raise AnswerError(f"answered without text (finish_reason {shown!r})")
         found = [at for at in map(text.find, self._stop_texts(request.stop_ids)) if at >= 0]  # some send what stopped
@@ -272,20 +271,34 @@ def _is_score(logprob: Any, rank: Any) -> bool:
     return isinstance(logprob, int | float) and type(rank) is int
 
 
-def parse(text: str) -> Any:
-    """Parse the text of an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send."""
+@lru_cache(maxsize=64)
+def _encoded_ids(ids: frozenset[int]) -> orjson.Fragment:
+    """Return ids as JSON, in order."""
+    return orjson.Fragment(orjson.dumps(sorted(ids)))
+
+
+def parse(content: bytes) -> Any:
+    """Parse an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send.
+
+    The prompt that vLLM sends back is left out.
+    """
     try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AnswerError(f"answered with something that is not JSON: {first_words(text)!r}") from error
+        if (at := content.find(_ECHO)) >= 0 and (end := content.find(b"]", at)) > 0:  # its ids alone, or null
+            value = content[at + len(_ECHO) : end].strip()
+            content = content[:at] + _ECHO + b"[" + content[end:] if value.startswith(b"[") else content
+        answer = orjson.loads(content)
+    except ValueError as error:
+        shown = first_words(content[:1000].decode(errors="replace"))
+        raise AnswerError(f"answered with something that is not JSON: {shown!r}") from error
     _check(answer)
     return answer
 
 
-def server_words(text: str) -> str:
+def server_words(content: bytes) -> str:
     """Return what a server says in the body of an error, in one line: its message, else the first words."""
+    text = content.decode(errors="replace")
     try:
-        answer = parse(text)
+        answer = parse(content)
     except AnswerError as error:
         return error.words or first_words(text)
     found = [answer.get(key) for key in ("detail", "message")] if isinstance(answer, Mapping) else []
@@ -345,7 +358,7 @@ def _check(answer: Any) -> None:
     described = error if isinstance(error, Mapping) else {"message": error}
     codes = [str(of.get(key)) for of in (described, answer) for key in ("code", "status", "status_code")]
     status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
-    words = first_words(str(described.get("message") or json.dumps(error)))
+    words = first_words(str(described.get("message") or orjson.dumps(error).decode()))
     raise AnswerError(f"answered with an error: {words!r}", status, words)
 
 
