@@ -100,12 +100,11 @@ def notebook_page(path: Path) -> str:
 def settings_page() -> str:
     """Return the reference of settings, from their types, defaults and docstrings."""
     documented = griffe.load("tessy_hf.settings", search_paths=[ROOT])["Settings"]
+    names = re.compile(rf"\b({'|'.join(TYPES)})\b")
     lines = ["# Settings", "", (ROOT / "docs/reference/settings.txt").read_text(encoding="utf-8")]
     for name, field in Settings.model_fields.items():
         words = plain(field.description or "")
-        kind = re.sub(
-            r"\b(" + "|".join(TYPES) + r")\b", lambda found: TYPES[found[1]], str(documented[name].annotation)
-        )
+        kind = names.sub(lambda found: TYPES[found[1]], str(documented[name].annotation))
         lines += [f"## `{name}`", "", f"`{kind}`, by default `{field.default!r}`", "", words, ""]
     return "\n".join(lines)
 
