@@ -100,7 +100,7 @@ def show(summary: Summary, transform: TessyTransform, data: str, out: Path | Non
         words = iter(sys.argv[1:])
         whole = [word for word in words if not (word == "--limit" and next(words)) and not word.startswith("--limit=")]
         kept = "  (all rows; these are reused)" if _journal(transform) or settings.parts else "  (all rows)"
-        lines += [f"look: {shlex.join(['tessy', 'view', str(out)])}"] if out is not None else []
+        lines += [f"view: {shlex.join(['tessy', 'view', str(out)])}"] if out is not None else []
         lines.append(f"next: {shlex.join(['tessy', *whole])}{kept}")
     elif summary.failed and (settings.journal or settings.parts):
         again = f"{_command()} --set max_attempts={2 * settings.max_attempts}"

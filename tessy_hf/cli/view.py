@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tessy_hf.cli.files import quiet
 from tessy_hf.errors import DatasetError
 
 
@@ -31,7 +32,8 @@ def view(
     from tessy_hf.report.show import ShownRow, legend
     from tessy_hf.run.finished import half_written, open_rows
 
-    finished, begun = open_rows(source, split, config, run), list(half_written(source, run))
+    with quiet():
+        finished, begun = open_rows(source, split, config, run), list(half_written(source, run))
     rows = enumerate(chain(finished, begun))
     if row:
         wanted = [one for number, one in rows if _is_named(one, number, row)]

@@ -143,7 +143,8 @@ class Progress:
     @contextlib.contextmanager
     def row(self) -> Iterator[None]:
         """Count a row as in flight."""
-        self._begin = self._begin or time.monotonic()
+        if self._begin is None:
+            self._begin = self._said = time.monotonic()
         self.in_flight += 1
         try:
             yield
