@@ -83,7 +83,7 @@ def test_a_recipe_without_predictors_is_read_for_methods_that_do_not_alternate(r
         (("student", ...), ["at student", "field required"]),
         (("student", "model", ...), ["student.model", "field required"]),
         (("teacher", "modl", "x"), ["teacher.modl", "not permitted", "Did you mean 'model'?"]),
-        (("techer", {}), ["unknown key 'techer'. Did you mean 'teacher'?"]),
+        (("teachr", {}), ["unknown key 'teachr'. Did you mean 'teacher'?"]),
         (("teacher", "boundary", {"label_shift": 0}), ["teacher.boundary", "field required"]),
         (
             ("teacher", "boundary", {"model": "m", "label_shft": 0}),

@@ -19,7 +19,10 @@ _PACKAGE = Path(__file__).parents[1]
 
 def examples(
     name: Annotated[
-        str | None, typer.Argument(help="The recipe to copy, as it is listed; without one, list them.")
+        str | None,
+        typer.Argument(
+            help="The recipe to copy, as it is listed; without one, list them.", autocompletion=lambda: list(recipes())
+        ),
     ] = None,
     out: Annotated[Path, typer.Argument(help="The folder to copy it to.")] = Path(),
 ) -> None:
