@@ -89,3 +89,21 @@ def test_a_recipe_needs_no_teacher_either(tmp_path):
         "method: teacher-only\nteacher: {model: demo:teacher}\nstudent: {engine: tokenizer, model: demo:student}\n"
     )
     assert TessyTransform.from_yaml(recipe).record().student.engine == "tokenizer"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "network"),
+    [
+        ("method: student-only\nstudent: {model: demo:student}\n", "student"),
+        (
+            "method: teacher-only\nteacher: {model: demo:teacher}\nstudent: {engine: tokenizer, model: demo:student}\n",
+            "teacher",
+        ),
+    ],
+)
+def test_the_command_loads_one_model_alone(loaded, tessy, tmp_path, recipe, network):
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}max_thinking_tokens: 20\nmax_answer_tokens: 4\n")
+    demo.prompts(2, seed=4).to_json(tmp_path / "prompts.jsonl")
+    code, printed = tessy("synthesize", tmp_path / "recipe.yaml", tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl")
+    assert code == 0 and loaded == [network] and f"Loading weights: {network} demo:{network}\n" in printed

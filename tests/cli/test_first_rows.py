@@ -1,6 +1,11 @@
 """From the examples to rows on the screen: trial runs, `tessy view`, `tessy status`, `tessy examples`."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +145,38 @@ def test_completion_can_be_installed(tessy):
 )
 def test_errors_on_the_command_line_speak_of_set(said, shown):
     assert for_command_line(said) == shown
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "first-rows.md"
+LED = ("TESSY:", "next:", "view:", "row ", "tessy:", "teacher share")
+
+
+def leads(text):
+    """The lines that say what happens, without numbers and places."""
+    lines = [re.sub(r"(~|/)\S*/|\d[\d,.]*|\b[0-9a-f]{16}\b", "#", line.strip()) for line in text.splitlines()]
+    return [line for line in lines if line.startswith(LED) or " rows" in line]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_print_what_it_shows(tmp_path):
+    """All of them one after the other in an empty folder, as a reader types them."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PAGE.parents[2]),
+        "HF_HOME": str(tmp_path / "home"),
+        "COLUMNS": "300",
+    }
+    (tmp_path / "bin").mkdir()
+    tessy = tmp_path / "bin" / "tessy"
+    tessy.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tessy_hf.cli.main "$@"\n')
+    tessy.chmod(0o755)
+    environment["PATH"] = f"{tessy.parent}:{environment['PATH']}"
+    for block in re.findall(r"```console\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, expected = step.partition("\n")
+            done = subprocess.run(
+                command, shell=True, cwd=tmp_path, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+            assert [line for line in leads(expected) if line not in leads(done.stdout)] == [], done.stdout
