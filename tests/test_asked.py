@@ -4,8 +4,15 @@ import pytest
 
 from tessy_hf import ServerEngine, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.errors import EngineDeadError, SettingsError
+from tests.cli.test_cli import tessy as tessy  # noqa: PLC0414 - a fixture
 
 SETTINGS = {"journal": None, "id_column": "id", "max_thinking_tokens": 20, "max_answer_tokens": 4}
+
+TEACHER_ONLY = """
+method: teacher-only
+teacher: {model: demo:teacher}
+student: {engine: tokenizer, model: demo:student}
+"""
 
 
 class Forbidden(TransformersEngine):
@@ -85,9 +92,7 @@ def test_a_recipe_needs_no_teacher_either(tmp_path):
     assert TessyTransform.from_yaml(recipe).record().teacher is None
     with pytest.raises(SettingsError, match="needs a teacher"):
         TessyTransform.from_yaml(recipe, "method=tessy")
-    recipe.write_text(
-        "method: teacher-only\nteacher: {model: demo:teacher}\nstudent: {engine: tokenizer, model: demo:student}\n"
-    )
+    recipe.write_text(TEACHER_ONLY)
     assert TessyTransform.from_yaml(recipe).record().student.engine == "tokenizer"
 
 
@@ -96,10 +101,7 @@ def test_a_recipe_needs_no_teacher_either(tmp_path):
     ("recipe", "network"),
     [
         ("method: student-only\nstudent: {model: demo:student}\n", "student"),
-        (
-            "method: teacher-only\nteacher: {model: demo:teacher}\nstudent: {engine: tokenizer, model: demo:student}\n",
-            "teacher",
-        ),
+        (TEACHER_ONLY, "teacher"),
     ],
 )
 def test_the_command_loads_one_model_alone(loaded, tessy, tmp_path, recipe, network):

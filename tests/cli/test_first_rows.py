@@ -170,7 +170,7 @@ def test_the_commands_of_the_page_print_what_it_shows(tmp_path):
     tessy = tmp_path / "bin" / "tessy"
     tessy.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tessy_hf.cli.main "$@"\n')
     tessy.chmod(0o755)
-    environment["PATH"] = f"{tessy.parent}:{environment['PATH']}"
+    environment |= {"PATH": f"{tessy.parent}:{environment['PATH']}", "HF_HOME": str(tmp_path / "home")}
     for block in re.findall(r"```console\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL):
         for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, expected = step.partition("\n")
