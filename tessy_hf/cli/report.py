@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tessy_hf.cli.files import quiet
 from tessy_hf.errors import SettingsError
 
 
@@ -33,7 +34,8 @@ def report(
     """Write one HTML file with a dataset's statistics, figures and rows colored by author."""
     from tessy_hf.report.page import write_report
 
-    shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows, run=run)
+    with quiet():
+        shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows, run=run)
     size = out.stat().st_size / 1e6
     Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
 
