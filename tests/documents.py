@@ -44,11 +44,12 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yield the blocks of Python and of the shell in a page."""
+    """Yield the blocks of Python and of the shell in a page; sessions (``console``) are not executed here."""
     before = ""
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
-        if token.type == "fence" and token.info in ("python", "bash"):
-            yield Block(token.info, token.content, token.map[0] + 1, not _SKIPPED.fullmatch(before))
+        if token.type == "fence" and token.info in ("python", "bash", "console"):
+            runs = token.info != "console" and not _SKIPPED.fullmatch(before)
+            yield Block(token.info, token.content, token.map[0] + 1, runs)
         if token.type in ("fence", "html_block", "inline"):
             before = token.content.strip()
 
@@ -90,6 +91,7 @@ def run(page: Path) -> int:
         }
         _command(Path(folder) / ".blocks" / "tessy", f'exec "{sys.executable}" -m tessy_hf.cli.main "$@"')
         _command(Path(folder) / ".blocks" / "python", f'exec "{sys.executable}" "$@"')
+        _command(Path(folder) / ".blocks" / "pip", "true")  # nothing is installed by a test
         shell = ["bash", "-euo", "pipefail", "-c", "\n".join(script)]
         done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

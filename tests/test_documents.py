@@ -57,13 +57,14 @@ def test_python_blocks_compile_and_commands_exist(page):
 
 def commands(code):
     """The uses of `tessy` in a block of the shell, as words."""
-    for line in code.replace("\\\n", " ").splitlines():
+    for line in code.replace("\\\n", " ").replace("$ tessy", "tessy").splitlines():
+        if not line.startswith("tessy "):
+            continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars="();|&<>")
         lexer.whitespace_split = True
         words = list(lexer)
-        if words[:1] == ["tessy"]:
-            ends = [at for at, word in enumerate(words) if set(word) <= set("();|&<>")]
-            yield words[1 : min(ends, default=len(words))]
+        ends = [at for at, word in enumerate(words) if set(word) <= set("();|&<>")]
+        yield words[1 : min(ends, default=len(words))]
 
 
 def check_command(words):
