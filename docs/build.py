@@ -30,7 +30,7 @@ EXTERNAL = ("http://", "https://", "mailto:", "#")
 
 SECTIONS = {
     "Tutorials": ("tutorials", ["own-models", "verified-code", "train", "release"]),
-    "Guides": ("guides", ["first-rows", "large-runs", "servers", "clusters", "resume", "methods", "rules"]),
+    "Guides": ("guides", ["first-rows", "large-runs", "servers", "serve", "clusters", "resume", "methods", "rules"]),
     "Reference": ("reference", ["api", "settings", "columns", "command-line"]),
     "Explanation": ("explanation", ["method", "guarantees", "identity"]),
 }
