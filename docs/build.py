@@ -29,8 +29,8 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 EXTERNAL = ("http://", "https://", "mailto:", "#")
 
 SECTIONS = {
-    "Tutorials": ("tutorials", ["own-models", "verified-code", "train", "release"]),
-    "Guides": ("guides", ["first-rows", "large-runs", "servers", "serve", "clusters", "resume", "methods", "rules"]),
+    "Tutorials": ("tutorials", ["first-rows", "own-models", "verified-code", "train", "release"]),
+    "Guides": ("guides", ["large-runs", "servers", "serve", "clusters", "resume", "methods", "rules"]),
     "Reference": ("reference", ["api", "settings", "columns", "command-line"]),
     "Explanation": ("explanation", ["method", "guarantees", "identity"]),
 }
@@ -142,6 +142,10 @@ def navigation() -> list[Any]:
     nav: list[Any] = [{"Home": "index.md"}]
     for title, (folder, order) in SECTIONS.items():
         found = {path.stem: f"{folder}/{path.name}" for path in sorted((PAGES / folder).glob("*.md"))}
+        if folder in ("tutorials", "guides"):  # a tutorial, whatever its folder
+            found |= {"first-rows": "guides/first-rows.md"}
+        if folder == "guides":
+            del found["first-rows"]
         first = [found.pop(name) for name in order if name in found]
         nav.append({title: [*first, *found.values()]})
     recipes = [str(path.relative_to(PAGES)) for path in sorted((PAGES / "reference/recipes").rglob("*.md"))]

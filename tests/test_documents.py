@@ -83,3 +83,12 @@ def test_the_readme_fits_on_two_hundred_lines_and_runs_something():
     readme = ROOT / "README.md"
     assert len(readme.read_text(encoding="utf-8").splitlines()) <= 200
     assert {block.language for block in blocks(readme) if block.runs} == {"python", "bash"} and readme in RUN
+
+
+def test_quoted_errors_are_in_the_code():
+    """Headings of the page on troubleshooting quote messages, which the code may cut at any place."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tessy_hf").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [words for line in re.findall(r"^### .*", page, re.MULTILINE) for words in re.findall("`(.+?)`", line)]
+    assert len(quoted) > 15 and [words for words in quoted if words not in joined] == []
