@@ -15,9 +15,9 @@ class BuildPy(build_py):
     def run(self) -> None:
         """Copy."""
         super().run()
-        for source in (
-            path for pattern in RECIPES * (not self.editable_mode) for path in Path("recipes").glob(pattern)
-        ):
+        if self.editable_mode:
+            return
+        for source in (path for pattern in RECIPES for path in Path("recipes").glob(pattern)):
             target = Path(self.build_lib, "tessy_hf", source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import griffe
 import nbformat
@@ -20,7 +20,7 @@ import typer
 from roles import plain
 
 from tessy_hf.cli.main import app
-from tessy_hf.settings import Settings
+from tessy_hf.settings import Method, Settings
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "docs"
@@ -29,12 +29,23 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 EXTERNAL = ("http://", "https://", "mailto:", "#")
 
 SECTIONS = {
-    "Tutorials": ("tutorials", ["own-models", "verified-code", "train", "release"]),
-    "Guides": ("guides", ["first-rows", "large-runs", "servers", "clusters", "resume", "methods", "rules"]),
+    "Tutorials": ("tutorials", ["first-rows", "own-models", "verified-code", "train", "release"]),
+    "Guides": ("guides", ["large-runs", "servers", "serve", "clusters", "resume", "methods", "rules"]),
     "Reference": ("reference", ["api", "settings", "columns", "command-line"]),
     "Explanation": ("explanation", ["method", "guarantees", "identity"]),
 }
 """Folders of pages, and the pages that come first in them; others follow by name."""
+
+TYPES = {
+    "Method": " | ".join(map(repr, get_args(Method))),
+    "PerAuthor": "by author",
+    "TokenCount": "int",
+    "Temperature": "float",
+    "Share": "float",
+    "Penalty": "float",
+    "_Path": "path",
+}
+"""Words for the names of types in the reference of settings."""
 
 ALSO = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Pages from elsewhere in the repository, and their places on the site."""
@@ -89,10 +100,11 @@ def notebook_page(path: Path) -> str:
 def settings_page() -> str:
     """Return the reference of settings, from their types, defaults and docstrings."""
     documented = griffe.load("tessy_hf.settings", search_paths=[ROOT])["Settings"]
+    names = re.compile(rf"\b({'|'.join(TYPES)})\b")
     lines = ["# Settings", "", (ROOT / "docs/reference/settings.txt").read_text(encoding="utf-8")]
     for name, field in Settings.model_fields.items():
         words = plain(field.description or "")
-        kind = str(documented[name].annotation).replace("Annotated", "").replace("\n", " ")
+        kind = names.sub(lambda found: TYPES[found[1]], str(documented[name].annotation))
         lines += [f"## `{name}`", "", f"`{kind}`, by default `{field.default!r}`", "", words, ""]
     return "\n".join(lines)
 
@@ -109,8 +121,10 @@ def command_page() -> str:
 def parameters(name: str, command: Any) -> Iterator[str]:
     """Yield the usage of a command, and its arguments and options as a table."""
     context = typer.Context(command, info_name=f"tessy {name}")
-    yield from ("```text", " ".join(["tessy", name, *command.collect_usage_pieces(context)]), "```", "")
-    yield from ("| | |", "|---|---|")
+    usage = " ".join(command.collect_usage_pieces(context))
+    usage = re.sub(r"[{[](\w+)[}\]]", lambda found: found[0].strip("{}").upper(), usage)
+    yield from ("```text", f"tessy {name} {usage}", "```", "")
+    yield from ("| argument or option | |", "|---|---|")
     for one in command.get_params(context):
         if one.name != "help":
             names = (
@@ -128,6 +142,10 @@ def navigation() -> list[Any]:
     nav: list[Any] = [{"Home": "index.md"}]
     for title, (folder, order) in SECTIONS.items():
         found = {path.stem: f"{folder}/{path.name}" for path in sorted((PAGES / folder).glob("*.md"))}
+        if folder in ("tutorials", "guides"):  # a tutorial, whatever its folder
+            found |= {"first-rows": "guides/first-rows.md"}
+        if folder == "guides":
+            del found["first-rows"]
         first = [found.pop(name) for name in order if name in found]
         nav.append({title: [*first, *found.values()]})
     recipes = [str(path.relative_to(PAGES)) for path in sorted((PAGES / "reference/recipes").rglob("*.md"))]

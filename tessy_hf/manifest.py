@@ -289,6 +289,7 @@ def differences(one: RunRecord, other: RunRecord) -> dict[str, tuple[Any, Any]]:
     )
     ignored = {"settings.rows_in_flight", "teacher.model.requested_revision", "student.model.requested_revision"}
     values = {name: (first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])}
+    values = {name: pair for name, pair in values.items() if "thinking_format" not in name or None not in pair}
     return {name: pair for name, pair in values.items() if pair[0] != pair[1] and name not in ignored}
 
 

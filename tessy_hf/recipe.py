@@ -200,9 +200,10 @@ def _validate(kind: type[Read], given: Any, path: Path | str, expected: str) -> 
 
 def _hint(fault: Any, given: Any) -> str:
     """Name the known key that is meant, for one that is unknown, or the unknown one for one that is missing."""
-    *above, last = map(str, fault["loc"])
+    *above, last = map(str, fault["loc"] or ("",))
     if fault["type"] == "extra_forbidden":
-        kind = {"boundary": _Boundary, "cluster": Placement}.get(str((above[1:2] or above)[0]), _Speaker)
+        kinds: dict[str, type[BaseModel]] = {"boundary": _Boundary, "cluster": Placement}
+        kind = kinds.get(str((above[1:2] or above)[0]), _Speaker)
         hint = nearest(last, kind.model_fields)
     elif fault["type"] == "missing" and isinstance(given, dict):
         inner = given

@@ -160,6 +160,8 @@ class TessyTransform(functools.partial[Any]):
 
     def _expect(self, rows: int | None, found: int | None = None) -> None:
         """Note how many rows come, for the status line."""
+        if found is None and rows == self._expected[0]:
+            found = self._expected[1]  # a plan of these rows has told
         self._expected = rows, found
         if self._token in RUNS:
             RUNS[self._token].expect(rows, found)

@@ -4,8 +4,15 @@ import pytest
 
 from tessy_hf import ServerEngine, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.errors import EngineDeadError, SettingsError
+from tests.cli.test_cli import tessy as tessy  # noqa: PLC0414 - a fixture
 
 SETTINGS = {"journal": None, "id_column": "id", "max_thinking_tokens": 20, "max_answer_tokens": 4}
+
+TEACHER_ONLY = """
+method: teacher-only
+teacher: {model: demo:teacher}
+student: {engine: tokenizer, model: demo:student}
+"""
 
 
 class Forbidden(TransformersEngine):
@@ -85,7 +92,20 @@ def test_a_recipe_needs_no_teacher_either(tmp_path):
     assert TessyTransform.from_yaml(recipe).record().teacher is None
     with pytest.raises(SettingsError, match="needs a teacher"):
         TessyTransform.from_yaml(recipe, "method=tessy")
-    recipe.write_text(
-        "method: teacher-only\nteacher: {model: demo:teacher}\nstudent: {engine: tokenizer, model: demo:student}\n"
-    )
+    recipe.write_text(TEACHER_ONLY)
     assert TessyTransform.from_yaml(recipe).record().student.engine == "tokenizer"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "network"),
+    [
+        ("method: student-only\nstudent: {model: demo:student}\n", "student"),
+        (TEACHER_ONLY, "teacher"),
+    ],
+)
+def test_the_command_loads_one_model_alone(loaded, tessy, tmp_path, recipe, network):
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}max_thinking_tokens: 20\nmax_answer_tokens: 4\n")
+    demo.prompts(2, seed=4).to_json(tmp_path / "prompts.jsonl")
+    code, printed = tessy("synthesize", tmp_path / "recipe.yaml", tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl")
+    assert code == 0 and loaded == [network] and f"Loading weights: {network} demo:{network}\n" in printed

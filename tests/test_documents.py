@@ -57,13 +57,14 @@ def test_python_blocks_compile_and_commands_exist(page):
 
 def commands(code):
     """The uses of `tessy` in a block of the shell, as words."""
-    for line in code.replace("\\\n", " ").splitlines():
+    for line in code.replace("\\\n", " ").replace("$ tessy", "tessy").splitlines():
+        if not line.startswith("tessy "):
+            continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars="();|&<>")
         lexer.whitespace_split = True
         words = list(lexer)
-        if words[:1] == ["tessy"]:
-            ends = [at for at, word in enumerate(words) if set(word) <= set("();|&<>")]
-            yield words[1 : min(ends, default=len(words))]
+        ends = [at for at, word in enumerate(words) if set(word) <= set("();|&<>")]
+        yield words[1 : min(ends, default=len(words))]
 
 
 def check_command(words):
@@ -82,3 +83,12 @@ def test_the_readme_fits_on_two_hundred_lines_and_runs_something():
     readme = ROOT / "README.md"
     assert len(readme.read_text(encoding="utf-8").splitlines()) <= 200
     assert {block.language for block in blocks(readme) if block.runs} == {"python", "bash"} and readme in RUN
+
+
+def test_quoted_errors_are_in_the_code():
+    """Headings of the page on troubleshooting quote messages, which the code may cut at any place."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tessy_hf").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [words for line in re.findall(r"^### .*", page, re.MULTILINE) for words in re.findall("`(.+?)`", line)]
+    assert len(quoted) > 15 and [words for words in quoted if words not in joined] == []

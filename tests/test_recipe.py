@@ -79,18 +79,20 @@ def test_a_recipe_without_predictors_is_read_for_methods_that_do_not_alternate(r
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        (("teacher", ...), ["teacher", "field required"]),
+        (("teacher", ...), ["no `teacher`", "method 'tessy' needs one", "student-only"]),
+        (("student", ...), ["at student", "field required"]),
         (("student", "model", ...), ["student.model", "field required"]),
-        (("student", "engine", ...), ["student.engine", "field required"]),
-        (("teacher", "modl", "x"), ["teacher.modl", "not permitted"]),
+        (("teacher", "modl", "x"), ["teacher.modl", "not permitted", "Did you mean 'model'?"]),
+        (("teachr", {}), ["unknown key 'teachr'. Did you mean 'teacher'?"]),
         (("teacher", "boundary", {"label_shift": 0}), ["teacher.boundary", "field required"]),
         (
             ("teacher", "boundary", {"model": "m", "label_shft": 0}),
-            ["teacher.boundary", "label_shft", "not permitted"],
+            ["teacher.boundary", "label_shft", "not permitted", "Did you mean 'label_shift'?"],
         ),
         (("teacher", "options", [1]), ["teacher.options", "valid dictionary"]),
         (("student", "Qwen/Qwen3-0.6B"), ["student", "dictionary"]),
         (("teacher", "engine", "magic"), ["'magic'", *ENGINES]),
+        (("teacher", "engine", "vlm"), ["Did you mean 'vllm'?"]),
         (("teacher", "options", {"model": "x"}), ["options that the engine does not accept", "model"]),
         (("teacher", "options", {"max_batch": 0}), ["max_batch is 0", "max_batch=64"]),
         (("chunk_token", 3), ["chunk_token", "Did you mean 'chunk_tokens'?"]),
@@ -153,3 +155,14 @@ def test_a_recipe_can_be_changed_by_dotted_names(tmp_path):
     assert (changed["temperature"], changed["id_column"]) == (0.25, None)
     with pytest.raises(SettingsError, match="'method.x=1' is not an override"):
         read(recipe, ["method.x=1"])
+
+
+def test_a_misspelled_author_is_told_with_the_right_name(recipe):
+    described = yaml.safe_load(RECIPE)
+    with pytest.raises(SettingsError, match="Write 'student' in place of 'studnet'"):
+        read(recipe(("student", ...), ("studnet", described["student"])))
+
+
+def test_a_predictor_that_is_only_named_can_be_described_further(recipe):
+    student = read(recipe(), ["student.boundary.label_shift=1"])[1]
+    assert student.boundary.identity == BoundaryPredictor("me/boundary-student", label_shift=1).identity

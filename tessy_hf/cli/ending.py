@@ -95,12 +95,15 @@ def show(summary: Summary, transform: TessyTransform, data: str, out: Path | Non
     from tessy_hf.report.show import visible
 
     settings, console = transform.settings, Console()
-    lines = [visible(str(summary)), *(f"journal: {place}" for place in [_journal(transform)] if place)]
+    lines = [visible(str(summary))]
+    if out is not None:
+        lines.append(f"view: {shlex.join(['tessy', 'view', str(out)])}")
+    if place := _journal(transform):
+        lines.append(f"journal: {place}")
     if trial and not summary.failed:
         words = iter(sys.argv[1:])
         whole = [word for word in words if not (word == "--limit" and next(words)) and not word.startswith("--limit=")]
         kept = "  (all rows; these are reused)" if _journal(transform) or settings.parts else "  (all rows)"
-        lines += [f"look: {shlex.join(['tessy', 'view', str(out)])}"] if out is not None else []
         lines.append(f"next: {shlex.join(['tessy', *whole])}{kept}")
     elif summary.failed and (settings.journal or settings.parts):
         again = f"{_command()} --set max_attempts={2 * settings.max_attempts}"

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 def load(
     data: str, split: str, config: str | None = None, *, streaming: bool = True, line_column: str = "text"
 ) -> Any:
-    """Load prompts, traces or rows by name, see :func:`tessy_hf.rows.loading.load`; in a log file without a bar."""
-    import datasets
-
+    """Load prompts, traces or rows by name, see :func:`tessy_hf.rows.loading.load`."""
     from tessy_hf.rows import loading
+
+    with quiet():
+        return loading.load(data, split, config, streaming=streaming, line_column=line_column)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Draw no bars of `datasets` where they cannot be drawn over, as in a log file."""
+    import datasets
 
     silent = not sys.stderr.isatty() and datasets.is_progress_bar_enabled()
     if silent:
         datasets.disable_progress_bars()
     try:
-        return loading.load(data, split, config, streaming=streaming, line_column=line_column)
+        yield
     finally:
         if silent:
             datasets.enable_progress_bars()

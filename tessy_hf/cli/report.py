@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tessy_hf.cli.files import quiet
 from tessy_hf.errors import SettingsError
 
 
@@ -37,17 +38,18 @@ def report(
     from tessy_hf.engines.scoring import load_student
     from tessy_hf.report.page import write_report
 
-    vocabulary = load_student(tokenizer)[0] if tokenizer is not None else None
-    shown = write_report(
-        source,
-        out,
-        against=against,
-        split=split,
-        config_name=config_name,
-        rows=rows,
-        run=run,
-        vocabulary=vocabulary,
-    )
+    with quiet():
+        vocabulary = load_student(tokenizer)[0] if tokenizer is not None else None
+        shown = write_report(
+            source,
+            out,
+            against=against,
+            split=split,
+            config_name=config_name,
+            rows=rows,
+            run=run,
+            vocabulary=vocabulary,
+        )
     size = out.stat().st_size / 1e6
     Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
 

@@ -91,7 +91,7 @@ def synthesize(
             else:
                 count = output.write(tables(rows, features), features, transform.record)
         summary = transform.summary()
-    Console().print(f"{count} rows in {out or transform.settings.parts}", soft_wrap=True)
+    Console().print(f"{count} rows in {out or transform.settings.parts}", soft_wrap=True, highlight=False)
     show(summary, transform, data, out, trial=limit is not None)
     check_failures(summary.failed, summary.finished + summary.failed, allow_failures)
 

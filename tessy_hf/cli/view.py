@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tessy_hf.cli.files import quiet
 from tessy_hf.errors import DatasetError
 
 
@@ -31,18 +32,19 @@ def view(
     from tessy_hf.report.show import ShownRow, legend
     from tessy_hf.run.finished import half_written, open_rows
 
-    finished, begun = open_rows(source, split, config, run), list(half_written(source, run))
+    with quiet():
+        finished, begun = open_rows(source, split, config, run), list(half_written(source, run))
     rows = enumerate(chain(finished, begun))
     if row:
-        wanted = [one for number, one in rows if _is_named(one, number, row)]
+        wanted = [(number, one) for number, one in rows if _is_named(one, number, row)]
         if not wanted:
             raise DatasetError(f"{source!r} has no row {', '.join(row)}. Pass an id, or a number from 0 on.")
     else:
-        wanted = [one for _, one in islice(rows, limit)]
+        wanted = list(islice(rows, limit))
     console = Console()
     console.print(legend(colored=console.is_terminal and not console.no_color), end="\n\n")
-    for one in wanted:
-        console.print(ShownRow(one), soft_wrap=not console.is_terminal)
+    for number, one in wanted:
+        console.print(ShownRow(one, number), soft_wrap=not console.is_terminal)
     more = "; --limit shows more, --row ID one" if len(wanted) < len(finished) + len(begun) and not row else ""
     half = f" and {len(begun)} being written" if begun else ""
     console.print(f"{len(wanted)} shown of {len(finished):,} finished rows{half}{more}", highlight=False)

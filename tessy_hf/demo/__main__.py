@@ -10,13 +10,11 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from tessy_hf import demo
+from tessy_hf import demo, show
+from tessy_hf.report.show import legend
 from tessy_hf.report.statistics import summarize
 from tessy_hf.report.tables import percent
-
-COLORS = {"teacher": "black on bright_cyan", "student": "black on bright_magenta"}
 
 
 def main(
@@ -42,7 +40,8 @@ def main(
         if method == "tessy":
             right = [row for row in dataset if demo.verify(row)]
             example = next((row for row in right if "&" in row["prompt"]), dataset[0])  # "&" only the teacher knows
-            console.print(_excerpt(example, colored=console.is_terminal), soft_wrap=True)
+            console.print(legend(colored=console.is_terminal and not console.no_color))
+            console.print(show(example), soft_wrap=True)
     console.print(table)
     console.print("Dataset:", *(str(path) for path in paths), soft_wrap=True)
     console.print(f"Load it with: datasets.load_dataset('parquet', data_files={str(paths[0])!r})", soft_wrap=True)
@@ -72,22 +71,6 @@ def _figures(dataset: Any, seconds: float) -> list[str]:
         f"{tokens / seconds:.0f}",
         ", ".join(f"{reason} {rows}" for reason, rows in summary["finish_reasons"].items()),
     ]
-
-
-def _excerpt(row: dict[str, Any], *, colored: bool) -> Text:
-    """Color one row by author, or mark the teacher's text. Model text is shown as it is, never as markup."""
-    text = Text("Prompt: " + row["prompt"] + "\n\n")
-    assistant = row["messages"][-1]["content"]
-    for span in row["spans"]:
-        written = assistant[span["start"] : span["end"]]
-        marked = written if colored or span["author"] == "student" else f"«{written}»"
-        text.append(marked, style=COLORS[span["author"]])
-    text.append("\n\nwritten by ")
-    for author, color in COLORS.items():
-        text.append(f" {author} " if colored or author == "student" else f" «{author}» ", style=color)
-        text.append(" ")
-    text.append(f"— expected answer {row['reference_answer']}\n")
-    return text
 
 
 if __name__ == "__main__":

@@ -36,10 +36,11 @@ class ShownRow:
 
     Args:
         row: A finished row, with ``messages`` and ``spans``.
+        number: Names the row where it has no id.
     """
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self.row = row
+    def __init__(self, row: Mapping[str, Any], number: int | None = None) -> None:
+        self.row, self._number = row, number
 
     @property
     def heading(self) -> str:
@@ -47,6 +48,7 @@ class ShownRow:
         row = self.row
         tokens = sum(row.get(f"{author}_tokens") or 0 for author in ("teacher", "student"))
         share, name = row.get("teacher_token_ratio"), row_id(row)
+        name = str(self._number) if name is None and self._number is not None else name
         facts = [
             f"row {name}" if name is not None else "",
             str(row.get("finish_reason") or "unfinished"),

@@ -247,7 +247,8 @@ def _sample(table: pa.Table) -> dict[str, Any] | None:
     if "messages" not in table.column_names:
         return None
     for row in table.slice(0, SAMPLED).to_pylist():
-        cut, asked = pieces(row), [message["content"] for message in row["messages"] or () if message["role"] == "user"]
+        cut = pieces(row)
+        asked = [message["content"] for message in row["messages"] or () if message["role"] == "user"]
         if row["finish_reason"] == "stop" and cut and asked and len(assistant_text(row)) <= LONGEST_SAMPLE:
             spans = [{"author": piece.author, "text": piece.text} for piece in cut if piece.text.strip()]
             return {"prompt": content_text(asked[-1])[:LONGEST_SAMPLE], "spans": spans}

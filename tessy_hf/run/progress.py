@@ -143,7 +143,8 @@ class Progress:
     @contextlib.contextmanager
     def row(self) -> Iterator[None]:
         """Count a row as in flight."""
-        self._begin = self._begin or time.monotonic()
+        if self._begin is None:
+            self._begin = self._said = time.monotonic()
         self.in_flight += 1
         try:
             yield
@@ -170,9 +171,10 @@ class Progress:
                 self._said = now
                 say(self.line(LOG_WIDTH))
             return
-        line = self.line(min(WIDTH, shutil.get_terminal_size().columns) - 1)
+        width = min(WIDTH, shutil.get_terminal_size().columns)
+        line = self.line(width - 1)
         if self._bar is None:
-            self._bar = tqdm(desc=line, total=self._total, initial=self._rows - 1, bar_format="{desc}")
+            self._bar = tqdm(desc=line, total=self._total, initial=self._rows - 1, ncols=width, bar_format="{desc}")
         self._bar.set_description_str(line, refresh=False)
         self._bar.update()
 

@@ -96,3 +96,15 @@ def test_the_command_prints_one_object(tmp_path):
     assert found["bottleneck"] in ("teacher", "student", "predictors")
     table = CliRunner().invoke(app, arguments).stdout
     assert "500 prompts, from a pilot of 2 (0 failed)" in table and "-bound" in table and "replicas" in table
+
+
+def test_rows_of_a_pilot_can_be_kept_and_the_next_pilot_writes_others(tmp_path):
+    with transform(0, 0, journal=str(tmp_path / "journal")) as run:
+        assert estimate(run, PROMPTS, rows=3, keep=True).pilot_rows == 3
+        assert run.plan(PROMPTS)[:3] == (4, 0, 8)  # and the row with which the models were loaded
+        assert estimate(run, PROMPTS, rows=20, keep=True).pilot_rows == 7
+        assert run.plan(PROMPTS).done == 12
+        with pytest.raises(DatasetError, match="run without --keep if all rows are written"):
+            estimate(run, PROMPTS, rows=3, keep=True)
+    with transform(0, 0, journal=None) as run, pytest.raises(SettingsError, match="cannot be kept without a journal"):
+        estimate(run, PROMPTS, rows=3, keep=True)

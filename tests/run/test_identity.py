@@ -271,11 +271,12 @@ def test_a_student_retrained_in_place_is_another_run_once_it_is_loaded_again(tmp
     assert transform.run_fingerprint != before
     capfd.readouterr()
     assert transform.plan(chats) == Counts(to_do=2)
-    said = f"the journal has 2 rows of run {before}, which differs in student.model.digest: they are not taken over."
-    assert said in capfd.readouterr().err
+    said = f"{path} has 2 rows of run {before}, which differs in student.model.digest (sha256:"
+    printed = capfd.readouterr().err
+    assert said in printed and printed.rstrip().endswith("…): they are not reused.")
     with transform:
         again = list(transform.map(chats))
-    assert said in capfd.readouterr().err
+    assert said not in capfd.readouterr().err  # the plan has said it
     assert {row["run_fingerprint"] for row in again} == {transform.run_fingerprint}
 
 
@@ -286,11 +287,24 @@ def test_a_new_run_in_a_journal_says_what_is_different(tmp_path, capfd):
     other = scripted(journal=path, seed=1, temperature=0)
     assert other.plan(prompts(3)) == Counts(to_do=3)
     before = scripted().run_fingerprint
-    assert f"3 rows of run {before}, which differs in settings.temperature, settings.seed" in capfd.readouterr().err
+    why = "differs in settings.temperature (0.6, now 0.0), settings.seed (0, now 1): they are not reused."
+    assert f"{path} has 3 rows of run {before}, which {why}" in capfd.readouterr().err
     run(prompts(1), other)
     capfd.readouterr()
     other.plan(prompts(3))
-    assert "not taken over" not in capfd.readouterr().err  # said once
+    assert "not reused" not in capfd.readouterr().err  # said once
+
+
+def test_rows_of_the_same_prompts_in_other_journals_are_named_at_the_start_of_a_run(tmp_path, capfd):
+    run(prompts(3), scripted(journal=str(tmp_path / "first.journal")))
+    run(prompts(9).select(range(6, 9)), scripted(journal=str(tmp_path / "others.journal"), seed=5))
+    capfd.readouterr()
+    run(prompts(3), scripted(journal=str(tmp_path / "second.journal"), temperature=0))
+    printed = capfd.readouterr().err
+    assert f"{tmp_path / 'first.journal'} has 3 rows of run" in printed and "others.journal" not in printed
+    run(prompts(3), scripted(journal="auto", seed=2))
+    run(prompts(3), scripted(journal="auto", seed=3))
+    assert "settings.seed (2, now 3): they are not reused" in capfd.readouterr().err
 
 
 @pytest.fixture
