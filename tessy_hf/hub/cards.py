@@ -171,6 +171,15 @@ def merge(body: str, parts: Mapping[str, str]) -> str:
     return "\n\n".join([merged, *(_marked_part(name, text) for name, text in left.items())])
 
 
+def with_part(body: str, name: str, text: str) -> str:
+    """Return a card's text with one part replaced, whoever changed it, or put first; all else stays."""
+    marked = _marked_part(name, text)
+    there = [part for part in _PART.finditer(body) if part["name"] == name]
+    if not there:
+        return f"{marked}\n\n{body.strip()}".strip()
+    return body[: there[0].start()] + marked + body[there[0].end() :]
+
+
 def _marked_part(name: str, text: str) -> str:
     return f"<!-- tessy:{name} {_digest(text)} -->\n{text}\n<!-- /tessy:{name} -->"
 
