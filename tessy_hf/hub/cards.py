@@ -41,6 +41,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 _PART = re.compile(
     r"^<!-- tessy:(?P<name>\w+) (?P<digest>\w{8}) -->\n(?P<text>.*?)\n<!-- /tessy:(?P=name) -->$", re.M | re.S
 )
+_HEAD = re.compile(r"\s*---\r?\n.*?\n---\r?\n\s*", re.S)
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -171,13 +172,15 @@ def merge(body: str, parts: Mapping[str, str]) -> str:
     return "\n\n".join([merged, *(_marked_part(name, text) for name, text in left.items())])
 
 
-def with_part(body: str, name: str, text: str) -> str:
-    """Return a card's text with one part replaced, whoever changed it, or put first; all else stays."""
+def with_part(card: str, name: str, text: str) -> str:
+    """Return a card with one part replaced, whoever changed it, or put before its text; every other byte stays."""
     marked = _marked_part(name, text)
-    there = [part for part in _PART.finditer(body) if part["name"] == name]
-    if not there:
-        return f"{marked}\n\n{body.strip()}".strip()
-    return body[: there[0].start()] + marked + body[there[0].end() :]
+    there = next((part for part in _PART.finditer(card) if part["name"] == name), None)
+    if there is not None:
+        return card[: there.start()] + marked + card[there.end() :]
+    head = _HEAD.match(card)
+    at = head.end() if head else 0
+    return f"{card[:at]}{marked}\n\n{card[at:]}"
 
 
 def _marked_part(name: str, text: str) -> str:

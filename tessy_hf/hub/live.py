@@ -162,9 +162,8 @@ class LiveCard:
         from huggingface_hub import CommitOperationAdd
 
         main = self._repo.refs()[0]["main"]
-        data, body = cards.read_card(self._repo.read("README.md", main))
-        card = cards.make_card(data, cards.with_part(body, "live", text))
-        operation: CommitOperationAdd = CommitOperationAdd("README.md", str(card).encode())
+        card = cards.with_part(self._repo.read("README.md", main) or "", "live", text)
+        operation: CommitOperationAdd = CommitOperationAdd("README.md", card.encode())
         self._repo.commit("main", [operation], f"Show the progress of {self._tag}", parent=main)
 
     def _text(self, state: str) -> str:
