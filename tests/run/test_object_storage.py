@@ -1,11 +1,17 @@
 """Shared rows on object storage, over loopback: S3 with the real client, and repositories on two Hubs."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
 
 import pytest
 
@@ -135,6 +141,10 @@ def refuse(wanted):
 
 
 def test_parts_in_a_repository_on_the_hub_are_gone_on_from(repository):
+    go_on(repository)
+
+
+def go_on(repository):
     rows_of(prompts(30), scripted(parts=repository, rows_in_flight=4), batch_size=8)
     assert len(parts_in(repository)) >= 2
 
@@ -143,3 +153,64 @@ def test_parts_in_a_repository_on_the_hub_are_gone_on_from(repository):
 
     again = rows_of(prompts(36), scripted(parts=repository, fault=asked), batch_size=8)
     assert again == rows_of(prompts(36), scripted()) == list(Merge([repository], prompts(36)).rows())
+
+
+class BucketHandler(BaseHTTPRequestHandler):
+    """What the client reads of a bucket. Uploads go to a service of their own, which does not run here."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict
+
+    def do_GET(self):
+        path = unquote(self.path.partition("?")[0])
+        tree, resolve = "/api/buckets/ada/rows/tree", "/buckets/ada/rows/resolve/"
+        if path.startswith(tree):
+            inside = [name for name in sorted(self.files) if name.startswith(path.removeprefix(tree).lstrip("/"))]
+            self.answer(json.dumps([self.row(name) for name in inside]).encode())
+        elif path.startswith(resolve):
+            data, asked = self.files[path.removeprefix(resolve)], self.headers.get("Range")
+            first, last = map(int, asked.removeprefix("bytes=").split("-")) if asked else (0, len(data) - 1)
+            self.answer(data[first : last + 1], 206 if asked else 200, f"bytes {first}-{last}/{len(data)}")
+        else:
+            info = {"id": "ada/rows", "private": False, "size": 0, "totalFiles": len(self.files)}
+            self.answer(json.dumps({**info, "createdAt": "2026-01-02T03:04:05.000Z"}).encode())
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self.answer(json.dumps([self.row(name) for name in asked if name in self.files]).encode())
+
+    do_HEAD = do_GET
+
+    def row(self, name):
+        return {"type": "file", "path": name, "size": len(self.files[name]), "xetHash": "0" * 64}
+
+    def answer(self, data, status=200, content_range=None):
+        self.send_response(status)
+        ranges = {"Content-Range": content_range} if content_range else {}
+        for name, value in {"Content-Length": str(len(data)), "ETag": '"0"', **ranges}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_parts_in_a_bucket_are_gone_on_from(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    files = {}
+
+    def upload(self, bucket_id, *, add=(), **_):
+        files.update({name: Path(source).read_bytes() for source, name in add})
+
+    monkeypatch.setattr(HfApi, "batch_bucket_files", upload)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bucket", (BucketHandler,), {"files": files}))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    place = SimpleNamespace(endpoint=f"http://127.0.0.1:{server.server_address[1]}")
+    with clients_of(place, tmp_path, monkeypatch):
+        go_on("hf://buckets/ada/rows/run")
+    server.shutdown()
+    server.server_close()
+    assert all(name.startswith("run/part-") for name in files)
