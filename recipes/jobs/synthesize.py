@@ -4,7 +4,7 @@
 # ///
 """Write a shard of a dataset's rows on a rented machine, and release all rows once no shard is missing.
 
-    hf jobs uv run --flavor h100x2 --timeout 12h --secrets HF_TOKEN recipes/jobs/synthesize.py \
+    hf jobs uv run --flavor h200x2 --timeout 12h --secrets HF_TOKEN recipes/jobs/synthesize.py \
         https://example.org/code.yaml me/prompts me/tessy-code --shard 0/8
 
 Serves each model of the recipe that has ``engine: server`` with vLLM on this machine, on its own GPUs. Finished

@@ -68,7 +68,7 @@ def dataset_card(
         The card. Its metadata is what was there, with license (where one was given), tags, size, and the files and
         columns of this configuration brought up to date.
     """
-    data, body = read_card(previous)
+    data, body = read_card(previous and with_part(previous, "live", None))
     _update(data, manifest, other_splits)
     parts = render_parts(
         CARD.read_text(encoding="utf-8"),
@@ -172,15 +172,17 @@ def merge(body: str, parts: Mapping[str, str]) -> str:
     return "\n\n".join([merged, *(_marked_part(name, text) for name, text in left.items())])
 
 
-def with_part(card: str, name: str, text: str) -> str:
-    """Return a card with one part replaced, whoever changed it, or put before its text; every other byte stays."""
-    marked = _marked_part(name, text)
+def with_part(card: str, name: str, text: str | None) -> str:
+    """Return a card with one part replaced, whoever changed it, put before its text, or removed (``None``).
+
+    Every other byte stays.
+    """
+    marked = "" if text is None else _marked_part(name, text) + "\n\n"
     there = next((part for part in _PART.finditer(card) if part["name"] == name), None)
-    if there is not None:
-        return card[: there.start()] + marked + card[there.end() :]
     head = _HEAD.match(card)
-    at = head.end() if head else 0
-    return f"{card[:at]}{marked}\n\n{card[at:]}"
+    start, end = there.span() if there is not None else (head.end(), head.end()) if head else (0, 0)
+    end += 2 if there is not None and card.startswith("\n\n", end) else 0
+    return card[:start] + marked + card[end:]
 
 
 def _marked_part(name: str, text: str) -> str:

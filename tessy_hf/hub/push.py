@@ -181,6 +181,7 @@ def _live_card(repo: Repository, spec: ReleaseSpec, live: Live | None, submissio
     """Return what shows the progress of rows that are being written; those of a ``Dataset`` are there."""
     rows, mapped = submission.rows, submission.mapped
     if live is None or isinstance(rows.given, Dataset):
+        repo.say("these rows are finished: no progress is shown") if live is not None else None
         return None
     card = LiveCard(repo, spec.tag, live, rows.features, mapped.summary if mapped is not None else Summary)
     rows.watch = card.add

@@ -209,9 +209,18 @@ def test_a_hub_written_apart_shows_it_too_and_limits_its_rate(second_hub):
         seen["preview"] = list(load_dataset("ann/rows", revision=BRANCH, split="preview"))
         hub.limited_every = 0  # each attempt at a commit of many files would meet a limit
 
+    def die():
+        commits.wait()
+        raise Killed
+
     hub.before = before
-    push_to_hub(stopping(finished(12), 8, look), "ann/rows", live=Live(OFTEN, rows=12), backoff=0, retry_timeout=20)
+    given = {"live": Live(OFTEN, rows=12), "backoff": 0, "retry_timeout": 20, "say": lambda _: None}
+    with pytest.raises(Killed):
+        push_to_hub(stopping(finished(12), 8, die), "ann/rows", **given)
     repo = hub.repos["datasets", "ann/rows"]
+    card = repo.tree(BRANCH)["README.md"]["data"].decode()
+    assert repo.tags == {} and set(repo.tree("main")) == {".gitattributes"} and "| rows done | 8 of 12" in card
+    push_to_hub(stopping(finished(12), 8, look), "ann/rows", **given)
     assert [row["id"] for row in seen["preview"]][:2] == ["r0", "r1"]
     assert repo.tree(BRANCH) == repo.tree("main") == repo.tree("v1.0.0")
 
