@@ -22,9 +22,7 @@ from tessy_hf.text.vocabulary import Vocabulary
 class Data:
     """What to train on."""
 
-    data: str = field(
-        metadata={"help": "Rows, ours or others': .parquet, .jsonl, a folder, or user/name@v1.0.0."}
-    )
+    data: str = field(metadata={"help": "Rows, ours or others': .parquet, .jsonl, a folder, or user/name@v1.0.0."})
     split: str = field(default="train", metadata={"help": "Which split of them."})
     system_prompt: str | None = field(
         default=None, metadata={"help": "Set this system prompt in all rows; say it again when the model is used."}

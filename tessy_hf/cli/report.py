@@ -33,14 +33,18 @@ def report(
     tokenizer: Annotated[
         str | None, typer.Option(help="A folder or Hub id: counts the tokens of rows that others released.")
     ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="A folder to write a static Space of the Hub to, for `tessy push --space`.")
+    ] = None,
 ) -> None:
     """Write one HTML file with a dataset's statistics, figures and rows colored by author."""
     from tessy_hf.engines.scoring import load_student
-    from tessy_hf.report.page import write_report
+    from tessy_hf.report.page import write_report, write_space
 
+    write, out = (write_report, out) if space is None else (write_space, space)
     with quiet():
         vocabulary = load_student(tokenizer)[0] if tokenizer is not None else None
-        shown = write_report(
+        shown = write(
             source,
             out,
             against=against,
@@ -50,6 +54,7 @@ def report(
             run=run,
             vocabulary=vocabulary,
         )
+    out = out if space is None else space / "index.html"
     size = out.stat().st_size / 1e6
     Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from tessy_hf.errors import SettingsError
 from tessy_hf.report import figures, viewer
 from tessy_hf.report.html import drawn, render
@@ -72,6 +74,24 @@ def write_report(
             file.write(f'<script type="text/plain" id="rows-{at}">{text}</script>\n')
         file.write("</body>\n</html>\n")
     return len(shown)
+
+
+def write_space(source: str, folder: Path, **options: Any) -> int:
+    """Write a report as a static Space of the Hub: ``index.html``, and the ``README.md`` that makes it one.
+
+    Args:
+        source: A dataset, as for :func:`write_report`.
+        folder: The folder to write.
+        **options: Those of :func:`write_report`.
+    """
+    shown = write_report(source, folder / "index.html", **options)
+    (name,) = short_names([source])
+    repo = source.partition("@")[0]
+    named = {"datasets": [repo]} if repo.count("/") == 1 and not Path(source).exists() else {}
+    head = {"title": f"Report of {name}"[:60], "sdk": "static", "app_file": "index.html", "pinned": False, **named}
+    text = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\nMade with `tessy report`.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return shown
 
 
 def _subtitle(rows: int, shown: int, against: list[str]) -> str:

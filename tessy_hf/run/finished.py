@@ -5,7 +5,7 @@ Memory is bounded by a batch, whatever the length of the stream. Knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,8 @@ class Rows:
         prompts: Dataset | IterableDataset | None = None,
     ) -> None:
         self._records: list[RunRecord] = []
+        self.watch: Callable[[Mapping[str, Any]], Any] = lambda row: None
+        """Is told each row of a stream as it comes."""
         self.answered: Answers | None = None
         if isinstance(rows, (str, Path)) and (ending(str(rows)) or Path(rows).is_dir()):
             self._records, rows = run_record.read_all(str(rows)), load_rows(str(rows))
@@ -103,6 +105,11 @@ class Rows:
         if found is not None and self.answered is not None:
             return found.model_copy(update={"source": self.answered.source})
         return found
+
+    @property
+    def own_record(self) -> dict[str, Any] | None:
+        """The record of the one run that the rows are of, where they carry it."""
+        return self._records[0].model_dump() if self._records else None
 
     @property
     def count(self) -> int | None:
@@ -154,7 +161,9 @@ class Rows:
         elif isinstance(self.given, Journal):
             yield from ({"key": key, **row} for key, row in self.given.finished())
         else:
-            yield from self.given.with_format(None)
+            for row in self.given.with_format(None):
+                self.watch(row)
+                yield row
 
 
 def _released(features: Features) -> Features:

@@ -147,7 +147,7 @@ def test_the_authors_dataset_is_compared_with_a_release_by_name(hub, tessy, thei
 
 
 def test_segments_are_drawn_from_their_rows(theirs):
-    drawn = list(draw(load_dataset("json", data_files=str(theirs), split="train"), AnnotationSettings.check(words=8)))
+    drawn = list(draw(load_dataset("json", data_files=str(theirs), split="train"), AnnotationSettings.check(words=10)))
     assert {one.trace_id for one in drawn} == {their_row(number, "")["id_ddm"] for number in range(50)}
     assert len({one.problem_id for one in drawn}) == 50 and all("<think>" not in one.text for one in drawn)
 
