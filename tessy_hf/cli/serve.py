@@ -32,4 +32,4 @@ def serve(
         Console(stderr=True).print(f"{called} is served at {url}", highlight=False, soft_wrap=True)
 
     transform = open_transform(recipe, change or [], run)
-    run_server(transform, name=called, host=host, port=port, max_waiting=max_waiting, ready=ready)
+    run_server(transform, ready, name=called, host=host, port=port, max_waiting=max_waiting)

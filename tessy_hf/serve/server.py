@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tessy_hf.errors import SettingsError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from tessy_hf.transform import TessyTransform
 
 
-def serve(
-    transform: TessyTransform,
-    *,
-    name: str = "tessy",
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_waiting: int = 256,
-    ready: Callable[[str], object] = print,
-) -> None:
-    """Answer requests until SIGTERM or SIGINT; those in flight are answered first.
+@contextmanager
+def opened(
+    transform: TessyTransform, *, name: str, host: str = "127.0.0.1", port: int = 0, max_waiting: int = 256
+) -> Iterator[tuple[uvicorn.Server, socket.socket, str]]:
+    """Bind the port and load the models; yield a server to be run with the socket, and its base URL.
 
     Args:
-        transform: The pair; closed at the end.
+        transform: The pair; its journal, parts and verifier are not used.
         name: The model's name for clients.
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
         max_waiting: Most requests that wait for a place in the run's window; further ones get status 429.
-        ready: Called with the base URL once the models are loaded.
 
     Raises:
         SettingsError: uvicorn or starlette is missing, the port is taken, or the method has no one text.
@@ -41,20 +38,35 @@ def serve(
         from tessy_hf.serve.app import Endpoint
     except ImportError as error:
         raise SettingsError(f'tessy serve needs {error.name}. Run: pip install "tessy-hf[serve]".') from error
-    settings = transform.settings
-    if settings.scored:
+    if transform.settings.scored:
         raise SettingsError(
-            f"The method {settings.method!r} chooses among candidates and cannot be served. One that writes one text "
-            'is expected, such as "tessy"; pass --set method=tessy.'
+            f"The method {transform.settings.method!r} chooses among candidates and cannot be served. One that writes "
+            'one text is expected, such as "tessy"; pass --set method=tessy.'
         )
     one = {"journal": None, "parts": None, "verifier": None, "best_of": None}
     served = transform.with_settings(**one, id_column=None, prompt_column="messages")
     with _bound(host, port) as listener, served:
         served.submit({"messages": []}).result()  # loads the models
-        run = served.run()
-        app = Endpoint(served, run, name, max_waiting).app(closing=served.close)
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])
+        app = Endpoint(served, served.run(), name, max_waiting).app(closing=served.close)
+        listener.listen()  # from here on clients may connect
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+        yield uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)), listener, url
+
+
+def serve(transform: TessyTransform, ready: Callable[[str], object] = print, **options: Any) -> None:
+    """Answer requests until SIGTERM or SIGINT; those in flight are answered first.
+
+    Args:
+        transform: The pair.
+        ready: Called with the base URL once the models are loaded.
+        **options: See :func:`opened`.
+
+    Raises:
+        TessyError: See :func:`opened`.
+    """
+    with opened(transform, **options) as (server, listener, url):
+        ready(url)
+        server.run([listener])
 
 
 def _bound(host: str, port: int) -> socket.socket:
