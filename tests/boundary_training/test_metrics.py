@@ -1,5 +1,6 @@
 """Figures of a predictor are those one counts by hand."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -13,6 +14,9 @@ from tessy_hf.boundary_training.examples import IGNORED, encode
 from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings, plot
 from tessy_hf.boundary_training.readings import Reading, attribute, is_causal, read
 from tessy_hf.boundary_training.segments import Segment, word_kinds
+from tessy_hf.method.chunk import Chunk, Marks
+from tessy_hf.method.judging import Judge
+from tessy_hf.text.transcript import Transcript
 from tests.boundary.test_predictor import NAMED, save
 from tests.rules import vocabulary
 from tests.worlds import TEXT, TOKENIZERS
@@ -240,3 +244,19 @@ def test_figures_by_domain_and_kind_are_told_beside_the_others():
     found = evaluate_readings([Reading([(0, 2), (2, 11)], np.array([0.9, 0.1]))], [style])
     assert found.char_f1_by_domain == {"code": 1} and found.by_domain["code"].char_f1_interval == (1, 1)
     assert found.by_kind["connective"].recall == found.by_kind["connective"].precision == 1
+
+
+@pytest.mark.parametrize("own_kind", [False, True])
+def test_the_method_finds_the_boundary_that_is_read_with_a_look_ahead(tmp_path, own_kind):
+    predictor = BoundaryPredictor.from_pretrained(
+        save(tmp_path, label_shift=0, lookahead=2, eos_token_id=7, window=16, initializer_range=0.5, **NAMED)
+    )
+    vocabulary = predictor.vocabulary
+    for text in (SAID, TEXT, "So", SAID[::-1]):
+        kinds = read(predictor, [text])[0].words(text, own_kind)
+        reader = Transcript({}, [vocabulary]).reader(vocabulary)
+        ends = [end for _, end in vocabulary.encode(text).offsets]
+        chunk = Chunk.read(text, ends, Marks(), kept="", stopped=True, lookahead=2)
+        found = asyncio.run(Judge(predictor, reader, own_kind=own_kind).first_of_other_kind(chunk))
+        assert found == next((i for i, kind in enumerate(kinds) if kind != own_kind), None)
+    predictor.close()
