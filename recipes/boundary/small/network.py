@@ -9,7 +9,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +146,10 @@ class Judged:
     def part(self, start: int, stop: int) -> Judged:
         """Return some of the tokens."""
         return Judged(self.ids[start:stop], self.word[start:stop], self.first[start:stop], self.style)
+
+    def mixed(self, style: np.ndarray) -> Judged:
+        """Return the mean with another judgement of the words."""
+        return replace(self, style=((self.style + style) / 2).astype(np.float32))
 
     def sequence(self) -> np.ndarray:
         """Return the ids, with end tokens where the text ends."""
