@@ -9,7 +9,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +147,10 @@ class Judged:
         """Return some of the tokens."""
         return Judged(self.ids[start:stop], self.word[start:stop], self.first[start:stop], self.style)
 
+    def mixed(self, style: np.ndarray) -> Judged:
+        """Return the mean with another judgement of the words."""
+        return replace(self, style=((self.style + style) / 2).astype(np.float32))
+
     def sequence(self) -> np.ndarray:
         """Return the ids, with end tokens where the text ends."""
         return np.concatenate([self.ids, np.full(max(LOOKAHEADS) if self.ended else 0, END)])
@@ -267,8 +271,8 @@ def train(
     for epoch in range(stretch.epochs):
         examples = [*(marked(segment, vocabulary, random) for segment in copies), *windows(judged, random)]
         losses = []
-        for batch in _batches(examples, stretch.batch, random):
-            losses.append(_learn(network, batch, stretch.hidden))
+        for batch in by_length([len(example.ids) for example in examples], stretch.batch, random):
+            losses.append(_learn(network, [examples[i] for i in batch], stretch.hidden))
             optimizer.step()
             pace.step()
             optimizer.zero_grad()
@@ -302,15 +306,15 @@ def padded(texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return ids, lengths
 
 
-def _batches(examples: Sequence[Judged], size: int, random: np.random.Generator) -> Iterator[list[Judged]]:
-    """Yield batches of examples of like length, in random order."""
-    order = random.permutation(len(examples))
+def by_length(lengths: Sequence[int], size: int, random: np.random.Generator) -> Iterator[list[int]]:
+    """Yield batches of indices of like length, in random order."""
+    order = random.permutation(len(lengths))
     batches = []
     for begin in range(0, len(order), size * 16):
-        alike = sorted(order[begin : begin + size * 16], key=lambda i: len(examples[i].ids))
+        alike = sorted(order[begin : begin + size * 16], key=lambda i: lengths[i])
         batches += [alike[i : i + size] for i in range(0, len(alike), size)]
     for i in random.permutation(len(batches)):
-        yield [examples[j] for j in batches[i]]
+        yield batches[i]
 
 
 def judge(teacher: Teacher, texts: Sequence[str], vocabulary: Vocabulary, margin: int = 24) -> list[Judged]:

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from base import train_tokenizer
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from network import LOOKAHEADS, WIDTH, WINDOW, Stretch, Student, Teacher, judge, train, train_language_model
+from network import LOOKAHEADS, WIDTH, WINDOW, Judged, Stretch, Student, Teacher, judge, train, train_language_model
+from pretrained_teacher import PretrainedTeacher
 from tokenizers import processors
 from torch import Tensor
 from transformers import (
@@ -65,6 +66,8 @@ PASSES = {"gpt-oss-120b": 1.3, "gpt-oss-20b": 1.2, "Qwen3-8B": 0.5}
 """How often a trace comes in one epoch of the language model, where not once."""
 JUDGED = 4_000_000
 """Characters of the traces that the teacher judges."""
+JUDGED_AGAIN = 800_000
+"""Characters of them that the pretrained teacher judges, too, where it takes part."""
 
 TEACHER = Stretch(epochs=6, rate=4e-4, head_rate=2e-3)
 STUDENT = Stretch(epochs=1, rate=1e-3, head_rate=2e-3, copies=3, batch=24)
@@ -153,8 +156,8 @@ def pick(traces: Sequence[Trace], characters: int, seed: int) -> list[Trace]:
 # --- all of it
 
 
-def build(args: argparse.Namespace) -> tuple[Evaluation, Evaluation]:
-    """Run all stages; measure the predictor on held-out segments: on those that can be shipped, and on all."""
+def build(args: argparse.Namespace) -> Evaluation:
+    """Run all stages; measure the predictor on the held-out segments and write its card."""
     kept_back = set(HELD_OUT_PROBLEMS.read_text(encoding="utf-8").split())
     segments = read_all_segments(args.segments)
     segments_in = [segment for segment in segments if segment.problem not in kept_back]
@@ -172,13 +175,28 @@ def build(args: argparse.Namespace) -> tuple[Evaluation, Evaluation]:
     read = pick(traces, JUDGED, args.seed)
     log.info("the teacher learnt from %d segments and judges %d traces", len(segments_in), len(read))
     judged = judge(teacher, [trace.text for trace in read], vocabulary)
+    if args.pretrained_teacher:
+        judged = also_judge(judged, read, segments_in, args)
     train(student, STUDENT, segments_in, judged, vocabulary, random)
     for ahead in LOOKAHEADS:
         folder = args.out if ahead == LOOKAHEAD else args.work / f"lookahead-{ahead}"
         save(student, ahead, tokenizer, folder)
         log.info("look-ahead %d: %s", ahead, measure(folder, held_out).model_dump_json(include=SHOWN))
     shipped = {segment.key for segment in read_segments(SHIPPABLE)}
-    return measure(args.out, [s for s in held_out if s.key in shipped]), measure(args.out, held_out)
+    found, found_all = (measure(args.out, of) for of in ([s for s in held_out if s.key in shipped], held_out))
+    write_card(args.out, found, found_all, learnt=len(segments_in), traces=len(traces))
+    return found_all
+
+
+def also_judge(
+    judged: Sequence[Judged], read: Sequence[Trace], segments: Sequence[Segment], args: argparse.Namespace
+) -> list[Judged]:
+    """Let a pretrained teacher judge the first of the traces, too; of two judgements the mean counts."""
+    sizes = np.cumsum([len(trace.text) for trace in read])
+    first = read[: int(np.searchsorted(sizes, JUDGED_AGAIN)) + 1]
+    teacher = PretrainedTeacher(args.pretrained).fit(segments, np.random.default_rng(args.seed))
+    again = teacher.judge([trace.text for trace in first])
+    return [*(one.mixed(style) for one, style in zip(judged, again, strict=False)), *judged[len(first) :]]
 
 
 SHOWN = {"char_f1", "char_f1_by_family", "span_f1", "boundary_within_1_word"}
@@ -209,7 +227,7 @@ def save(student: Student, lookahead: int, tokenizer: PreTrainedTokenizerFast, o
     tokenizer.save_pretrained(out)
 
 
-def write_card(folder: Path, found: Evaluation, found_all: Evaluation) -> None:
+def write_card(folder: Path, found: Evaluation, found_all: Evaluation, **facts: int) -> None:
     """Write the model card, all figures of which come from the evaluations."""
     results = [
         EvalResult(
@@ -239,7 +257,7 @@ def write_card(folder: Path, found: Evaluation, found_all: Evaluation) -> None:
         tags=["tessy", "boundary-predictor", "reasoning"],
     )
     parameters = AutoModelForTokenClassification.from_pretrained(folder).num_parameters()
-    facts = {"parameters": parameters, "window": WINDOW, "lookahead": LOOKAHEAD}
+    facts = {"parameters": parameters, "window": WINDOW, "lookahead": LOOKAHEAD, "vocabulary": VOCABULARY, **facts}
     card = ModelCard.from_template(
         data, template_path=str(HERE / "card.jinja"), found=found, found_all=found_all, **facts
     )
@@ -252,6 +270,9 @@ def main() -> None:
     parser.add_argument("--segments", type=Path, nargs="+", default=[SHIPPABLE], help="JSONL files of marked segments")
     parser.add_argument("--traces", type=Path, nargs="+", required=True, help="JSONL files of thinking traces")
     parser.add_argument("--pretrained", default="HuggingFaceTB/SmolLM2-135M", help="whose embeddings to begin with")
+    parser.add_argument(
+        "--pretrained-teacher", action="store_true", help="let its lower layers learn and judge some traces, too"
+    )
     parser.add_argument("--out", type=Path, default=Path("output/small"), help="the folder to write")
     parser.add_argument("--work", type=Path, default=Path("output/small-work"), help="for the base and other heads")
     parser.add_argument("--seed", type=int, default=0, help="of everything")
@@ -259,9 +280,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    found, found_all = build(args)
-    write_card(args.out, found, found_all)
-    print(found_all.model_dump_json(include=SHOWN))
+    print(build(args).model_dump_json(include=SHOWN))
 
 
 if __name__ == "__main__":
