@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Protocol = Literal["generate", "ids", "ids-to-text", "text"]
+Protocol = Literal["deltas", "generate", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
     "ids",  # ids in and out by `/v1/completions`: any vLLM; it sends the prompt back each time
     "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as SGLang and OpenAI's own do
     "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
 )
-"""How a server can be asked to continue a text, best first."""
+"""How a server can be asked by HTTP to continue a text, best first; ``deltas`` is for :mod:`.deltas`."""
 
-EXACT: frozenset[Protocol] = frozenset({"generate", "ids"})
+EXACT: frozenset[Protocol] = frozenset({"deltas", "generate", "ids"})
 """Protocols with ids in and out, which can also stream."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
@@ -71,8 +71,8 @@ class EncodedPrompt:
     def __init__(self) -> None:
         self._ids, self._json = array("i"), bytearray()  # a comma before each id
 
-    def update(self, ids: Sequence[int]) -> bytes:
-        """Return the JSON of ``ids``, reusing that of the longest common prefix with the ids before."""
+    def update(self, ids: Sequence[int], head: bytes = b"", tail: bytes = b"") -> bytes:
+        """Return ``head``, the JSON of ``ids``, and ``tail``; only what follows the ids before is encoded."""
         most = min(len(ids), len(self._ids))
         differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
         common = int(differ[0]) if differ.size else most
@@ -81,7 +81,7 @@ class EncodedPrompt:
         new = array("i", ids[common:])
         self._ids[common:] = new
         self._json += "".join(f",{i}" for i in new).encode()
-        return b"".join((b"[", memoryview(self._json)[1:], b"]"))
+        return b"".join((head, b"[", memoryview(self._json)[1:], b"]", tail))
 
 
 class CompletionsAPI:
@@ -104,14 +104,9 @@ class CompletionsAPI:
 
     def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
-        options: dict[str, Any] = {
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            **request.set_sampling,
-        }
+        options = {"max_tokens": request.max_tokens, **_sampling(request)}
         if request.temperature:
-            options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+            options["seed"] = seed(request)
         if protocol in EXACT:
             options["stop_token_ids"] = _encoded_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
@@ -123,9 +118,11 @@ class CompletionsAPI:
         if stream:
             options["stream"] = True
         name = b"token_ids" if protocol == "generate" else b"prompt"
-        prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
-        head = orjson.dumps({"model": self._model})[:-1]
-        return b"".join((head, b',"', name, b'":', prompt, b",", orjson.dumps(options)[1:]))
+        head = b"".join((orjson.dumps({"model": self._model})[:-1], b',"', name, b'":'))
+        tail = b"," + orjson.dumps(options)[1:]
+        if protocol == "text":
+            return b"".join((head, self._text_prompt(request), tail))
+        return self._id_prompt(request, head, tail)
 
     def release(self, row: str) -> None:
         """Forget a row's encoded prompt."""
@@ -141,12 +138,12 @@ class CompletionsAPI:
         body = {"model": self._model, "prompt": self._probe_text, "add_special_tokens": False}
         return orjson.dumps(body)
 
-    def _id_prompt(self, request: Request) -> bytes:
+    def _id_prompt(self, request: Request, head: bytes, tail: bytes) -> bytes:
         prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
         self._prompts.move_to_end(request.row)
         if len(self._prompts) > MOST_ROWS:
             self._prompts.popitem(last=False)
-        return prompt.update(request.prompt_ids)
+        return prompt.update(request.prompt_ids, head, tail)
 
     def _text_prompt(self, request: Request) -> bytes:
         """Return the prompt as text, without what the server's tokenizer puts before each text."""
@@ -211,6 +208,20 @@ class CompletionsAPI:
             return ids[:most], None
         eos = self._tokenizer.eos_token_id  # any stop will do: which one it was is not told
         return ids, int(eos) if eos is not None else min(request.stop_ids, default=None)
+
+
+def sampling(request: Request) -> bytes:
+    """Return the JSON of what vLLM is told of a request's sampling, but for what differs from request to request."""
+    return orjson.dumps({**_sampling(request), "stop_token_ids": _encoded_ids(request.stop_ids)})
+
+
+def seed(request: Request) -> int:
+    """Return the seed of a request, which depends on the row and the place in it; -1 where it is greedy."""
+    return derive_seed(request.seed, len(request.prompt_ids)) % 2**31 if request.temperature else -1
+
+
+def _sampling(request: Request) -> dict[str, Any]:
+    return {"temperature": request.temperature, "top_p": request.top_p, **request.set_sampling}
 
 
 @lru_cache(maxsize=64)

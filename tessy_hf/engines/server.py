@@ -74,7 +74,7 @@ class ServerEngine:
         SettingsError: An address cannot be used.
     """
 
-    protocols: ClassVar[Sequence[Protocol]] = PROTOCOLS
+    protocols: ClassVar[Sequence[Protocol]] = ("deltas", *PROTOCOLS)
 
     def __init__(
         self,
