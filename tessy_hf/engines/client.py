@@ -15,6 +15,7 @@ from tessy_hf.engines import completions_api as api
 from tessy_hf.engines.base import Completion, Request, Scores
 from tessy_hf.engines.completions_api import STREAMS, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
+from tessy_hf.engines.deltas import Deltas
 from tessy_hf.engines.replicas import Service
 from tessy_hf.engines.sessions import SessionHeaders
 from tessy_hf.errors import EngineDeadError, EngineError, RequestError
@@ -61,22 +62,35 @@ class Client:
         self.roots: dict[str, str] = {}
         self._connections = Connections(read_key(api_key_env), timeout)
         self._sessions = SessionHeaders(session_headers)
-        self.close = self._connections.close
+        self._deltas = Deltas(self._connections)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._deltas.close()
+        await self._connections.close()
 
     def release(self, row: str) -> None:
         """Forget what is kept for a row."""
         self._api.release(row)
+        self._deltas.release(row)
         self._sessions.release(row)
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
+        protocol = api.measuring(protocol, request)
         url = api.address(server, protocol)
-        content = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
         with self._reading(server, url):
-            return self._api.completion(protocol, api.parse(content), request)
+            if protocol == "deltas":
+                async with aclosing(self._deltas.answers(server, request, stream=False)) as batches:
+                    (answer,) = await anext(batches)
+            else:
+                body = self._api.body(protocol, request)
+                answer = api.parse(await self._send(server, "POST", url, body, request.row))
+            return self._api.completion(protocol, answer, request)
 
     async def score(self, server: str, protocol: Protocol, request: Request, count: int) -> Scores:
         """Ask for the log-probabilities of a prompt's last ids."""
+        protocol = api.measuring(protocol, request)
         url = api.address(server, protocol)
         content = await self._send(server, "POST", url, self._api.score_body(protocol, request), request.row)
         with self._reading(server, url):
@@ -84,7 +98,30 @@ class Client:
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
+        protocol = api.measuring(protocol, request)
         url, left = api.address(server, protocol), request.max_tokens
+        by_delta = protocol == "deltas"
+        answers = (
+            self._deltas.answers(server, request, stream=True)
+            if by_delta
+            else self._events(server, url, protocol, request)
+        )
+        async with aclosing(answers) as batches:
+            with self._reading(server, url):
+                async for batch in batches:
+                    if (piece := self._api.piece(protocol, batch, request, left)) is None:
+                        continue
+                    left -= len(piece.token_ids)
+                    yield piece
+                    if piece.stop_id is not None:
+                        return
+        if left:
+            raise ReplicaError(f"The server at {server} ended its stream early.", "lost")
+
+    async def _events(
+        self, server: str, url: str, protocol: Protocol, request: Request
+    ) -> AsyncGenerator[list[Any], None]:
+        """Yield the events of a stream by HTTP, those that arrive at once in one list."""
         body = self._api.body(protocol, request, stream=True)
         headers = self._sessions.of(server, request.row)
         async with self._connections.request(server, "POST", url, body, headers) as reply:
@@ -93,16 +130,7 @@ class Client:
                 raise self._refusal(server, url, reply.status, await reply.content(), reply.headers)
             async with aclosing(reply.events()) as batches:
                 async for events in batches:
-                    with self._reading(server, url):
-                        piece = self._api.piece(protocol, list(map(api.parse, events)), request, left)
-                    if piece is None:
-                        continue
-                    left -= len(piece.token_ids)
-                    yield piece
-                    if piece.stop_id is not None:
-                        return
-        if left:
-            raise ReplicaError(f"The server at {server} ended its stream early.", "lost")
+                    yield [api.parse(event) for event in events]
 
     async def inspect(self, server: str) -> Service:
         """Find out what a server offers."""
@@ -148,7 +176,7 @@ class Client:
                 await self.complete(server, protocol, self._api.probe())
                 return protocol
             except (ReplicaError, EngineError) as error:  # some gateways answer 401 to paths they do not know
-                if _is_transient(error) or protocol == self._protocols[-1]:
+                if protocol == self._protocols[-1] or protocol != "deltas" and _is_transient(error):
                     raise
         raise AssertionError("an engine has protocols")
 

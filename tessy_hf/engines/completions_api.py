@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Protocol = Literal["generate", "sglang", "llama.cpp", "ids", "ids-to-text", "text"]
+Protocol = Literal["deltas", "generate", "sglang", "llama.cpp", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
     "sglang",  # ids in and out by SGLang's own `/generate`
@@ -35,16 +35,16 @@ PROTOCOLS: tuple[Protocol, ...] = (
     "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as OpenAI's own do
     "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
 )
-"""How a server can be asked to continue a text, best first."""
+"""How a server can be asked by HTTP to continue a text, best first; ``deltas`` is for :mod:`.deltas`."""
 
-EXACT: frozenset[Protocol] = frozenset({"generate", "sglang", "llama.cpp", "ids"})
+EXACT: frozenset[Protocol] = frozenset({"deltas", "generate", "sglang", "llama.cpp", "ids"})
 """Protocols with ids in and out."""
 
 STREAMS = EXACT - {"llama.cpp"}
 """Protocols that can stream ids."""
 
-MEASURED: frozenset[Protocol] = frozenset({"generate", "ids"})
-"""Protocols that tell log-probabilities of ids."""
+MEASURED: frozenset[Protocol] = frozenset({"deltas", "generate", "ids"})
+"""Protocols of servers that tell log-probabilities of ids; see :func:`measuring`."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""
@@ -80,8 +80,8 @@ class EncodedPrompt:
     def __init__(self) -> None:
         self._ids, self._json = array("i"), bytearray()  # a comma before each id
 
-    def update(self, ids: Sequence[int]) -> bytes:
-        """Return the JSON of ``ids``, reusing that of the longest common prefix with the ids before."""
+    def update(self, ids: Sequence[int], head: bytes = b"", tail: bytes = b"") -> bytes:
+        """Return ``head``, the JSON of ``ids``, and ``tail``; only what follows the ids before is encoded."""
         most = min(len(ids), len(self._ids))
         differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
         common = int(differ[0]) if differ.size else most
@@ -90,7 +90,7 @@ class EncodedPrompt:
         new = array("i", ids[common:])
         self._ids[common:] = new
         self._json += "".join(f",{i}" for i in new).encode()
-        return b"".join((b"[", memoryview(self._json)[1:], b"]"))
+        return b"".join((head, b"[", memoryview(self._json)[1:], b"]", tail))
 
 
 class CompletionsAPI:
@@ -121,14 +121,9 @@ class CompletionsAPI:
         return self._asking(protocol, request, options, False)
 
     def _options(self, protocol: Protocol, request: Request) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            **request.set_sampling,
-        }
+        options = {"max_tokens": request.max_tokens, **_sampling(request)}
         if request.temperature:
-            options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+            options["seed"] = seed(request)
         if request.logprobs and protocol in MEASURED:
             options["logprobs"] = 0  # of the drawn ids only
         if protocol in EXACT:
@@ -148,9 +143,11 @@ class CompletionsAPI:
         if stream:
             options["stream"] = True
         name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
-        prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
-        head = orjson.dumps({"model": self._model})[:-1]
-        return b"".join((head, b',"', name, b'":', prompt, b",", orjson.dumps(options)[1:]))
+        head = b"".join((orjson.dumps({"model": self._model})[:-1], b',"', name, b'":'))
+        tail = b"," + orjson.dumps(options)[1:]
+        if protocol == "text":
+            return b"".join((head, self._text_prompt(request), tail))
+        return self._id_prompt(request, head, tail)
 
     def release(self, row: str) -> None:
         """Forget a row's encoded prompt."""
@@ -166,12 +163,12 @@ class CompletionsAPI:
         body = {"model": self._model, "prompt": self._probe_text, "add_special_tokens": False}
         return orjson.dumps(body)
 
-    def _id_prompt(self, request: Request) -> bytes:
+    def _id_prompt(self, request: Request, head: bytes, tail: bytes) -> bytes:
         prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
         self._prompts.move_to_end(request.row)
         if len(self._prompts) > MOST_ROWS:
             self._prompts.popitem(last=False)
-        return prompt.update(request.prompt_ids)
+        return prompt.update(request.prompt_ids, head, tail)
 
     def _text_prompt(self, request: Request) -> bytes:
         """Return the prompt as text, without what the server's tokenizer puts before each text."""
@@ -271,6 +268,20 @@ def _is_score(logprob: Any, rank: Any) -> bool:
     return isinstance(logprob, int | float) and type(rank) is int
 
 
+def sampling(request: Request) -> bytes:
+    """Return the JSON of what vLLM is told of a request's sampling, but for what differs from request to request."""
+    return orjson.dumps({**_sampling(request), "stop_token_ids": _encoded_ids(request.stop_ids)})
+
+
+def seed(request: Request) -> int:
+    """Return the seed of a request, which depends on the row and the place in it; -1 where it is greedy."""
+    return derive_seed(request.seed, len(request.prompt_ids)) % 2**31 if request.temperature else -1
+
+
+def _sampling(request: Request) -> dict[str, Any]:
+    return {"temperature": request.temperature, "top_p": request.top_p, **request.set_sampling}
+
+
 @lru_cache(maxsize=64)
 def _encoded_ids(ids: frozenset[int]) -> orjson.Fragment:
     """Return ids as JSON, in order."""
@@ -303,6 +314,11 @@ def server_words(content: bytes) -> str:
         return error.words or first_words(text)
     found = [answer.get(key) for key in ("detail", "message")] if isinstance(answer, Mapping) else []
     return first_words(next((words for words in found if isinstance(words, str) and words), text))
+
+
+def measuring(protocol: Protocol, request: Request) -> Protocol:
+    """Return how to ask: deltas bring no log-probabilities, but each vLLM tells them by `ids`."""
+    return "ids" if protocol == "deltas" and request.logprobs else protocol
 
 
 def address(server: str, protocol: Protocol) -> str:

@@ -32,6 +32,9 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 KEEP_ALIVE_SECONDS = 3.0
 """How long an idle connection is kept: uvicorn closes it after 5 s, and a request must not cross with that."""
 
+HEARTBEAT_SECONDS = 120.0
+"""How often a WebSocket that rests is tried; a server that is busy has half of it to answer."""
+
 
 class ReplicaError(TransientError):
     """A server failed a request that may succeed later, or at another server.
@@ -113,6 +116,24 @@ class Connections:
             yield Reply(self, server, response)
         finally:
             response.close()  # a connection whose answer is read is used again
+
+    async def websocket(self, server: str, url: str) -> aiohttp.ClientWebSocketResponse:
+        """Open a WebSocket.
+
+        Raises:
+            aiohttp.WSServerHandshakeError: The server refuses it.
+            ReplicaError: There is no server now.
+            EngineDeadError: The server's certificate is not trusted.
+        """
+        refused: aiohttp.WSServerHandshakeError | None = None
+        async with self.limits(server):
+            try:
+                return await self._session.ws_connect(
+                    url, proxy=self._proxy(server), heartbeat=HEARTBEAT_SECONDS, max_msg_size=0
+                )
+            except aiohttp.WSServerHandshakeError as error:
+                refused = error
+        raise refused
 
     def redact(self, content: bytes) -> bytes:
         """Return what arrived without the key: servers and proxies may send it back."""

@@ -76,7 +76,7 @@ class ServerEngine:
         SettingsError: An address or a header cannot be used.
     """
 
-    protocols: ClassVar[Sequence[Protocol]] = PROTOCOLS
+    protocols: ClassVar[Sequence[Protocol]] = ("deltas", *PROTOCOLS)
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class ServerEngine:
     async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
         """Score a text on the row's replica, which reads all of it."""
         whole = array("i", prompt_ids) + array("i", ids)
-        request = Request(row, order, "thinking", whole, 1, 0.0, 1.0, 0, frozenset())
+        request = Request(row, order, "thinking", whole, 1, 0.0, 1.0, 0, frozenset(), logprobs=True)
         return await self._started.ask(self._started.client.score, request, len(ids))
 
     async def complete(self, request: Request) -> Completion:
