@@ -55,8 +55,8 @@ class HashedIds:
     def common(self, ids: Sequence[int]) -> int:
         """Return how many ids both begin with."""
         most = min(len(ids), len(self.ids))
-        differ = np.flatnonzero(np.asarray(self.ids)[:most] != np.asarray(ids)[:most])
-        return int(differ[0]) if differ.size else most
+        differ = np.asarray(self.ids)[:most] != np.asarray(ids)[:most]
+        return int(differ.argmax()) if differ.any() else most
 
     def checksum(self) -> bytes:
         """Return the checksum of all ids."""
