@@ -1,7 +1,7 @@
 """Ask a vLLM server that runs :class:`tessy_hf.vllm_middleware.Deltas`: one WebSocket, and only the new end of a row.
 
-A request goes in; answers come out as `/inference/v1/generate` words them. All rows of a server share a connection, so
-that they stay with the server process that knows them; after a break all is sent once more. Knows no other servers.
+A request goes in; answers come out as `/inference/v1/generate` words them. A row keeps its connection, and so the
+server process that knows it; after a break all is sent once more. Knows no other servers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import struct
+import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -23,6 +25,9 @@ from tessy_hf.engines.connections import Connections, ReplicaError
 from tessy_hf.vllm_middleware import frames
 from tessy_hf.vllm_middleware.frames import HEAD, Ask, HashedIds, Piece
 
+CONNECTIONS = 4
+"""WebSockets to each server: a server of several processes (``--api-server-count``) takes each in one of them."""
+
 REASONS = {frames.GOES_ON: None, frames.STOPPED: "stop", frames.OUT_OF_TOKENS: "length"}
 
 logger = logging.getLogger(__name__)
@@ -33,7 +38,7 @@ class Deltas:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._channels: dict[str, asyncio.Future[_Channel]] = {}
+        self._channels: dict[tuple[str, int], asyncio.Future[_Channel]] = {}
 
     async def answers(self, server: str, request: Request, *, stream: bool) -> AsyncGenerator[list[Any], None]:
         """Yield what a server answers, those that arrive together in one list.
@@ -42,10 +47,10 @@ class Deltas:
             ReplicaError: No answer arrived: kind ``down`` or ``lost``.
             AnswerError: The server refuses the request, or WebSockets.
         """
-        channel = await self._channel(server)
-        number = next(channel.numbers)
+        channel = await self._channel(server, request.row)
+        number = next(channel.numbers) % (1 << 32)
         inbox = channel.inboxes[number] = asyncio.Queue[bytes | None]()
-        ended = False
+        at, resent, ended, unknown = 0, False, False, HEAD.pack(frames.UNKNOWN, 0, number)
         try:
             await channel.ask(request, number, stream)
             while not ended:
@@ -53,12 +58,20 @@ class Deltas:
                     arrived = [await inbox.get()]
                 while not inbox.empty():
                     arrived.append(inbox.get_nowait())
-                if arrived[0] == HEAD.pack(frames.UNKNOWN, 0, number):
+                if unknown in arrived:
+                    if resent:
+                        raise AnswerError("does not take a prompt that was sent whole")
                     await channel.ask_again(request, number, stream)
+                    resent = True
                     continue
-                pieces = [_piece(server, frame) for frame in arrived]
-                ended = pieces[-1].ending != frames.GOES_ON
-                yield [_answer(piece, request) for piece in pieces]
+                answers = []
+                while arrived and not ended:
+                    piece = _piece(server, arrived.pop(0))
+                    if piece.at != at % frames.AT:
+                        raise ReplicaError(f"The server at {server} left a piece of its answer out.", "lost")
+                    at, ended = at + len(piece.ids), piece.ending != frames.GOES_ON
+                    answers.append(_answer(piece, request))
+                yield answers
         except AnswerError:
             ended = True
             raise
@@ -76,15 +89,18 @@ class Deltas:
         """Close all connections."""
         for channel in self._open_channels():
             await channel.close()
+        for opened in self._channels.values():
+            opened.cancel()
 
     def _open_channels(self) -> list[_Channel]:
         done = (each for each in self._channels.values() if each.done() and not each.cancelled())
         return [each.result() for each in done if each.exception() is None]
 
-    async def _channel(self, server: str) -> _Channel:
-        opened = self._channels.get(server)
+    async def _channel(self, server: str, row: str) -> _Channel:
+        key = server, zlib.crc32(row.encode("utf-8", "surrogatepass")) % CONNECTIONS
+        opened = self._channels.get(key)
         if opened is None or opened.done() and (opened.exception() or opened.result().reading.done()):
-            opened = self._channels[server] = asyncio.ensure_future(self._open(server))
+            opened = self._channels[key] = asyncio.ensure_future(self._open(server))
         return await asyncio.shield(opened)
 
     async def _open(self, server: str) -> _Channel:
@@ -136,7 +152,7 @@ class _Channel:
         """Send a request with its whole prompt, which the server has forgotten."""
         self._resent += 1
         if self._resent.bit_count() == 1:
-            logger.info("The server at %s has forgotten %d rows; they were sent again.", self._server, self._resent)
+            logger.info("The server at %s did not know %d prompts; they were sent again.", self._server, self._resent)
         self._slot(request.row)[1].replace(0, ())
         await self.ask(request, number, stream)
 
@@ -171,10 +187,11 @@ class _Channel:
     async def _read(self) -> None:
         """Hand out what arrives; once the connection breaks, tell all who wait."""
         try:
-            async for message in self._socket:
-                inbox = self.inboxes.get(HEAD.unpack_from(message.data)[2])
+            while (message := await self._socket.receive()).type is aiohttp.WSMsgType.BINARY:
+                inbox = self.inboxes.get(HEAD.unpack_from(message.data.ljust(HEAD.size))[2])
                 if inbox is not None:  # else it was taken back
                     inbox.put_nowait(message.data)
+            await self._socket.close()
         finally:
             for inbox in self.inboxes.values():
                 inbox.put_nowait(None)
@@ -187,7 +204,10 @@ def _piece(server: str, frame: bytes | None) -> Piece:
     if kind == frames.ERROR:
         words = frame[HEAD.size :].decode(errors="replace")
         raise AnswerError(f"answered with an error: {words!r}", status, words)
-    return Piece.decode(frame)
+    try:
+        return Piece.decode(frame)
+    except (struct.error, ValueError) as error:
+        raise AnswerError(f"sent {len(frame)} bytes that are no answer") from error
 
 
 def _answer(piece: Piece, request: Request) -> dict[str, Any]:
