@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tessy_hf.trajectory import Author
 
@@ -39,6 +39,8 @@ class Plan:
         method: The name of the data recipe, for errors.
         thinking: ``alternate`` for TESSY, else the one author of the thinking.
         answer: Who writes the final answer.
+        switch: The rule of who writes next while alternating, one of :mod:`tessy_hf.method.rules`; ``None`` is the
+            paper's, by boundary predictors.
         chunk_tokens: k, the most tokens asked of an author at once while alternating; ``None`` to follow the lengths
             of its spans; or a number for each author.
         stream: Whether a turn is taken as one stream that is closed at its boundary, where the engine can stream.
@@ -53,6 +55,7 @@ class Plan:
     method: str = "tessy"
     thinking: Literal["alternate", "teacher", "student"] = "alternate"
     answer: Author = "student"
+    switch: Any = None
     chunk_tokens: int | Mapping[Author, int] | None = 20
     stream: bool = False
     sampling: Mapping[Author, Sampling] = field(default_factory=lambda: dict(teacher=Sampling(), student=Sampling()))

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
 
 from tessy_hf.errors import SettingsError
+from tessy_hf.method import rules
 from tessy_hf.plan import Plan, Sampling
 from tessy_hf.trajectory import Author
 from tessy_hf.verifiers import verifiers
@@ -104,6 +105,10 @@ class Settings(Checked):
 
     method: Method = "tessy"
     """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
+    switch: Annotated[Any, BeforeValidator(rules.build)] = Field(default="predictor", validate_default=True)
+    """The rule of who writes next while authors take turns: "predictor" (the paper's, by boundary predictors), or
+    "entropy", "student-accepts", "likeliest" and "every" with their numbers, for instance ``{"every": 5}``, or a
+    function of a word; see :mod:`tessy_hf.method.rules`."""
     chunk_tokens: TokenCount | Literal["auto"] | PerAuthor[TokenCount] = "auto"
     """k, the most tokens asked of an author at once: a number (the paper uses 20), one for each author, or "auto" to
     follow the lengths of each author's spans. A speed knob: greedy rows do not depend on it."""
@@ -168,6 +173,7 @@ class Settings(Checked):
         checked = super().check(**expand_preset(given))
         verifiers.build(checked.verifier)
         checked._check_candidates()
+        checked.switch.check(checked.plan(""))
         return checked
 
     def _check_candidates(self) -> None:
@@ -185,6 +191,12 @@ class Settings(Checked):
     @field_serializer("verifier")
     def _describe(self, verifier: Any) -> dict[str, Any] | None:
         return verifiers.describe(verifier)
+
+    @field_serializer("switch")
+    def _describe_rule(self, rule: rules.Rule) -> dict[str, Any]:
+        numbers = rule.model_dump()
+        own = verifiers.describe_function(numbers.pop("function")) if "function" in numbers else numbers
+        return {"name": rule.name, **own}
 
     @property
     def max_candidates(self) -> int:
@@ -211,6 +223,11 @@ class Settings(Checked):
         """Whether the authors take turns within a row."""
         return self.method.startswith("tessy")
 
+    @property
+    def reads_predictors(self) -> bool:
+        """Whether boundary predictors say who writes next."""
+        return self.alternates and bool(self.switch.reads_predictors)
+
     def sampling(self, author: Author) -> Sampling:
         """Return how an author's tokens are drawn."""
         given = {name: getattr(self, name) for name in Sampling._fields}
@@ -226,6 +243,7 @@ class Settings(Checked):
             method=self.method,
             thinking=thinking,
             answer=answer,
+            switch=self.switch,
             chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
             stream=self.stream,
             sampling={"teacher": self.sampling("teacher"), "student": self.sampling("student")},
@@ -239,6 +257,7 @@ class Settings(Checked):
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:
         """Return a hash of all that decides the rows: these settings and the speakers' identities."""
         unset = {name for name in ("top_k", "min_p", "repetition_penalty") if getattr(self, name) is None}
+        unset |= {"switch"} if self.switch == rules.PREDICTOR else set()
         settings = self.model_dump(exclude={*SPEED, *unset})
         described = {"format": FORMAT, "settings": settings, "speakers": dict(speakers)}
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -77,7 +77,7 @@ class TessyTransform(functools.partial[Any]):
 
     @classmethod
     def _make(cls, teacher: Speaker, student: Speaker, settings: Settings, token: str, source: Any = None) -> Self:
-        if settings.alternates:
+        if settings.reads_predictors:
             teacher, student = _with_predictors(teacher, student)
         self = super().__new__(cls, print)
         self.teacher, self.student, self.settings = teacher, student, settings
@@ -256,8 +256,8 @@ def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speak
     lacking = f"The {' and the '.join(missing)} {'has' if len(missing) == 1 else 'have'} no boundary predictor"
     if not is_shipped():
         raise SettingsError(
-            f"{lacking}, which methods that alternate need, and the small one that comes with tessy-hf is not "
-            f"installed. Pass {where} with a Hub id or folder, or another method."
+            f"{lacking}, which methods that alternate by predictors need, and the small one that comes with tessy-hf "
+            f"is not installed. Pass {where} with a Hub id or folder, or another method or switch."
         )
     warnings.warn(
         f"{lacking}: the small one that comes with tessy-hf is used. It has a few million parameters and knows only "
