@@ -76,4 +76,7 @@ def analyze(
     compare_page.write(out, result)
     for one in result["similarity"]:
         Console().print(f"{' and '.join(one['of'])}: similarity {one['mean']:.3f}", markup=False, soft_wrap=True)
+    for name, one in (result["surprise"] or {}).items():
+        said = f"{name}: RSR {one['rsr']:.2f} (surprisal {one['surprisal']:.3f} nats, rank {one['rank']:.2f})"
+        Console().print(said, markup=False, highlight=False, soft_wrap=True)
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
