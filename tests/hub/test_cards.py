@@ -184,6 +184,14 @@ def test_no_field_is_left_unfilled(summary, given):
         assert re.search(r"-->\n## Limits\n\n- ", card) and "\n\n\n" not in card
 
 
+def test_the_card_names_the_rule_of_who_writes_next(summary):
+    made = manifest()
+    assert "a boundary predictor, which makes mistakes" in str(cards.dataset_card(summary, made, "me/data"))
+    made.runs[0].settings["switch"] = {"name": "student-accepts", "p": 0.1}
+    text = str(cards.dataset_card(summary, made, "me/data"))
+    assert text.count("rule `name=student-accepts, p=0.1`") == 2 and "which makes mistakes" not in text
+
+
 def test_failed_rows_are_accounted_for(summary):
     left_out = words(cards.dataset_card(summary, manifest(failed=20), "me/data"))
     assert "20 rows that did not end with `stop` are left out of this release." in left_out
