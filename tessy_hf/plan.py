@@ -49,6 +49,8 @@ class Plan:
         max_answer_tokens: Answer budget, in the answering author's tokens.
         max_candidates: The most candidates to write for the row.
         scored: Whether the teacher scores the candidates (``teacher-score``).
+        chosen_by: What chooses among candidates that are equal otherwise: ``rsr``, see
+            :class:`tessy_hf.engines.scoring.Surprise`.
         shows_reference: Whether the student is shown the teacher's answer (``teacher-reference``).
     """
 
@@ -63,6 +65,7 @@ class Plan:
     max_answer_tokens: int = 8_192
     max_candidates: int = 1
     scored: bool = False
+    chosen_by: Literal["rsr"] | None = None
     shows_reference: bool = False
 
     @property

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
 
+from tessy_hf.engines.base import Measure
 from tessy_hf.errors import SettingsError
 from tessy_hf.method import rules
 from tessy_hf.plan import Plan, Sampling
@@ -143,6 +144,9 @@ class Settings(Checked):
     verifier: Any = None
     """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers.verifiers`, a
     mapping with its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
+    chosen_by: Literal["rsr"] | None = None
+    """What chooses among candidates that are equal otherwise: ``rsr``, the least Rank-Surprisal Ratio under the
+    student (arXiv 2601.14249). The score of a candidate is minus its ratio; all ``best_of`` candidates are written."""
     system_prompt: str | None = None
     """A system message for both models, put before each prompt."""
 
@@ -180,7 +184,12 @@ class Settings(Checked):
         if self.max_candidates > 1 and not self.judged:
             raise SettingsError(
                 f"Setting best_of={self.best_of} leaves nothing to choose by. Pass a verifier, for instance "
-                'verifier="number", or method="teacher-score".'
+                'verifier="number", or method="teacher-score", or chosen_by="rsr".'
+            )
+        if self.scored and self.chosen_by:
+            raise SettingsError(
+                f"The method {self.method!r} chooses by the teacher's scores. Leave out chosen_by={self.chosen_by!r}, "
+                "or pass another method."
             )
         if self.max_candidates > 1 and not any(self.sampling(author).temperature for author in self.plan("").writers):
             raise SettingsError(
@@ -215,13 +224,18 @@ class Settings(Checked):
 
     @property
     def judged(self) -> bool:
-        """Whether candidates are judged, by the teacher or by a verifier."""
-        return self.scored or self.verifier is not None
+        """Whether candidates are judged, by the teacher, a verifier, or the student's likelihoods."""
+        return self.scored or self.verifier is not None or self.chosen_by is not None
 
     @property
     def alternates(self) -> bool:
         """Whether the authors take turns within a row."""
         return self.method.startswith("tessy")
+
+    def needs(self, author: Author) -> frozenset[Measure]:
+        """Return what an author's engine must measure."""
+        scores: frozenset[Measure] = frozenset({"score"} if self.chosen_by and author == "student" else ())
+        return scores | (self.switch.needs(author) if self.alternates else frozenset())
 
     @property
     def reads_predictors(self) -> bool:
@@ -251,12 +265,13 @@ class Settings(Checked):
             max_answer_tokens=self.max_answer_tokens,
             max_candidates=self.max_candidates,
             scored=self.scored,
+            chosen_by=self.chosen_by,
             shows_reference=self.shows_reference,
         )
 
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:
         """Return a hash of all that decides the rows: these settings and the speakers' identities."""
-        unset = {name for name in ("top_k", "min_p", "repetition_penalty") if getattr(self, name) is None}
+        unset = {name for name in ("top_k", "min_p", "repetition_penalty", "chosen_by") if getattr(self, name) is None}
         unset |= {"switch"} if self.switch == rules.PREDICTOR else set()
         settings = self.model_dump(exclude={*SPEED, *unset})
         described = {"format": FORMAT, "settings": settings, "speakers": dict(speakers)}

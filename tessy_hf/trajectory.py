@@ -194,7 +194,8 @@ class Candidate:
     Attributes:
         trajectory: The text.
         done: Whether it is finished, in whatever way.
-        score: The teacher's score, 0 to 10; ``None`` if not asked or unreadable.
+        score: What chooses among candidates of the same verdict: the teacher's score, 0 to 10, or minus the
+            Rank-Surprisal Ratio under the student; ``None`` if not asked or unreadable.
         judgement: The teacher's words; ``None`` if not asked.
         verdict: The verifier's verdict, 1 for right; ``None`` if not asked.
     """

@@ -1,4 +1,4 @@
-"""Score whole texts under a student: token ids go in, log-probabilities and ranks come out.
+"""Score whole texts under a student: token ids go in, log-probabilities, ranks and their ratio (RSR) come out.
 
 Knows nothing of prompts, rows or datasets.
 """
@@ -7,14 +7,45 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tessy_hf.engines.base import Engine, Scores
 from tessy_hf.engines.transformers import TransformersEngine
 from tessy_hf.errors import EngineError, SettingsError
 from tessy_hf.text.vocabulary import Vocabulary
 
+MOST_RANK = 100
+"""Ranks above count as this one."""
+
 BATCH = 8
 """Texts scored at the same time, of which keys and values are held."""
+
+
+class Surprise(NamedTuple):
+    """How a student finds one text, means over its tokens.
+
+    Attributes:
+        surprisal: Negative log-probability, in nats.
+        rank: Rank in the student's vocabulary, at most :data:`MOST_RANK`.
+        tokens: How many tokens there are.
+    """
+
+    surprisal: float
+    rank: float
+    tokens: int
+
+    @property
+    def rsr(self) -> float | None:
+        """Rank over surprisal (arXiv 2601.14249): low for text that is new to the student and yet near to it."""
+        return self.rank / self.surprisal if self.surprisal > 0 else None
+
+
+def surprise(logprobs: Sequence[float], ranks: Sequence[int]) -> Surprise | None:
+    """Return how the student finds a text; ``None`` of one without tokens."""
+    count = len(logprobs)
+    if not count:
+        return None
+    return Surprise(-sum(logprobs) / count, sum(min(rank, MOST_RANK) for rank in ranks) / count, count)
 
 
 class Scorer:

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tessy_hf.engines.scoring import surprise
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
-from tessy_hf.report import surprise
 from tessy_hf.report.statistics import AUTHORS, evenly
+from tessy_hf.report.surprise import markers_by_method, of_set
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
 from tessy_hf.text.thinking_format import detect, render
 from tessy_hf.text.traces import thinking as thinking_of
 from tessy_hf.text.vocabulary import owners
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tessy_hf.text.vocabulary import Vocabulary
 
 PROMPTS = ("prompt", "source_prompt", "problem", "question", "instruction")
@@ -197,7 +200,7 @@ def _markers(side: Side) -> dict[str, dict[str, float]]:
     texts: dict[str, list[str]] = {}
     for text in side.texts:
         texts.setdefault(text.method, []).append("".join(piece for *_, piece in text.pieces))
-    return surprise.markers_by_method(texts)
+    return markers_by_method(texts)
 
 
 # --- bags of tokens
@@ -330,9 +333,18 @@ def likelihood(texts: Iterable[Scored]) -> dict[str, dict[str, float]]:
 
 def _surprise(texts: Sequence[Scored]) -> dict[str, Any]:
     """Return the Rank-Surprisal Ratio of the set, and that of each text with its surprisal and rank."""
-    each = [(text.prompt, surprise.surprise(text.logprobs, text.ranks)) for text in texts]
+    each = [(text.prompt, surprise(text.logprobs, text.ranks)) for text in texts]
     rows = [{"prompt": prompt, "rsr": one.rsr, **one._asdict()} for prompt, one in each if one is not None]
-    return {**surprise.of_set(one for _, one in each), "rows": rows}
+    return {**of_set(one for _, one in each), "rows": rows}
+
+
+def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: int = 4096) -> Dataset:
+    """Return a dataset with columns for how the student finds each text, null where a row has none."""
+    laid = [_as_trained(text, vocabulary)[:2] if text else ([], 0) for text in map(read, rows)]
+    found = [surprise(*scores) for scores in scorer([(ids[:most], begins) for ids, begins in laid])]
+    for name in ("surprisal", "rank", "rsr"):
+        rows = rows.add_column(f"student_{name}", [one and getattr(one, name) for one in found])
+    return rows
 
 
 def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, list[str]]:

@@ -1,49 +1,17 @@
-"""How well a text suits a student: the Rank-Surprisal Ratio (RSR, arXiv 2601.14249), and words of doubt.
-
-Log-probabilities and ranks go in, figures come out. Knows no models and no datasets.
-"""
+"""Figures of sets of texts: how well they suit a student (Rank-Surprisal Ratio, arXiv 2601.14249), words of doubt."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
-MOST_RANK = 100
-"""Ranks above count as this one."""
+from tessy_hf.engines.scoring import Surprise
 
 MARKERS = ("wait", "hmm", "maybe", "perhaps", "actually", "alternatively", "let me check", "not sure", "i think")
 """Words by which a text doubts itself; data that lost them teaches false certainty (arXiv 2603.24472)."""
 
 _MARKER = re.compile(rf"\b({'|'.join(MARKERS)})\b", re.IGNORECASE)
 _WORD = re.compile(r"\S+")
-
-
-class Surprise(NamedTuple):
-    """How a student finds one text, means over its tokens.
-
-    Attributes:
-        surprisal: Negative log-probability, in nats.
-        rank: Rank in the student's vocabulary, at most :data:`MOST_RANK`.
-        tokens: How many tokens there are.
-    """
-
-    surprisal: float
-    rank: float
-    tokens: int
-
-    @property
-    def rsr(self) -> float | None:
-        """Rank over surprisal: the lower, the more of the text is new to the student and yet near to it."""
-        return self.rank / self.surprisal if self.surprisal > 0 else None
-
-
-def surprise(logprobs: Sequence[float], ranks: Sequence[int]) -> Surprise | None:
-    """Return how the student finds a text; ``None`` of one without tokens."""
-    count = len(logprobs)
-    if not count:
-        return None
-    return Surprise(-sum(logprobs) / count, sum(min(rank, MOST_RANK) for rank in ranks) / count, count)
 
 
 def of_set(texts: Iterable[Surprise | None]) -> dict[str, float | int | None]:

@@ -159,7 +159,7 @@ class Run:
         else:
             await self._teacher.start()
             await self._student.start()
-        rules.check_engines(self._settings.switch, {"teacher": self._teacher, "student": self._student})
+        rules.check_engines(self._settings.needs, {"teacher": self._teacher, "student": self._student})
         self.window.open(self._teacher.engine, self._student.engine)
         described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
         await asyncio.to_thread(run_record.remember, described)

@@ -13,11 +13,11 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessy_hf import TransformersEngine, demo
-from tessy_hf.engines.scoring import Scorer
+from tessy_hf.engines.scoring import Scorer, surprise
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report import compare as analysis
 from tessy_hf.report import compare_page as page
-from tessy_hf.report.surprise import of_set, surprise
+from tessy_hf.report.surprise import of_set
 from tessy_hf.text.thinking_format import HARMONY
 from tessy_hf.text.vocabulary import Vocabulary
 from tests.cli.test_cli import tessy  # noqa: F401 - a fixture
@@ -196,6 +196,15 @@ def test_rows_and_sets_have_their_ratio_under_the_student(student):
     assert told["b"]["surprisal"] > told["a"]["surprisal"]
 
 
+def test_columns_on_request_are_those_figures(student):
+    rows = load_dataset("parquet", data_files=str(ROWS), split="train").select(range(4))
+    scorer = Scorer(TransformersEngine(demo.STUDENT))
+    made = analysis.with_surprise(rows, student[0], scorer)
+    told = analysis.analyze({"a": rows, "b": rows}, student[0], scorer=scorer)["surprise"]["a"]["rows"]
+    assert made["student_rsr"][:] == pytest.approx([row["rsr"] for row in told])
+    assert made["student_surprisal"][:] == pytest.approx([row["surprisal"] for row in told])
+
+
 def test_words_of_doubt_are_counted_by_method():
     rows = [
         {
@@ -253,8 +262,12 @@ def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
     told = json.loads(printed[printed.index('{"names"') :])
     assert code == 0 and told["prompts"] == 8 and told["nll"] is None and told["authors"]["plain.jsonl"] is None
     assert told["authors"]["tessy.parquet"]["teacher"] == sum(rows["teacher_tokens"])
+    code, _ = tessy(*given, "--student", demo.STUDENT, "--out", tmp_path / "b.html", "--columns", tmp_path / "scored")
+    scored = load_dataset("parquet", data_files=str(tmp_path / "scored" / "tessy.parquet"), split="train")
+    assert code == 0 and min(scored["student_rsr"]) > 0
     for words, seen in [
         (given, "No tokenizer given"),
+        ([*given, "--tokenizer", demo.STUDENT, "--columns", tmp_path], "--columns needs"),
         ([*given, "--tokenizer", tmp_path / "none"], "cannot be loaded"),
         ([*given[:2], tmp_path / "none.parquet", "--tokenizer", demo.STUDENT], "there is no such file"),
     ]:

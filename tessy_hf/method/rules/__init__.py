@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from tessy_hf.engines.base import Measure
 from tessy_hf.errors import SettingsError
 from tessy_hf.method.rules.base import Judge, Rule, Word
 from tessy_hf.method.rules.entropy import Entropy
@@ -71,17 +72,17 @@ def rule_of(plan: Plan) -> Rule:
     return PREDICTOR if plan.switch is None else plan.switch
 
 
-def check_engines(rule: Rule, speakers: Mapping[Author, Speaker]) -> None:
-    """Refuse started engines that cannot measure what a rule needs.
+def check_engines(needs: Callable[[Author], frozenset[Measure]], speakers: Mapping[Author, Speaker]) -> None:
+    """Refuse started engines that cannot measure what a run needs.
 
     Raises:
         SettingsError: One cannot.
     """
     for author, speaker in speakers.items():
-        lacking = rule.needs(author) - getattr(speaker.engine, "measures", frozenset())
+        lacking = needs(author) - getattr(speaker.engine, "measures", frozenset())
         if lacking:
             raise SettingsError(
-                f"switch={rule.name!r} needs {' and '.join(sorted(lacking))} of the {author} "
-                f"{speaker.engine.model!r}, which its engine cannot tell. TransformersEngine and VLLMEngine tell all, "
-                "servers by vLLM log-probabilities and scores. Use one of these, or another rule."
+                f"This run needs {' and '.join(sorted(lacking))} of the {author} {speaker.engine.model!r} (switch, "
+                "chosen_by), which its engine cannot tell. TransformersEngine and VLLMEngine tell all, vLLM's servers "
+                "log-probabilities and scores. Use one of these, or other settings."
             )
