@@ -60,9 +60,7 @@ def analyze(
     nll_rows: Annotated[int, typer.Option(help="Rows of each dataset that the student reads.")] = 200,
     columns: Annotated[
         Path | None,
-        typer.Option(
-            help="A folder for the datasets with columns for how surprised the student is: all rows are read."
-        ),
+        typer.Option(help="A folder to write the datasets to, with columns for the student's surprise."),
     ] = None,
 ) -> None:
     """Compare datasets of the same prompts: similarity, lengths, authors, words, and likelihood under the student."""
@@ -97,6 +95,5 @@ def _write_surprise(datasets: dict[str, Any], vocabulary: Any, scorer: Any, fold
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in datasets.items():
-        with_surprise(rows, vocabulary, scorer).to_parquet(
-            str(folder / f"{Path(name).stem.replace('/', '--')}.parquet")
-        )
+        file = name.removesuffix(".parquet").replace("/", "--") + ".parquet"
+        with_surprise(rows, vocabulary, scorer).to_parquet(str(folder / file))
