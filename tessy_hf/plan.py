@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tessy_hf.trajectory import Author
 
@@ -39,6 +39,8 @@ class Plan:
         method: The name of the data recipe, for errors.
         thinking: ``alternate`` for TESSY, else the one author of the thinking.
         answer: Who writes the final answer.
+        switch: The rule of who writes next while alternating, one of :mod:`tessy_hf.method.rules`; ``None`` is the
+            paper's, by boundary predictors.
         chunk_tokens: k, the most tokens asked of an author at once while alternating; ``None`` to follow the lengths
             of its spans; or a number for each author.
         stream: Whether a turn is taken as one stream that is closed at its boundary, where the engine can stream.
@@ -48,12 +50,15 @@ class Plan:
         max_tokens: Budget of both together; ``None`` for no other than the two.
         max_candidates: The most candidates to write for the row.
         scored: Whether the teacher scores the candidates (``teacher-score``).
+        chosen_by: What chooses among candidates that are equal otherwise: ``rsr``, see
+            :class:`tessy_hf.engines.scoring.Surprise`.
         shows_reference: Whether the student is shown the teacher's answer (``teacher-reference``).
     """
 
     method: str = "tessy"
     thinking: Literal["alternate", "teacher", "student"] = "alternate"
     answer: Author = "student"
+    switch: Any = None
     chunk_tokens: int | Mapping[Author, int] | None = 20
     stream: bool = False
     sampling: Mapping[Author, Sampling] = field(default_factory=lambda: dict(teacher=Sampling(), student=Sampling()))
@@ -62,6 +67,7 @@ class Plan:
     max_tokens: int | None = None
     max_candidates: int = 1
     scored: bool = False
+    chosen_by: Literal["rsr"] | None = None
     shows_reference: bool = False
 
     @property

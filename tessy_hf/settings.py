@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, Self, TypedDict, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_serializer
 
+from tessy_hf.engines.base import Measure
 from tessy_hf.errors import SettingsError
+from tessy_hf.method import rules
 from tessy_hf.plan import Plan, Sampling
 from tessy_hf.trajectory import Author
 from tessy_hf.verifiers import verifiers
@@ -116,6 +118,10 @@ class Settings(Checked):
 
     method: Method = "tessy"
     """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
+    switch: Annotated[Any, BeforeValidator(rules.build)] = Field(default="predictor", validate_default=True)
+    """The rule of who writes next while authors take turns: "predictor" (the paper's, by boundary predictors), or
+    "entropy", "student-accepts", "likeliest" and "every" with their numbers, for instance ``{"every": 5}``, or a
+    function of a word; see :mod:`tessy_hf.method.rules`."""
     chunk_tokens: TokenCount | Literal["auto"] | PerAuthor[TokenCount] = "auto"
     """k, the most tokens asked of an author at once: a number (the paper uses 20), one for each author, or "auto" to
     follow the lengths of each author's spans. A speed knob: greedy rows do not depend on it."""
@@ -150,6 +156,9 @@ class Settings(Checked):
     verifier: Any = None
     """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers.verifiers`, a
     mapping with its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
+    chosen_by: Literal["rsr"] | None = None
+    """What chooses among candidates that are equal otherwise: ``rsr``, the least Rank-Surprisal Ratio under the
+    student (arXiv 2601.14249). The score of a candidate is minus its ratio; all ``best_of`` candidates are written."""
     system_prompt: str | None = None
     """A system message for both models, put before each prompt."""
 
@@ -180,13 +189,19 @@ class Settings(Checked):
         checked = super().check(**expand_preset(given))
         verifiers.build(checked.verifier)
         checked._check_candidates()
+        checked.switch.check(checked.plan(""))
         return checked
 
     def _check_candidates(self) -> None:
         if self.max_candidates > 1 and not self.judged:
             raise SettingsError(
                 f"Setting best_of={self.best_of} leaves nothing to choose by. Pass a verifier, for instance "
-                'verifier="number", or method="teacher-score".'
+                'verifier="number", or method="teacher-score", or chosen_by="rsr".'
+            )
+        if self.scored and self.chosen_by:
+            raise SettingsError(
+                f"The method {self.method!r} chooses by the teacher's scores. Leave out chosen_by={self.chosen_by!r}, "
+                "or pass another method."
             )
         if self.max_candidates > 1 and not any(self.sampling(author).temperature for author in self.plan("").writers):
             raise SettingsError(
@@ -197,6 +212,12 @@ class Settings(Checked):
     @field_serializer("verifier")
     def _describe(self, verifier: Any) -> dict[str, Any] | None:
         return verifiers.describe(verifier)
+
+    @field_serializer("switch")
+    def _describe_rule(self, rule: rules.Rule) -> dict[str, Any]:
+        numbers = rule.model_dump()
+        own = verifiers.describe_function(numbers.pop("function")) if "function" in numbers else numbers
+        return {"name": rule.name, **own}
 
     @property
     def max_candidates(self) -> int:
@@ -215,8 +236,8 @@ class Settings(Checked):
 
     @property
     def judged(self) -> bool:
-        """Whether candidates are judged, by the teacher or by a verifier."""
-        return self.scored or self.verifier is not None
+        """Whether candidates are judged, by the teacher, a verifier, or the student's likelihoods."""
+        return self.scored or self.verifier is not None or self.chosen_by is not None
 
     @property
     def alternates(self) -> bool:
@@ -225,10 +246,20 @@ class Settings(Checked):
 
     @property
     def authors(self) -> frozenset[Author]:
-        """The authors that are asked for text. Of a student that is not, the tokenizer is read."""
+        """The authors that are asked, for text or for scores. Of a student that is not, the tokenizer is read."""
         if self.scored or self.shows_reference or self.method == "teacher-mix":
             return frozenset(("teacher", "student"))
-        return self.plan("").writers
+        return self.plan("").writers | ({"student"} if self.chosen_by else frozenset())
+
+    def needs(self, author: Author) -> frozenset[Measure]:
+        """Return what an author's engine must measure."""
+        scores: frozenset[Measure] = frozenset({"score"} if self.chosen_by and author == "student" else ())
+        return scores | (self.switch.needs(author) if self.alternates else frozenset())
+
+    @property
+    def reads_predictors(self) -> bool:
+        """Whether boundary predictors say who writes next."""
+        return self.alternates and bool(self.switch.reads_predictors)
 
     def sampling(self, author: Author) -> Sampling:
         """Return how an author's tokens are drawn."""
@@ -245,6 +276,7 @@ class Settings(Checked):
             method=self.method,
             thinking=thinking,
             answer=answer,
+            switch=self.switch,
             chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
             stream=self.stream,
             sampling={"teacher": self.sampling("teacher"), "student": self.sampling("student")},
@@ -252,12 +284,14 @@ class Settings(Checked):
             max_answer_tokens=self.max_answer_tokens,
             max_candidates=self.max_candidates,
             scored=self.scored,
+            chosen_by=self.chosen_by,
             shows_reference=self.shows_reference,
         )
 
     def fingerprint(self, speakers: Mapping[str, Any]) -> str:
         """Return a hash of all that decides the rows: these settings and the speakers' identities."""
-        unset = {name for name in ("top_k", "min_p", "repetition_penalty") if getattr(self, name) is None}
+        unset = {name for name in ("top_k", "min_p", "repetition_penalty", "chosen_by") if getattr(self, name) is None}
+        unset |= {"switch"} if self.switch == rules.PREDICTOR else set()
         settings = self.model_dump(exclude={*SPEED, *unset})
         described = {"format": FORMAT, "settings": settings, "speakers": dict(speakers)}
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]

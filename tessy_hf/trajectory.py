@@ -112,6 +112,7 @@ class Trajectory:
         seed: The row's seed.
         turn: Whose turn it is in the thinking; ``None`` before the first.
         turn_is_empty: Whether that author kept nothing yet in this turn.
+        turn_words: How many words of a turn that goes on are kept.
     """
 
     key: str
@@ -129,6 +130,7 @@ class Trajectory:
     seed: int = 0
     turn: Author | None = None
     turn_is_empty: bool = True
+    turn_words: int = 0
 
     def text(self, part: Part) -> str:
         """Return the text of one part, markers not included."""
@@ -165,6 +167,7 @@ class Trajectory:
     def hand_over(self) -> None:
         """Give the turn to the other author."""
         self.turn, self.turn_is_empty = "teacher" if self.turn == "student" else "student", True
+        self.turn_words = 0
 
     def state(self) -> dict[str, Any]:
         """Return what is needed besides the spans to resume, as JSON values."""
@@ -173,6 +176,7 @@ class Trajectory:
             **({"whole": True} if self.whole else {}),
             "turn": self.turn,
             "turn_is_empty": self.turn_is_empty,
+            **({"turn_words": self.turn_words} if self.turn_words else {}),
             "discarded": dict(self.discarded),
             "generated": dict(self.generated),
         }
@@ -190,7 +194,8 @@ class Candidate:
     Attributes:
         trajectory: The text.
         done: Whether it is finished, in whatever way.
-        score: The teacher's score, 0 to 10; ``None`` if not asked or unreadable.
+        score: What chooses among candidates of the same verdict: the teacher's score, 0 to 10, or minus the
+            Rank-Surprisal Ratio under the student; ``None`` if not asked or unreadable.
         judgement: The teacher's words; ``None`` if not asked.
         verdict: The verifier's verdict, 1 for right; ``None`` if not asked.
     """

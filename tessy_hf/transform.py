@@ -89,7 +89,7 @@ class TessyTransform(functools.partial[Any]):
                 f"The method {settings.method!r} needs a teacher and got none. Pass for instance "
                 'teacher="Qwen/Qwen3-8B", or method="student-only".'
             )
-        if settings.alternates:
+        if settings.reads_predictors:
             assert teacher is not None
             teacher, student = _with_predictors(teacher, student)
         self = super().__new__(cls, print)
@@ -282,7 +282,7 @@ def _asked(teacher: Speaker | None, student: Speaker, settings: Settings) -> tup
     if "student" not in settings.authors:
         student.engine = TokenizerOnly(student.engine)
     for one in (teacher, student):
-        if one is not None and not settings.alternates:
+        if one is not None and not settings.reads_predictors:
             one.boundary = None
     return teacher if "teacher" in settings.authors else None, student
 
@@ -300,8 +300,8 @@ def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speak
     lacking = f"The {' and the '.join(missing)} {'has' if len(missing) == 1 else 'have'} no boundary predictor"
     if not is_shipped():
         raise SettingsError(
-            f"{lacking}, which methods that alternate need, and the small one that comes with tessy-hf is not "
-            f"installed. Pass {where} with a Hub id or folder, or another method."
+            f"{lacking}, which methods that alternate by predictors need, and the small one that comes with tessy-hf "
+            f"is not installed. Pass {where} with a Hub id or folder, or another method or switch."
         )
     warnings.warn(
         f"{lacking}: the small one that comes with tessy-hf is used. It has a few million parameters and knows only "

@@ -203,7 +203,7 @@ def scripted(script, kind="qwen", **options):
 # --- writing a row
 
 
-def write(teacher, student, boundaries=(None, None), *, prompt=PROMPT, **plan):
+def write(teacher, student, boundaries=(None, None), *, prompt=PROMPT, begun=None, record=None, **plan):
     """Write one row with two engines and their predictors (the teacher's first), greedily.
 
     ``chunk_tokens`` may be a number, ``None`` to follow the spans, or "stream".
@@ -217,9 +217,8 @@ def write(teacher, student, boundaries=(None, None), *, prompt=PROMPT, **plan):
         speakers = [Speaker(engine, boundary) for engine, boundary in zip((teacher, student), boundaries, strict=True)]
         drawn = {name: plan.pop(name) for name in Sampling._fields if name in plan}
         sampling = Sampling(**{"temperature": 0.0, **drawn})
-        return await synthesize(
-            prompt, *speakers, Plan(sampling=dict.fromkeys(("teacher", "student"), sampling), **plan)
-        )
+        made = Plan(sampling=dict.fromkeys(("teacher", "student"), sampling), **plan)
+        return await synthesize(prompt, *speakers, made, begun=begun, record=record)
 
     return asyncio.run(run())
 

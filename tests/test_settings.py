@@ -120,7 +120,7 @@ def test_a_preset_sets_what_is_not_given():
 
 def test_new_settings_that_are_not_set_leave_fingerprints_as_they_were():
     described = {"format": FORMAT, "settings": {}, "speakers": SPEAKERS}
-    old = set(CHANGES) - {"top_k", "min_p", "repetition_penalty"}
+    old = set(CHANGES) - {"switch", "chosen_by", "top_k", "min_p", "repetition_penalty"}
     described["settings"] = Settings.check().model_dump(include=old)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     assert Settings.check().fingerprint(SPEAKERS) == digest[:16]
@@ -160,6 +160,7 @@ def test_what_only_changes_speed_and_safety_is_not_in_the_fingerprint(change):
 
 CHANGES = {
     "method": "student-only",
+    "switch": {"every": 5},
     "chunk_tokens": 21,
     "stream": True,
     "temperature": 0.7,
@@ -174,6 +175,7 @@ CHANGES = {
     "id_column": "id",
     "best_of": 1,
     "verifier": "number",
+    "chosen_by": "rsr",
     "system_prompt": "Be brief.",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -81,6 +81,10 @@ def analyze(
     split: Annotated[str, typer.Option(help="Which split, if there are several.")] = "train",
     limit: Annotated[int, typer.Option(help="The most prompts to compare.")] = 10_000,
     nll_rows: Annotated[int, typer.Option(help="Rows of each dataset that the student reads.")] = 200,
+    columns: Annotated[
+        Path | None,
+        typer.Option(help="A folder to write the datasets to, with columns for the student's surprise."),
+    ] = None,
 ) -> None:
     """Compare datasets of the same prompts: similarity, lengths, authors, words, and likelihood under the student."""
     from tessy_hf.engines.scoring import load_student
@@ -90,8 +94,12 @@ def analyze(
 
     if student is None and tokenizer is None:
         raise SettingsError("No tokenizer given. Pass --student or --tokenizer with the model to be trained.")
+    if columns is not None and student is None:
+        raise SettingsError("--columns needs the student's likelihoods. Pass --student with the model to be trained.")
     vocabulary, scorer = load_student(tokenizer or str(student), student)
     datasets = {name: load(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
+    if columns is not None:
+        _write_surprise(datasets, vocabulary, scorer, columns)
     result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
     if as_json:
         typer.echo(json.dumps(result))
@@ -101,6 +109,17 @@ def analyze(
     for name, lengths in result["tokens"].items():
         means = ", ".join(f"{part} {lengths[part]['mean']:,.1f}" for part in ("thinking", "answer"))
         lines.append(f"{name}: mean tokens: {means}")
+    for name, one in (result["surprise"] or {}).items():
+        lines.append(f"{name}: RSR {one['rsr']:.2f} (surprisal {one['surprisal']:.3f} nats, rank {one['rank']:.2f})")
     for line in lines:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
+
+
+def _write_surprise(datasets: dict[str, Any], vocabulary: Any, scorer: Any, folder: Path) -> None:
+    from tessy_hf.report.compare import with_surprise
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in datasets.items():
+        file = name.removesuffix(".parquet").replace("/", "--") + ".parquet"
+        with_surprise(rows, vocabulary, scorer).to_parquet(str(folder / file))

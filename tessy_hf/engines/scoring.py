@@ -1,53 +1,92 @@
-"""Negative log-likelihoods under a causal language model: token ids go in, nats for each of them come out.
+"""Score whole texts under a student: token ids go in, log-probabilities, ranks and their ratio (RSR) come out.
 
 Knows nothing of prompts, rows or datasets.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from tessy_hf.engines.forward import forward
+from tessy_hf.engines.base import Engine, Scores
 from tessy_hf.engines.model_files import located
-from tessy_hf.errors import SettingsError
+from tessy_hf.engines.transformers import TransformersEngine
+from tessy_hf.errors import EngineError, SettingsError
 from tessy_hf.text.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+MOST_RANK = 100
+"""Ranks above count as this one."""
 
-STRETCH = 512
-"""Tokens read in one forward pass, so that the memory for logits does not grow with the text."""
+BATCH = 8
+"""Texts scored at the same time, of which keys and values are held."""
+
+
+class Surprise(NamedTuple):
+    """How a student finds one text, means over its tokens.
+
+    Attributes:
+        surprisal: Negative log-probability, in nats.
+        rank: Rank in the student's vocabulary, at most :data:`MOST_RANK`.
+        tokens: How many tokens there are.
+    """
+
+    surprisal: float
+    rank: float
+    tokens: int
+
+    @property
+    def rsr(self) -> float | None:
+        """Rank over surprisal (arXiv 2601.14249): low for text that is new to the student and yet near to it."""
+        return self.rank / self.surprisal if self.surprisal > 0 else None
+
+
+def surprise(logprobs: Sequence[float], ranks: Sequence[int]) -> Surprise | None:
+    """Return how the student finds a text; ``None`` of one without tokens."""
+    count = len(logprobs)
+    if not count:
+        return None
+    return Surprise(-sum(logprobs) / count, sum(min(rank, MOST_RANK) for rank in ranks) / count, count)
 
 
 class Scorer:
-    """Computes how unlikely a model finds each token of a text.
+    """Scores texts with an engine.
 
     Args:
-        network: The model, in evaluation mode.
-        stretch: Tokens read in one forward pass.
+        engine: What scores them; it is started when it is needed.
     """
 
-    def __init__(self, network: PreTrainedModel, stretch: int = STRETCH) -> None:
-        self._network, self._stretch = network, stretch
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
-    def __call__(self, ids: Sequence[int], begin: int) -> list[float]:
-        """Return the negative log-likelihood, in nats, of each id from index ``begin`` on.
+    def start(self) -> None:
+        """Load the model.
 
-        The first id of a text has nothing before it, so its likelihood is not measured.
+        Raises:
+            EngineDeadError: It cannot be loaded.
         """
-        import torch
+        asyncio.run(self._engine.start())
 
-        given = torch.tensor([ids], device=self._network.device)
-        losses: list[float] = []
-        cache = None
-        with torch.inference_mode():
-            for start in range(0, len(ids) - 1, self._stretch):
-                stop = min(start + self._stretch, len(ids) - 1)
-                logits, cache = forward(self._network, given[:, start:stop], cache)
-                scores = logits[0].float().log_softmax(-1)
-                losses += (-scores.gather(1, given[0, start + 1 : stop + 1, None])[:, 0]).tolist()
-        return losses[max(begin - 1, 0) :]
+    def __call__(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[Scores]:
+        """Score each text, a list of ids, from an index on; the first id of a text has nothing before it."""
+        return asyncio.run(self._score(texts))
+
+    async def _score(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[Scores]:
+        await self._engine.start()
+        found: list[Scores] = []
+        for start in range(0, len(texts), BATCH):
+            some = texts[start : start + BATCH]
+            rows = [f"text {at}" for at in range(len(some))]
+            asked = (self._one(row, ids, max(begin, 1)) for row, (ids, begin) in zip(rows, some, strict=True))
+            found += await asyncio.gather(*asked)
+            for row in rows:
+                self._engine.release(row)
+        return found
+
+    async def _one(self, row: str, ids: Sequence[int], begin: int) -> Scores:
+        if begin >= len(ids):
+            return Scores([], [])
+        return await self._engine.score(ids[:begin], ids[begin:], row=row)
 
 
 def load_student(tokenizer: str, model: str | None = None) -> tuple[Vocabulary, Scorer | None]:
@@ -60,15 +99,17 @@ def load_student(tokenizer: str, model: str | None = None) -> tuple[Vocabulary, 
     Raises:
         SettingsError: One of them cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    scorer = Scorer(TransformersEngine(model)) if model else None
     try:
         vocabulary = Vocabulary(AutoTokenizer.from_pretrained(located(tokenizer)), tokenizer)
-        network = AutoModelForCausalLM.from_pretrained(located(model), use_safetensors=True) if model else None
-    except (OSError, ValueError) as error:
+        if scorer is not None:
+            scorer.start()
+    except (EngineError, OSError, ValueError) as error:
         seen = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingsError(
             f"{model or tokenizer!r} cannot be loaded: {seen}. Expected is a folder or a Hub id with a tokenizer, and "
             "for --student with weights in safetensors too. Check the name and HF_TOKEN."
         ) from error
-    return vocabulary, Scorer(network.eval()) if network is not None else None
+    return vocabulary, scorer

@@ -79,12 +79,20 @@ def dataset_card(
         tag=f"v{manifest.version}",
         licenses=_licenses(data),
         alternates=all(method.startswith("tessy") for method in summary["methods"]) and bool(summary["methods"]),
+        rules=_rules(manifest),
         own_columns=[feature["name"] for feature in manifest.features if feature["name"] not in COLUMNS],
         incomplete=summary["rows"] - summary["finish_reasons"].get("stop", 0),
         counts_failed=0 < manifest.counts.failed == summary["rows"] - manifest.counts.rows,
         figures=[{"path": path, "description": description} for path, description in (figures or {}).items()],
     )
     return make_card(data, merge(body, parts))
+
+
+def _rules(manifest: Manifest) -> list[str]:
+    """Return the rules of who writes next, with their numbers, where they are not the boundary predictors'."""
+    given = [switch for run in manifest.runs if isinstance(switch := run.settings.get("switch"), Mapping)]
+    others = [rule for rule in given if rule.get("name") != "predictor"]
+    return sorted({", ".join(f"{name}={value}" for name, value in rule.items()) for rule in others})
 
 
 def size_category(rows: int) -> str:

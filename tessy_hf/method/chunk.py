@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,6 +45,11 @@ class Marks:
         return max((n for mark in several for n in range(len(mark)) if text.endswith(mark[:n])), default=0)
 
 
+def covering(ends: Sequence[int], start: int, end: int) -> slice:
+    """Return the places of the tokens that hold a part of ``text[start:end]``, from where each one's text ends."""
+    return slice(bisect_right(ends, start), max(bisect_right(ends, end), bisect_left(ends, end) + 1))
+
+
 class Chunk(NamedTuple):
     """All that an author wrote and that is neither settled nor rolled back.
 
@@ -58,6 +63,8 @@ class Chunk(NamedTuple):
         whole: Whether the author ended its whole answer after it, having no mark for the end of thinking.
         full: Whether the author's context is full, so that it can write no more.
         lookahead: How many words beyond a word must have begun before it is judged; those not judged are held.
+        logprobs: The log-probability of each token, where the rule of who writes next needs it.
+        entropies: The entropy of the distribution of each token, likewise.
     """
 
     text: str = ""
@@ -69,6 +76,8 @@ class Chunk(NamedTuple):
     whole: bool = False
     full: bool = False
     lookahead: int = 0
+    logprobs: Sequence[float] = ()
+    entropies: Sequence[float] = ()
 
     @classmethod
     def read(
@@ -138,6 +147,10 @@ class Chunk(NamedTuple):
         """Return a word with the whitespace before it; nothing if there is no such word."""
         start = max(self.lead, self.end(index))
         return self.text[start : self.end(index + 1)] if index < len(self.words) else ""
+
+    def tokens(self, word: int) -> slice:
+        """Return the places of the tokens that hold a part of a word."""
+        return covering(self.ends, *self.words[word])
 
     def opening(self, word: int) -> str:
         """Return a word up to the end of the token with its first letter, which may hold more than the word."""

@@ -19,10 +19,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from tessy_hf.engines.base import derive_seed
+from tessy_hf.engines.scoring import surprise
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
+from tessy_hf.text.transcript import TokenList
 from tessy_hf.trajectory import Candidate, Draft, Prompt, Span, Trajectory
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -66,7 +68,7 @@ async def write(
                     return candidate.trajectory
                 continue
             await row.judge(number, candidate)
-            if not plan.scored and candidate.verdict is not None and candidate.verdict >= 1:
+            if not (plan.scored or plan.chosen_by) and candidate.verdict is not None and candidate.verdict >= 1:
                 break
     except (PromptError, RequestError) as error:
         text = draft.candidates[-1].trajectory if draft.candidates else Trajectory(prompt.key, seed=prompt.seed)
@@ -169,6 +171,24 @@ class _Row:
             candidate.judgement = await self.judgement(number, candidate.trajectory)
             candidate.score = read_score(candidate.judgement)
             self.record(self.draft, None)
+        if self.plan.chosen_by == "rsr" and candidate.score is None:
+            ratio = await self.ratio(number, candidate.trajectory)
+            candidate.score = -ratio if ratio is not None else None
+            self.record(self.draft, None)
+
+    async def ratio(self, number: int, text: Trajectory) -> float | None:
+        """Return a text's Rank-Surprisal Ratio, as the student would be trained on it."""
+        student, key = self.student, _numbered(f"{self.prompt.key}#rsr", number)
+        before, marker = student.closing
+        ids, tail = student.open_turn(self.prompt.messages, self.prompt.tools)
+        laid = TokenList(student.vocabulary, ids, tail)
+        laid.append(text.text("thinking") + (before if text.closed else ""))
+        whole = [*laid.ids, *(marker if text.closed else ())]
+        whole += student.vocabulary.encode(text.text("answer"), whole[-1]).ids
+        scores = await student.engine.score(whole[: len(ids)], whole[len(ids) :], row=key, order=self.prompt.order)
+        student.engine.release(key)
+        found = surprise(*scores)
+        return found and found.rsr
 
     async def judgement(self, number: int, text: Trajectory) -> str:
         """Ask the teacher for a score of a final answer."""

@@ -7,16 +7,17 @@ turn it is. Knows nothing of datasets, HTTP, retries or waiting.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
-from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.base import Completion, Request, derive_seed
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.method.chunk import LOOKBACK, Chunk, Marks
 from tessy_hf.method.chunk_size import ChunkSizes
-from tessy_hf.method.judging import Judge
 from tessy_hf.method.limits import Limits, LoopDetector
+from tessy_hf.method.row import Row
+from tessy_hf.method.rules import rule_of
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
 from tessy_hf.text.transcript import TokenList, Transcript
@@ -24,38 +25,6 @@ from tessy_hf.trajectory import Author, Ending, Part, Prompt, Trajectory
 
 Speakers = Mapping[Author, Speaker]
 Turns = dict[Author, "Turn"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """What both authors of a row share.
-
-    Attributes:
-        prompt: The row's question.
-        plan: Who writes what, and how.
-        trajectory: What is kept and counted.
-        transcript: The kept text as each model sees it.
-        limits: The limits of the thinking.
-        chunk_sizes: How many tokens to ask for at once.
-        marks: What ends the thinking as text, in either author's format.
-        row_thinks: Whether the row's format, the student's, marks the thinking.
-    """
-
-    prompt: Prompt
-    plan: Plan
-    trajectory: Trajectory
-    transcript: Transcript
-    limits: Limits
-    chunk_sizes: ChunkSizes
-    marks: Marks
-    row_thinks: bool
-
-    @property
-    def answer_tokens(self) -> int:
-        """The most tokens of the final answer, after the thinking."""
-        thought = self.plan.max_thinking_tokens - self.limits.tokens_left
-        both = self.plan.max_tokens
-        return self.plan.max_answer_tokens if both is None else min(self.plan.max_answer_tokens, both - thought)
 
 
 @asynccontextmanager
@@ -70,7 +39,8 @@ async def open_turns(
     if "student" not in plan.writers:
         speakers["student"].open_turn(prompt.messages, prompt.tools)  # it is trained on the row, tools included
     views = {author: _open_view(author, speakers[author], prompt) for author in sorted(plan.writers)}
-    predictors = [s.boundary for s in speakers.values() if plan.alternates and s.boundary is not None]
+    reads = plan.alternates and rule_of(plan).reads_predictors
+    predictors = [s.boundary for s in speakers.values() if reads and s.boundary is not None]
     counter = speakers["student"].vocabulary
     transcript = Transcript(views, [counter, *(predictor.vocabulary for predictor in predictors)])
     limits = Limits(plan.max_thinking_tokens, transcript.reader(counter))
@@ -80,7 +50,8 @@ async def open_turns(
         limits.restore(span.text)
         if span.author in views and plan.chunk_tokens is None:
             sizes.observe(span.author, len(views[span.author].vocabulary.encode(span.text).ids))
-    row = Row(prompt, plan, y, transcript, limits, sizes, _marks(speakers), speakers["student"].thinking_format.thinks)
+    thinks = speakers["student"].thinking_format.thinks
+    row = Row(prompt, plan, y, transcript, limits, sizes, _marks(speakers), thinks, speakers)
     async with AsyncExitStack() as stack:
         turns = {author: Turn(author, speakers[author], row) for author in views}
         for turn in turns.values():
@@ -119,10 +90,20 @@ class Turn:
         self._author, self._speaker, self._row = author, speaker, row
         self._view = row.transcript.views[author]
         self._stream: AsyncGenerator[Completion, None] | None = None
-        self._judge: Judge | None = None
-        if row.plan.alternates and speaker.boundary is not None:
-            reader = row.transcript.reader(speaker.boundary.vocabulary)
-            self._judge = Judge(speaker.boundary, reader, own_kind=author == "student")  # style is the student's
+        self._rule = rule_of(row.plan)
+        self._judge = self._rule.judge(author, row) if row.plan.alternates else None
+        self._measured: tuple[list[float], list[float]] = [], []  # log-probabilities and entropies of its turn
+        self._candidate = 0
+
+    @property
+    def author(self) -> Author:
+        """Whose turns these are."""
+        return self._author
+
+    @property
+    def row(self) -> Row:
+        """What it shares with the other author."""
+        return self._row
 
     # --- line 8
 
@@ -133,16 +114,41 @@ class Turn:
             RequestError: The engine failed for good.
             EngineDeadError: The engine is gone.
         """
+        return await (self._rule.write(self) if self._judge is not None else self.go_on())
+
+    async def go_on(self) -> Chunk:
+        """Ask the author for more; see :meth:`write`."""
         completion = await self._next_tokens()
         if completion is None:
             return Chunk(full=True)
         self._view.push(completion.token_ids)
+        for values, more in zip(self._measured, (completion.logprobs, completion.entropies), strict=True):
+            values.extend(more or ())
         text, ends = self._view.tentative()
         row, stopped = self._row, completion.stop_id is not None
         whole = not (row.row_thinks or self._speaker.thinking_format.thinks)
         kept = row.trajectory.last_text(LOOKBACK if row.marks.final_answer else 1)
         ahead = self._judge.lookahead if self._judge is not None else 0
-        return Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole, lookahead=ahead)
+        chunk = Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole, lookahead=ahead)
+        logprobs, entropies = (values[len(values) - len(ends) :] for values in self._measured)
+        return chunk._replace(logprobs=logprobs, entropies=entropies)
+
+    async def candidate(self, number: int, words: int) -> tuple[Chunk, array[int]]:
+        """Write a turn of at least some words; return it and its tokens, which are taken back."""
+        self._view.drop()
+        self._candidate = number
+        chunk, left = await self.go_on(), self._row.limits.tokens_left
+        while not (chunk.closed or chunk.full or chunk.complete > words or self._view.tentative_tokens >= left):
+            chunk = await self.go_on()
+        self._candidate, ids = 0, self._view.ids[self._view.committed :]
+        self._view.drop()
+        await self.close_stream()
+        return chunk, ids
+
+    def choose(self, ids: array[int], dropped: int) -> None:
+        """Take a candidate's tokens as what the author wrote; others had ``dropped`` tokens."""
+        self._view.push(ids)
+        self._row.trajectory.discarded[self._author] += dropped
 
     async def _next_tokens(self) -> Completion | None:
         """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
@@ -169,15 +175,18 @@ class Turn:
         room = min(max_tokens, self._speaker.engine.context_length - len(ids))
         if room <= 0:
             return None
+        needs = self._rule.needs(self._author) if part == "thinking" and self._judge is not None else ()
         return Request(
             row=row.prompt.key,
             order=row.prompt.order,
             part=part,
             prompt_ids=ids,
             max_tokens=room,
-            seed=row.prompt.seed,
+            seed=derive_seed(row.prompt.seed, "turn", self._candidate) if self._candidate else row.prompt.seed,
             stop_ids=self._speaker.end_ids if part == "thinking" else self._speaker.vocabulary.special_ids,
             **row.plan.sampling[self._author]._asdict(),
+            logprobs="logprobs" in needs,
+            entropies="entropies" in needs,
         )
 
     def _count(self, completion: Completion) -> Completion:
@@ -196,7 +205,8 @@ class Turn:
         if self._judge is None:
             return None
         other = await self._judge.first_of_other_kind(chunk)
-        if other == 0 and self._row.trajectory.turn_is_empty:  # an author that took over keeps at least one word
+        empty = self._row.trajectory.turn_is_empty and self._rule.keeps_a_word
+        if other == 0 and empty:  # an author that took over keeps at least one word
             if chunk.complete:
                 return 1
             self._judge.restart()  # judge it again when it is complete
@@ -230,6 +240,8 @@ class Turn:
         dropped = self._row.transcript.cut(self._author, chunk.ends, chunk.end(count), text)
         self._row.trajectory.discarded[self._author] += dropped
         self._row.limits.settle(None)
+        for values in self._measured:
+            values.clear()
         if self._judge is not None:
             self._judge.restart()
         await self.close_stream()
@@ -238,6 +250,7 @@ class Turn:
     def _settle(self, chunk: Chunk, aligned: int, count: int) -> str:
         text = chunk.upto(aligned)
         self._row.limits.settle(aligned)
+        self._row.trajectory.turn_words += aligned
         if self._judge is not None:
             self._judge.settle(aligned)
         if aligned:

@@ -12,19 +12,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tessy_hf.engines.scoring import surprise
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report.statistics import AUTHORS, evenly
+from tessy_hf.report.surprise import markers_by_method, of_set
 from tessy_hf.rows.columns import pieces
 from tessy_hf.text import traces
 from tessy_hf.text.thinking_format import detect, render
 from tessy_hf.text.vocabulary import owners
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tessy_hf.text.vocabulary import Vocabulary
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -34,8 +38,8 @@ WORDS = 12
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['’][^\W\d_]+)?")
 Numbers = npt.NDArray[Any]
 
-Scorer = Callable[[Sequence[int], int], Sequence[float]]
-"""Takes token ids and an index; returns the negative log-likelihood in nats of each id from that index on."""
+Scorer = Callable[[Sequence[tuple[Sequence[int], int]]], Sequence[tuple[Sequence[float], Sequence[int]]]]
+"""Takes texts, as ids and an index; returns log-probabilities and ranks of the ids of each from that index on."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Text:
 
     prompt: str
     pieces: tuple[tuple[str, str, str], ...]
+    method: str = ""
 
     def part(self, name: str) -> str:
         """Return the text of one part."""
@@ -95,7 +100,8 @@ def read(row: Mapping[str, Any]) -> Text | None:
     spans = pieces(row) if row.get("spans") else []
     cut = tuple((piece.author, piece.part, piece.text) for piece in spans)
     cut = cut or (("", "thinking", trace.thinking), ("", "answer", trace.answer))
-    return Text(trace.question, cut) if trace.question and any(text for *_, text in cut) else None
+    found = trace.question and any(text for *_, text in cut)
+    return Text(trace.question, cut, row.get("method") or "") if found else None
 
 
 def match(datasets: Mapping[str, Iterable[Mapping[str, Any]]], limit: int) -> list[Side]:
@@ -166,11 +172,22 @@ def analyze(
         "tokens": {side.name: _lengths(side) for side in sides},
         "authors": {side.name: side.by_author for side in sides},
         "words": typical_words(sides),
+        "markers": {side.name: _markers(side) for side in sides},
         "nll": None,
+        "surprise": None,
     }
     if scorer is not None:
-        found["nll"] = {side.name: likelihood(side, vocabulary, scorer, nll_rows, nll_tokens) for side in sides}
+        scored = {side.name: score(side, vocabulary, scorer, nll_rows, nll_tokens) for side in sides}
+        found["nll"] = {name: likelihood(texts) for name, texts in scored.items()}
+        found["surprise"] = {name: _surprise(texts) for name, texts in scored.items()}
     return found
+
+
+def _markers(side: Side) -> dict[str, dict[str, float]]:
+    texts: dict[str, list[str]] = {}
+    for text in side.texts:
+        texts.setdefault(text.method, []).append("".join(piece for *_, piece in text.pieces))
+    return markers_by_method(texts)
 
 
 # --- bags of tokens
@@ -271,20 +288,50 @@ def _words(side: Side) -> Iterable[str]:
 # --- how likely the student finds a text
 
 
-def likelihood(
-    side: Side, vocabulary: Vocabulary, scorer: Scorer, rows: int, most: int
-) -> dict[str, dict[str, float]]:
-    """Return the negative log-likelihood in nats per token, over all texts and by author and part.
+class Scored(NamedTuple):
+    """A text under the student: the prompt, and for each token log-probability, rank, and author and part."""
 
-    Each text follows its prompt in the student's own format, as it would be trained on.
-    """
+    prompt: str
+    logprobs: Sequence[float]
+    ranks: Sequence[int]
+    wrote: list[str]
+
+
+def score(side: Side, vocabulary: Vocabulary, scorer: Scorer, rows: int, most: int) -> list[Scored]:
+    """Score evenly spaced texts, each after its prompt in the student's own format, as it would be trained on."""
+    texts = [side.texts[at] for at in evenly(len(side.texts), rows)]
+    laid = [_as_trained(text, vocabulary) for text in texts]
+    scores = scorer([(ids[:most], begins) for ids, begins, _ in laid])
+    return [
+        Scored(text.prompt, logprobs, ranks, wrote)
+        for text, (logprobs, ranks), (*_, wrote) in zip(texts, scores, laid, strict=True)
+    ]
+
+
+def likelihood(texts: Iterable[Scored]) -> dict[str, dict[str, float]]:
+    """Return the negative log-likelihood in nats per token, over all texts and by author and part."""
     losses: dict[str, list[float]] = {}
-    for at in evenly(len(side.texts), rows):
-        ids, begins, wrote = _as_trained(side.texts[at], vocabulary)
-        for owner, loss in zip(wrote, scorer(ids[:most], begins), strict=False):
+    for text in texts:
+        for owner, logprob in zip(text.wrote, text.logprobs, strict=False):
             for kind in {"all", owner} - {""}:
-                losses.setdefault(kind, []).append(loss)
+                losses.setdefault(kind, []).append(-logprob)
     return {kind: {"nll": sum(nlls) / len(nlls), "tokens": len(nlls)} for kind, nlls in sorted(losses.items())}
+
+
+def _surprise(texts: Sequence[Scored]) -> dict[str, Any]:
+    """Return the Rank-Surprisal Ratio of the set, and that of each text with its surprisal and rank."""
+    each = [(text.prompt, surprise(text.logprobs, text.ranks)) for text in texts]
+    rows = [{"prompt": prompt, "rsr": one.rsr, **one._asdict()} for prompt, one in each if one is not None]
+    return {**of_set(one for _, one in each), "rows": rows}
+
+
+def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: int = 4096) -> Dataset:
+    """Return a dataset with columns for how the student finds each text, null where a row has none."""
+    laid = [_as_trained(text, vocabulary)[:2] if text else ([], 0) for text in map(read, rows)]
+    found = [surprise(*scores) for scores in scorer([(ids[:most], begins) for ids, begins in laid])]
+    for name in ("surprisal", "rank", "rsr"):
+        rows = rows.add_column(f"student_{name}", [one and getattr(one, name) for one in found])
+    return rows
 
 
 def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, list[str]]:

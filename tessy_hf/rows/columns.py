@@ -224,7 +224,7 @@ def row(
         "exhausted_budget": trajectory.budget,
         "error": trajectory.error,
         "verdict": chosen.verdict,
-        "teacher_score": chosen.score,
+        "teacher_score": None if chosen.judgement is None else chosen.score,
         "candidates": [_candidate(one, one is chosen) for one in draft.candidates] if draft.judged else [],
         "teacher_reference": draft.reference,
         "method": method,

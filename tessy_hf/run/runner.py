@@ -18,6 +18,7 @@ from typing import Any
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import PromptError
 from tessy_hf.manifest import RunRecord
+from tessy_hf.method import rules
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.batch import Columns, rows_of
@@ -167,6 +168,7 @@ class Run:
         else:
             await self._teacher.start()
             await self._student.start()
+        rules.check_engines(self._settings.needs, {"teacher": self._teacher, "student": self._student})
         self.window.open(self._teacher.engine, self._student.engine)
         described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
         await asyncio.to_thread(run_record.remember, described)

@@ -272,6 +272,15 @@ class Transcript:
         """Return the list of those who read the thinking in ``vocabulary``."""
         return self._readers[vocabulary.fingerprint]
 
+    def preview(self, reader: Author, writer: Author, text: str) -> tuple[Preview, int]:
+        """Return one author's list with more text of the other's turn after it, and how much of the turn is before.
+
+        Authors of one vocabulary hand over their ids when a turn ends, so the reader lacks the whole turn until then.
+        """
+        own, view = self.views[writer], self.views[reader]
+        before = own.turn.text if own.vocabulary.fingerprint == view.vocabulary.fingerprint else ""
+        return view.preview(before + text), len(before)
+
     def restore(self, text: str) -> None:
         """Commit text of an earlier attempt, in all lists."""
         for token_list in (*self.views.values(), *self._readers.values()):

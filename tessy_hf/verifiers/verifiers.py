@@ -233,10 +233,15 @@ def describe(given: Any) -> dict[str, Any] | None:
         return None
     if type(made) in VERIFIERS.values():
         return {"name": type(made).name, **asdict(made)}  # type: ignore[attr-defined, call-overload]
+    return describe_function(made)
+
+
+def describe_function(function: Any) -> dict[str, Any]:
+    """Describe a user's function by its name and a hash of its code, for fingerprints and records."""
     from datasets.fingerprint import Hasher
 
-    kind = type(made) if not hasattr(made, "__qualname__") else made
-    return {"function": f"{kind.__module__}.{kind.__qualname__}", "hash": Hasher.hash(made)}
+    kind = type(function) if not hasattr(function, "__qualname__") else function
+    return {"function": f"{kind.__module__}.{kind.__qualname__}", "hash": Hasher.hash(function)}
 
 
 def column(given: Any) -> str | None:

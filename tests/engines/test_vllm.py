@@ -244,15 +244,15 @@ AUTHORS = {
 }
 
 
-def write_by_all_methods(kind):
-    """Write a few rows by each method, greedily, with one pair of engines."""
+def write_by_all(kind, ways, **plan):
+    """Write a few rows with each of some settings, greedily, with one pair of engines."""
     speakers = demo.transform(kind, journal=None)
     teacher, student = speakers.teacher, speakers.student
     asked = [Prompt(row["id"], [{"role": "user", "content": row["prompt"]}]) for row in demo.prompts(8, seed=2)]
 
-    async def rows(method):
-        best_of = {"best_of": 1} if method == "teacher-score" else {}
-        given = Settings.check(method=method, temperature=0, max_thinking_tokens=160, max_answer_tokens=32, **best_of)
+    async def rows(settings):
+        limits = {"temperature": 0, "max_thinking_tokens": 160, "max_answer_tokens": 32}
+        given = Settings.check(**limits, **settings, **plan)
         drafts = [Draft(prompt.key, judged=given.judged) for prompt in asked]
         work = (
             write(prompt, teacher, student, given.plan(prompt.key), draft)
@@ -263,7 +263,7 @@ def write_by_all_methods(kind):
     async def run():
         await teacher.start()
         await student.start()
-        written = {method: await rows(method) for method in AUTHORS}
+        written = {name: await rows(settings) for name, settings in ways.items()}
         await teacher.close()
         await student.close()
         return written
@@ -272,8 +272,9 @@ def write_by_all_methods(kind):
 
 
 def test_every_method_is_what_it_says_in_vllm():
-    written = write_by_all_methods("vllm")
-    here = write_by_all_methods("transformers")
+    ways = {method: {"method": method} for method in AUTHORS}
+    ways["teacher-score"]["best_of"] = 1
+    written, here = write_by_all("vllm", ways), write_by_all("transformers", ways)
     for method, (thinking, answer) in AUTHORS.items():
         drafts, rows = written[method]
         assert {row.finish_reason for row in rows} <= {"stop", "length", "repetition"}, method
@@ -285,6 +286,25 @@ def test_every_method_is_what_it_says_in_vllm():
         ended = [draft.candidates[0] for draft in drafts if draft.candidates[0].trajectory.finish_reason == "stop"]
         assert all((one.judgement is not None) == (method == "teacher-score") for one in ended)
         assert [row.spans for row in rows] == [row.spans for row in here[method][1]], method
+
+
+RULES = {
+    "every": {"every": 5},
+    "student-accepts": {"student-accepts": 0.3},
+    "entropy": {"name": "entropy", "threshold": 0.4, "words": 4},
+    "surprise": {"name": "entropy", "threshold": 0.4, "words": 4, "measure": "surprise"},
+}
+
+
+@pytest.mark.parametrize("plan", [{"chunk_tokens": 8}, {"stream": True}], ids=str)
+def test_greedy_rows_of_every_rule_are_those_of_transformers(plan):
+    ways = {name: {"switch": rule} for name, rule in RULES.items()}
+    written, here = write_by_all("vllm", ways, **plan), write_by_all("transformers", ways, chunk_tokens=20)
+    for name in ways:
+        assert [row.spans for row in written[name][1]] == [row.spans for row in here[name][1]], name
+        wrote = {span.author for row in written[name][1] for span in row.spans if span.part == "thinking"}
+        assert wrote == {"teacher", "student"}, name
+        assert {row.finish_reason for row in written[name][1]} <= {"stop", "length", "repetition"}, name
 
 
 def test_harmony_and_r1_write_the_rows_that_they_write_with_transformers(tmp_path):

@@ -192,6 +192,14 @@ def test_a_row_is_shown_by_author_and_nothing_in_it_is_markup():
     assert "teacher | &#60;b&#62;1 &#42; 2&#60;/b&#62; |" in card and "[a](http" not in card
 
 
+def test_the_card_names_the_rule_of_who_writes_next(summary):
+    made = manifest()
+    assert "a boundary predictor, which makes mistakes" in str(cards.dataset_card(summary, made, "me/data"))
+    made.runs[0].settings["switch"] = {"name": "student-accepts", "p": 0.1}
+    text = str(cards.dataset_card(summary, made, "me/data"))
+    assert text.count("rule `name=student-accepts, p=0.1`") == 2 and "which makes mistakes" not in text
+
+
 def test_failed_rows_are_accounted_for(summary):
     left_out = words(cards.dataset_card(summary, manifest(failed=20), "me/data"))
     assert "20 rows that did not end with `stop` are left out of this release." in left_out

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, demo
 from tessy_hf.engines.base import derive_seed
-from tessy_hf.errors import DatasetError, EngineDeadError, RequestError
+from tessy_hf.errors import DatasetError, EngineDeadError, RequestError, SettingsError
 from tessy_hf.method.methods import best, read_score
 from tessy_hf.run.journal import Journal
-from tessy_hf.settings import Method
+from tessy_hf.settings import Method, Settings
 from tessy_hf.trajectory import Candidate, Draft, Span, Trajectory
 
 METHODS = Method.__args__
@@ -434,3 +434,26 @@ def test_datasets_of_all_methods_go_together():
         assert (row["teacher_reference"] is not None) == (row["method"] == "teacher-reference")
         for author in ("teacher", "student"):
             assert row[f"generated_{author}_tokens"] >= row[f"discarded_{author}_tokens"]
+
+
+# --- chosen by the student's likelihoods
+
+
+def test_the_candidate_stands_whose_ratio_under_the_student_is_least(tmp_path):
+    """The student finds "three" unlikely and yet of rank 1: that is the least rank for the most surprise."""
+    cast = Cast(play(), play(**STUDENT), best_of=5, chosen_by="rsr", temperature=0.6, journal=str(tmp_path / "j"))
+    three = set(cast.student.vocabulary.encode("three").ids)
+    engine = ScriptedEngine(play(**STUDENT), probability=lambda before, token: 0.02 if token in three else 0.9)
+    cast.student = Speaker(engine)
+    row = cast.row()
+    assert row["answer"] == "three" and row["teacher_score"] is None
+    scores = [one["score"] for one in row["candidates"]]
+    assert len(scores) == 5 and max(scores) == scores[2] < 0
+    assert cast.row() == row  # looked up
+
+
+def test_engines_that_cannot_score_are_refused_where_the_ratio_chooses():
+    with pytest.raises(SettingsError, match="needs score of the student"):
+        Cast(play(), play(**STUDENT), best_of=2, chosen_by="rsr", temperature=0.6).row()
+    with pytest.raises(SettingsError, match="by the teacher's scores"):
+        Settings.check(method="teacher-score", chosen_by="rsr")

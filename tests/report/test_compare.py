@@ -12,11 +12,12 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tessy_hf import demo
-from tessy_hf.engines.scoring import Scorer
+from tessy_hf import TransformersEngine, demo
+from tessy_hf.engines.scoring import Scorer, surprise
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report import compare as analysis
 from tessy_hf.report import compare_page as page
+from tessy_hf.report.surprise import of_set
 from tessy_hf.text.thinking_format import HARMONY
 from tessy_hf.text.vocabulary import Vocabulary
 from tests.cli.test_cli import tessy  # noqa: F401 - a fixture
@@ -144,7 +145,8 @@ def test_the_likelihood_is_that_of_the_row_as_it_is_trained(student):
     words, model = student
     row = load_dataset("parquet", data_files=str(ROWS), split="train")[0]
     side = analysis.Side("a", [analysis.read(row)])
-    told = analysis.likelihood(side, words, Scorer(model, stretch=7), 5, 4096)
+    scored = analysis.score(side, words, Scorer(TransformersEngine(demo.STUDENT)), 5, 4096)
+    told = analysis.likelihood(scored)
     text = words.chat_text(row["messages"]).removesuffix("<|im_end|>\n")
     ids = words.encode_template(text)
     with torch.inference_mode():
@@ -161,6 +163,61 @@ def test_the_likelihood_is_that_of_the_row_as_it_is_trained(student):
     for kind in ("student", "teacher"):
         counted = sum(s["tokens"] for s in row["spans"] if (s["author"], s["part"]) == (kind, "thinking"))
         assert told[f"{kind}'s thinking"]["tokens"] == counted
+
+
+def test_the_rank_surprisal_ratio_is_what_one_computes_by_hand():
+    first = surprise([math.log(0.5), math.log(0.01), math.log(0.1)], [1, 250, 7])
+    second = surprise([math.log(0.25)], [2])
+    nats = -math.log(0.5) - math.log(0.01) - math.log(0.1), -math.log(0.25)
+    assert first.rsr == pytest.approx((1 + 100 + 7) / nats[0]) and second.rsr == pytest.approx(2 / nats[1])
+    told = of_set([first, None, second])
+    assert told["rsr"] == pytest.approx((108 / 3 + 2) / (nats[0] / 3 + nats[1])) and told["texts"] == 2
+    assert told["surprisal"] == pytest.approx((nats[0] / 3 + nats[1]) / 2) and surprise([], []) is None
+
+
+def test_rows_and_sets_have_their_ratio_under_the_student(student):
+    words, model = student
+    rows = load_dataset("parquet", data_files=str(ROWS), split="train").select(range(5))
+    other = [{**row, "thinking": row["thinking"][::-1], "spans": []} for row in rows]
+    scorer = Scorer(TransformersEngine(demo.STUDENT))
+    told = analysis.analyze({"a": rows, "b": other}, words, scorer=scorer)["surprise"]
+    ids = words.encode_template(words.chat_text(rows[0]["messages"]).removesuffix("<|im_end|>\n"))
+    text = words.decode(ids)
+    begins = len(words.encode_template(text[: text.index("<think>\n") + len("<think>\n")]))
+    with torch.inference_mode():
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    own = [scores[at - 1, ids[at]] for at in range(begins, len(ids))]
+    ranks = [int((scores[at - 1] > one).sum()) + 1 for at, one in zip(range(begins, len(ids)), own, strict=True)]
+    expected = sum(min(rank, 100) for rank in ranks) / -float(sum(own))
+    assert told["a"]["rows"][0]["rsr"] == pytest.approx(expected, rel=1e-3)
+    assert told["a"]["rsr"] == pytest.approx(
+        sum(row["rank"] for row in told["a"]["rows"]) / sum(row["surprisal"] for row in told["a"]["rows"])
+    )
+    assert told["b"]["surprisal"] > told["a"]["surprisal"]
+
+
+def test_columns_on_request_are_those_figures(student):
+    rows = load_dataset("parquet", data_files=str(ROWS), split="train").select(range(4))
+    scorer = Scorer(TransformersEngine(demo.STUDENT))
+    made = analysis.with_surprise(rows, student[0], scorer)
+    told = analysis.analyze({"a": rows, "b": rows}, student[0], scorer=scorer)["surprise"]["a"]["rows"]
+    assert made["student_rsr"][:] == pytest.approx([row["rsr"] for row in told])
+    assert made["student_surprisal"][:] == pytest.approx([row["surprisal"] for row in told])
+
+
+def test_words_of_doubt_are_counted_by_method():
+    rows = [
+        {
+            **row,
+            "method": "tessy" if at % 2 else "teacher-only",
+            "thinking": "Wait, wait. Maybe so." if at % 2 else "So 1 2 3",
+        }
+        for at, row in enumerate(PLAIN)
+    ]
+    told = analysis.analyze({"a": rows, "b": OTHER}, vocabulary("qwen"))["markers"]
+    assert set(told["a"]) == {"tessy", "teacher-only"} and set(told["b"]) == {""}
+    assert told["a"]["tessy"]["wait"] == pytest.approx(2 * told["a"]["tessy"]["maybe"]) != 0
+    assert sum(told["a"]["teacher-only"].values()) == 0
 
 
 # --- figures and the page
@@ -205,8 +262,12 @@ def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
     told = json.loads(printed[printed.index('{"names"') :])
     assert code == 0 and told["prompts"] == 8 and told["nll"] is None and told["authors"]["plain.jsonl"] is None
     assert told["authors"]["tessy.parquet"]["teacher"] == sum(rows["teacher_tokens"])
+    code, _ = tessy(*given, "--student", demo.STUDENT, "--out", tmp_path / "b.html", "--columns", tmp_path / "scored")
+    scored = load_dataset("parquet", data_files=str(tmp_path / "scored" / "tessy.parquet"), split="train")
+    assert code == 0 and min(scored["student_rsr"]) > 0
     for words, seen in [
         (given, "No tokenizer given"),
+        ([*given, "--tokenizer", demo.STUDENT, "--columns", tmp_path], "--columns needs"),
         ([*given, "--tokenizer", tmp_path / "none"], "cannot be loaded"),
         ([*given[:2], tmp_path / "none.parquet", "--tokenizer", demo.STUDENT], "there is no such file"),
     ]:

@@ -77,6 +77,28 @@ def test_runs_that_are_killed_end_as_unbroken_ones(tmp_path, world, count, setti
     assert tokens(crashes.calls(work)) <= tokens(undisturbed) + 2 * kills * most
 
 
+RULES = [
+    {"every": 4},
+    {"student-accepts": 0.3},
+    {"name": "entropy", "threshold": 0.5, "words": 3},
+    {"name": "likeliest", "words": 6, "candidates": 2},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_runs_of_each_rule_that_are_killed_end_as_unbroken_ones(tmp_path, rule):
+    settings = {"chunk_tokens": 8, "switch": rule, "temperature": 0.6 if "candidates" in rule else 0}
+    work = Work("models", tmp_path / "killed", tuple(range(16)), settings)
+    expected, _ = crashes.unbroken(work, tmp_path / "unbroken")
+    total = os.path.getsize(tmp_path / "unbroken" / "calls")
+    for _ in range(3):
+        process = crashes.begin(work)
+        assert crashes.kill_when(process, work, int(total / 5), 0.01) == -signal.SIGKILL
+    done, under_way = crashes.kept(work)
+    assert done or under_way
+    assert crashes.end(crashes.begin(work), work) == expected
+
+
 # --- other deaths
 
 

@@ -1,0 +1,140 @@
+"""What a rule of who writes next is: an author's words go in, the first word that the other is to write comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from tessy_hf.engines.base import Measure
+from tessy_hf.errors import SettingsError
+from tessy_hf.method.chunk import LOOKBACK, Chunk
+from tessy_hf.method.row import Row
+from tessy_hf.plan import Plan
+from tessy_hf.trajectory import Author
+
+if TYPE_CHECKING:
+    from tessy_hf.method.turn import Turn
+
+
+class Word(NamedTuple):
+    """A word that an author wrote.
+
+    Attributes:
+        author: Who wrote it.
+        text: The word, with the whitespace before it.
+        place: Its place in the author's turn, from 0.
+        before: The last 256 characters of the thinking before it.
+        logprob: The log-probability that its author gave it, where the rule needs it.
+        entropy: The largest entropy in nats among its tokens' distributions, where the rule needs it.
+    """
+
+    author: Author
+    text: str
+    place: int
+    before: str
+    logprob: float | None = None
+    entropy: float | None = None
+
+
+class Judge(Protocol):
+    """A rule at work on one author of one row."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a word is judged only when it is complete."""
+        ...
+
+    @property
+    def lookahead(self) -> int:
+        """How many words beyond a word must have begun before it is judged."""
+        ...
+
+    async def first_of_other_kind(self, chunk: Chunk) -> int | None:
+        """Return the index of the first word, of those not judged yet, that the other author is to write."""
+        ...
+
+    def settle(self, count: int) -> None:
+        """Forget the first ``count`` words of the text: they are settled."""
+        ...
+
+    def restart(self) -> None:
+        """Judge the author's text from its first word on."""
+        ...
+
+
+class Rule(BaseModel):
+    """A rule and its numbers, which are its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    number: ClassVar[str] = ""
+    """The field that ``{name: value}`` sets."""
+    reads_predictors: ClassVar[bool] = False
+    """Whether both authors need a boundary predictor."""
+    keeps_a_word: ClassVar[bool] = True
+    """Whether an author that took over keeps at least one word."""
+
+    def needs(self, author: Author) -> frozenset[Measure]:
+        """Return what the author's engine must measure."""
+        return frozenset()
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan by which the rule cannot work.
+
+        Raises:
+            SettingsError: It cannot.
+        """
+        if not plan.alternates:
+            raise SettingsError(
+                f"switch={self.name!r} says when authors take turns, which they do not by the method {plan.method!r}. "
+                'Pass method="tessy" or "tessy-teacher-answer", or leave switch out.'
+            )
+
+    def judge(self, author: Author, row: Row) -> Judge | None:
+        """Return the rule at work on an author of a row; ``None`` where that author never hands over."""
+        return WordJudge(author, row, self.hands_over)
+
+    def hands_over(self, word: Word) -> bool:
+        """Return whether the other author is to write this word."""
+        raise NotImplementedError
+
+    async def write(self, turn: Turn) -> Chunk:
+        """Let an author write on; return all of its text that is not settled yet."""
+        return await turn.go_on()
+
+
+class WordJudge:
+    """Judges each word, once it is complete, by a function of that word."""
+
+    waits, lookahead = True, 0
+
+    def __init__(self, author: Author, row: Row, hands_over: Callable[[Word], bool]) -> None:
+        self._author, self._row, self._hands_over = author, row, hands_over
+        self._judged = 0
+
+    def settle(self, count: int) -> None:
+        """Forget the first ``count`` words of the text: they are settled."""
+        self._judged = max(0, self._judged - count)
+
+    def restart(self) -> None:
+        """Judge the author's text from its first word on."""
+        self._judged = 0
+
+    async def first_of_other_kind(self, chunk: Chunk) -> int | None:
+        """Return the first word, of those not judged yet, that the other author is to write."""
+        return next((word for word in self._next(chunk) if self._hands_over(self._word(chunk, word))), None)
+
+    def _next(self, chunk: Chunk) -> range:
+        asked = range(self._judged, max(self._judged, chunk.complete))
+        self._judged = asked.stop
+        return asked
+
+    def _word(self, chunk: Chunk, word: int) -> Word:
+        row, tokens = self._row.trajectory, chunk.tokens(word)
+        before = (row.last_text(LOOKBACK) + chunk.upto(word))[-LOOKBACK:]
+        logprob = sum(chunk.logprobs[tokens]) if chunk.logprobs else None
+        entropy = max(chunk.entropies[tokens]) if chunk.entropies else None
+        return Word(self._author, chunk.word(word), row.turn_words + word, before, logprob, entropy)
