@@ -90,7 +90,7 @@ def test_a_recipe_needs_no_teacher_either(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: student-only\nstudent: {model: demo:student}\n")
     assert TessyTransform.from_yaml(recipe).record().teacher is None
-    with pytest.raises(SettingsError, match="needs a teacher"):
+    with pytest.raises(SettingsError, match="has no `teacher`"):
         TessyTransform.from_yaml(recipe, "method=tessy")
     recipe.write_text(TEACHER_ONLY)
     assert TessyTransform.from_yaml(recipe).record().student.engine == "tokenizer"
