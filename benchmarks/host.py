@@ -97,7 +97,7 @@ def run(tokens, rows, seen=None):
     with TessyTransform(**speakers, **settings) as transform:
         list(prompts.select([0]).map(transform, batched=True))  # loads what is loaded once
         clock.seconds = 0.0
-        thread = time.pthread_getcpuclockid(transform._run()._thread.ident)
+        thread = time.pthread_getcpuclockid(transform.run()._thread.ident)
         begin = time.clock_gettime(thread)
         finished = list(prompts.map(transform, batched=True, load_from_cache_file=False))
         seconds = time.clock_gettime(thread) - begin - clock.seconds

@@ -2,7 +2,7 @@
 
 Two engines play the traces, the small predictor decides. Each engine goes on turn by turn: what it says when it takes
 over is what follows in its trace where a run of its own kind begins, so that style goes on as style and steps as
-steps; with `--whole` it goes on where it was cut. Both write in the predictor's vocabulary of 4,096 tokens with
+steps; with `--whole` it goes on where it was cut. Both write in the predictor's vocabulary with
 special tokens of their own, so text is handed over, not ids::
 
     python benchmarks/replay.py --teacher traces_gpt-oss.jsonl --student traces_qwen3.jsonl --out rows.jsonl --show 20
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tessy_hf
 from tessy_hf import BoundaryPredictor, Script, ScriptedEngine, Speaker, TessyTransform
+from tessy_hf.boundary.predictor import SHIPPED
 from tessy_hf.boundary_training.readings import read
 from tessy_hf.text.traces import thinking
 from tessy_hf.text.vocabulary import words
@@ -34,10 +35,10 @@ from tests.worlds import make_tokenizer
 SMALL = Path(tessy_hf.__file__).parent / "boundary" / "small"
 
 
-def tokenizer_of(kind):
-    """Return the small predictor's tokenizer with the special tokens and the chat template of a kind of model."""
+def tokenizer_of(kind, folder=SMALL):
+    """Return a predictor's tokenizer with the special tokens and the chat template of a kind of model."""
     kind = make_tokenizer(kind)
-    tokenizer = AutoTokenizer.from_pretrained(SMALL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(kind.added_tokens_decoder.values()))
     tokenizer.eos_token, tokenizer.chat_template = kind.eos_token, kind.chat_template
     return tokenizer
@@ -61,7 +62,8 @@ def speaker(traces, predictor, kind, own_kind, whole):
     texts = [trace["thinking"] for trace in traces.values()]
     plays = texts if whole else map(turns, read(predictor, texts), texts, [own_kind] * len(texts))
     scripts = {key: Script(play, traces[key]["answer"]) for key, play in zip(traces, plays, strict=True)}
-    return Speaker(ScriptedEngine(scripts, tokenizer=tokenizer_of(kind)), boundary=predictor)
+    folder = SMALL if predictor.model == SHIPPED else predictor.model
+    return Speaker(ScriptedEngine(scripts, tokenizer=tokenizer_of(kind, folder)), boundary=predictor)
 
 
 def check(row, answer):
@@ -92,6 +94,11 @@ def figures(rows):
         "not_ascii": sum(not row["thinking"].isascii() for row in rows),
         "characters_of_thinking": sum(size.values()),
         "teacher_share": round(size["teacher"] / sum(size.values()), 3),
+        "generated_per_kept": round(
+            sum(row[f"generated_{author}_tokens"] for row in rows for author in size)
+            / sum(row[f"{author}_tokens"] for row in rows for author in size),
+            3,
+        ),
         "spans_a_row": round(len(said) / len(rows), 1),
         "words_a_span": {
             author: dict(zip(("median", "p90", "most"), map(int, np.quantile(of, (0.5, 0.9, 1))), strict=True))
@@ -105,6 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True, help="JSONL file of traces")
     parser.add_argument("--student", type=Path, required=True, help="likewise, of the same problems")
+    parser.add_argument("--predictor", default=SHIPPED, help="the folder of a predictor; by default the shipped one")
     parser.add_argument("--out", type=Path, help="where to write the rows")
     parser.add_argument("--limit", type=int, help="replay so many problems only")
     parser.add_argument("--whole", action="store_true", help="go on where a trace was cut, whatever follows there")
@@ -115,7 +123,7 @@ def main():
     prompts = prompts.select_columns(["problem_id", "problem"]).take(args.limit or 1 << 40)
     asked = [row["problem_id"] for row in prompts]
     teacher, student = ({key: read_traces(path)[key] for key in asked} for path in (args.teacher, args.student))
-    predictor = BoundaryPredictor.from_pretrained()
+    predictor = BoundaryPredictor.from_pretrained(args.predictor)
     transform = TessyTransform(
         teacher=speaker(teacher, predictor, "harmony", False, args.whole),
         student=speaker(student, predictor, "qwen", True, args.whole),

@@ -166,7 +166,7 @@ def tessy(transform, prompts, free=False):
     for speaker in speakers.values():
         speaker.engine.reset()
         speaker.boundary.busy, speaker.boundary.free = Busy(), free
-    thread = transform._run()._thread
+    thread = transform.run()._thread
     clock = time.pthread_getcpuclockid(thread.ident)
     begin, cpu, all_cpu = time.perf_counter(), time.clock_gettime(clock), processor_seconds()
     done = prompts.map(transform, batched=True, load_from_cache_file=False, keep_in_memory=True)
@@ -230,7 +230,7 @@ def bound(transform, prompts, order, rows, in_flight):
         )
 
     begin, cpu = time.perf_counter(), processor_seconds()
-    transform._run()._call(all_rows()).result()
+    transform.run()._call(all_rows()).result()
     tokens = sum(row["teacher_tokens"] + row["student_tokens"] for row in rows)
     return tokens / (time.perf_counter() - begin), 1e6 * (processor_seconds() - cpu) / tokens
 

@@ -45,6 +45,7 @@ class Plan:
         sampling: How each author's tokens are drawn.
         max_thinking_tokens: Thinking budget, in the student's tokens.
         max_answer_tokens: Answer budget, in the answering author's tokens.
+        max_tokens: Budget of both together; ``None`` for no other than the two.
         max_candidates: The most candidates to write for the row.
         scored: Whether the teacher scores the candidates (``teacher-score``).
         shows_reference: Whether the student is shown the teacher's answer (``teacher-reference``).
@@ -58,6 +59,7 @@ class Plan:
     sampling: Mapping[Author, Sampling] = field(default_factory=lambda: dict(teacher=Sampling(), student=Sampling()))
     max_thinking_tokens: int = 32_768
     max_answer_tokens: int = 8_192
+    max_tokens: int | None = None
     max_candidates: int = 1
     scored: bool = False
     shows_reference: bool = False

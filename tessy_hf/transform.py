@@ -45,9 +45,8 @@ TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
 class TessyTransform(functools.partial[Any]):
     """Cooperative synthesis as a function for ``map(..., batched=True)``.
 
-    Works on ``Dataset`` and on streaming ``IterableDataset``, in scripts, in notebooks and with ``num_proc``. Its
-    fingerprint is that of its settings and speakers, so a rerun finds the ``datasets`` cache and a changed setting
-    does not. Engines are started at the first batch and stay until :meth:`close`.
+    Works on ``Dataset`` and ``IterableDataset``, in scripts, notebooks and with ``num_proc``. A rerun finds the
+    ``datasets`` cache, a changed setting or speaker does not. Engines live from the first batch to :meth:`close`.
 
     It is a ``functools.partial``, the one kind of object in which ``datasets`` can find a coroutine function where no
     event loop runs (scripts), and a plain one where one does (notebooks).
@@ -236,13 +235,14 @@ class TessyTransform(functools.partial[Any]):
         layout = self.settings.prompt_column, self._asked[1].thinking_format.key
         if not (self._async and _loop_is_running()):
             return given.returned(self.submit(given.columns).result(), *layout)
-        return _later(given, self._run().submit(given.columns, asyncio.get_running_loop()), layout)
+        return _later(given, self.run().submit(given.columns, asyncio.get_running_loop()), layout)
 
     def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
         """Hand over a batch of columns; return the future of the new ones. Rows enter the window in this order."""
-        return self._run().submit(batch, None)
+        return self.run().submit(batch, None)
 
-    def _run(self) -> Run:
+    def run(self) -> Run:
+        """Return what is live; it is made at first use."""
         if self._token not in RUNS:
             self._begun = provenance.now()
             STREAMS.open(self)

@@ -106,7 +106,7 @@ class HubServer:
         self.repos = {}
         self.requests = []
         self.fault = lambda request: None
-        """Says what becomes of a request: ``None``; ``503``; ``cut``, closed before it is done; ``lost``, after."""
+        """Says what becomes of a request: ``None``; ``503``, ``429``; ``cut``, before it is done; ``lost``, after."""
         self.lock = threading.RLock()
         self._secret = secrets.token_bytes(16)
         self._servers = []
@@ -174,8 +174,8 @@ class Handler(BaseHTTPRequestHandler):
             request = Request(len(self.hub.requests), self.command, self.path, len(body))
             self.hub.requests.append(request)
             fault = self.hub.fault(request)
-            if fault == "503":
-                status, value, headers = 503, {"error": "The server is overloaded."}, {}
+            if fault in ("503", "429"):
+                status, value, headers = int(fault), {"error": "The server is overloaded."}, {}
             elif fault != "cut":
                 status, value, headers = self.respond_or_refuse(body)
         if fault in ("cut", "lost"):
@@ -239,9 +239,9 @@ class Storage(Handler):
         return 200, path.read_bytes(), {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}
 
 
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?")
-RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-BATCH = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+API = re.compile(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(.*))?")
+RESOLVE = re.compile(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+BATCH = re.compile(r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 
 class Api(Handler):

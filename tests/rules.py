@@ -44,6 +44,20 @@ def after_comma(vocabulary, ids):
     return vocabulary.decode(ids).rstrip().endswith(",")
 
 
+def by_first_letter_of(lookahead):
+    """A token is of the kind of the word so many words before its own, end tokens counted as words."""
+
+    def rule(vocabulary, ids):
+        end = min(vocabulary.special_ids)
+        ended = next(n for n, i in enumerate([*reversed(ids), None]) if i != end)
+        text = vocabulary.decode(ids[: len(ids) - ended])
+        before = [text[start:stop] for start, stop in words(text)]
+        at = len(before) - 1 + ended - lookahead
+        return at in range(len(before)) and is_style_word(before[at])
+
+    return rule
+
+
 def by_all_ids(vocabulary, ids):
     """The most sensitive causal rule there is: any other id anywhere in the window may change the label."""
     return zlib.crc32(array("i", ids).tobytes()) % 4 == 0
@@ -65,9 +79,10 @@ class RulePredictor:
     A token's label depends on the ids of its window up to that token, and on nothing else.
     """
 
-    def __init__(self, rule, kind="qwen", *, label_shift=0, window=200):
-        self.rule, self.label_shift, self.window = rule, label_shift, window
+    def __init__(self, rule, kind="qwen", *, label_shift=0, lookahead=0, window=200):
+        self.rule, self.label_shift, self.lookahead, self.window = rule, label_shift, lookahead, window
         self.vocabulary = vocabulary(kind)
+        self.end_id = min(self.vocabulary.special_ids)
         self.identity = {"rule": rule.__name__, "kind": kind, "label_shift": label_shift, "window": window}
         self.longest = 0
 

@@ -268,7 +268,7 @@ class _Api(_Handler):
             return self.create(data)
         if words == ["api", "validate-yaml"]:
             return self.packed({"errors": [], "warnings": []})
-        if words[0] == "api" and words[1] in ("models", "datasets") and len(words) > 3:
+        if words[0] == "api" and words[1] in ("models", "datasets", "spaces") and len(words) > 3:
             repo = self.repo(words[1], f"{words[2]}/{words[3]}")
             verb, rest = words[4] if len(words) > 4 else "revision", [unquote(word) for word in words[5:]]
             method = getattr(self, f"{self.command.lower()}_{verb.replace('-', '_')}", None)
@@ -276,8 +276,8 @@ class _Api(_Handler):
                 return method(repo, rest, data)  # type: ignore[no-any-return]
         if words[0] == "lfs-complete":
             return self.complete(data)
-        kind = "datasets" if words[0] == "datasets" else "models"
-        words = words[1:] if kind == "datasets" else words
+        kind = words[0] if words[0] in ("datasets", "spaces") else "models"
+        words = words[1:] if kind != "models" else words
         if words[2:6] == ["info", "lfs", "objects", "batch"]:
             return self.batch(self.repo(kind, f"{words[0]}/{words[1].removesuffix('.git')}", write=True), data)
         if words[2:3] == ["resolve"] and len(words) > 4:
@@ -377,7 +377,7 @@ class _Api(_Handler):
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(entry["size"]), "ETag": f'"{entry["oid"]}"'}
             return 302, {**headers, "Location": self.hub.signed(f"/{oid}")}, b"Found. Redirecting"
         if "cached" not in self.query:  # a redirect that stays here, and is told without the origin
-            where = f"{'/datasets' if kind == 'datasets' else ''}/{name}/resolve/{sha}/{quote(path)}?cached=1"
+            where = f"{'' if kind == 'models' else '/' + kind}/{name}/resolve/{sha}/{quote(path)}?cached=1"
             return 307, {**headers, "Location": where}, b"Temporary Redirect"
         return self.sent(entry["data"], {**headers, "ETag": f'W/"{entry["oid"]}"', "Content-Type": "text/plain"})
 

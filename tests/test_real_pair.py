@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tessy_hf import TransformersEngine
+from tessy_hf import ServerEngine, TransformersEngine
 from tessy_hf.report.page import write_report
 from tessy_hf.text.vocabulary import CLAUSE_END
 from tests import crashes, real_models, real_pair
@@ -154,7 +154,36 @@ def test_llama_cpp_servers_write_rows(tmp_path):
     with servers.processes(*described, logs=tmp_path, health="/health") as running:
         made = transform(*served(running, files, tokenizers), journal=None)
         written = write(made)
+        asyncio.run(check_llama_cpp(ServerEngine(files[1], base_url=running[1][0], tokenizer=tokenizers[1])))
     check(written, made)
+
+
+async def check_llama_cpp(engine):
+    """Check what the contract of engines says of ids, with what only a real server shows."""
+    await engine.start()
+    assert set(engine.servers.values()) == {"llama.cpp"} and not engine.streams
+    encode = engine.tokenizer.encode
+    ids = encode("<|im_start|>user\nSay only the word yes.<|im_end|>\n<|im_start|>assistant\n")
+    eos = engine.tokenizer.eos_token_id
+
+    async def ask(row, ids, tokens=12, stop_ids=frozenset({eos}), **sampling):
+        asked = request(row, ids=ids, tokens=tokens, stop_ids=stop_ids, **sampling)
+        completion = await engine.complete(asked)
+        return list(completion.token_ids), completion.stop_id
+
+    whole, stop_id = await ask("whole", ids)
+    assert engine.tokenizer.decode(whole) == "Yes." and stop_id == eos
+    assert await ask("parts", ids, tokens=1) == (whole[:1], None)
+    assert await ask("parts", [*ids, *whole[:1]], tokens=8) == (whole[1:], eos)
+    start = encode("<|im_start|>")[0]  # special, and no end of sequence to the server
+    chat = encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert await ask("special", chat, stop_ids=frozenset({start})) == ([], start)
+    hot = {"temperature": 1.5, "tokens": 16, "stop_ids": frozenset()}
+    first, same, other = [(await ask(f"hot {n}", ids, seed=seed, **hot))[0] for n, seed in enumerate((1, 1, 2))]
+    assert first == same != other
+    greedy = (await ask("greedy", ids, tokens=16, stop_ids=frozenset()))[0]
+    assert (await ask("one left", ids, seed=3, top_k=1, **hot))[0] == greedy
+    await engine.close()
 
 
 def served(running, models, tokenizers):

@@ -262,6 +262,33 @@ def test_a_rerun_asks_nothing_again(judged, tmp_path):
     assert again["question"] == first["question"] and counts["yes"] == 2
 
 
+LONG = "Given a list of n numbers print the sum of those that are odd and the product of all the others in one line"
+
+
+def test_near_duplicates_become_one_and_questions_of_evaluation_sets_go(collect, tmp_path):
+    pytest.importorskip("datasketch")
+    rows = [{"question": text} for text in (LONG, LONG + " please", f"Hello! {LONG}?", "Find a path.", "Sort it.")]
+    rows += [{"question": f"{LONG} {' and again'.join('abcdefgh')}"}, {"question": "Sort it!"}]
+    counts = collect.Counter()
+    found = collect.unique([{"load": write(tmp_path / "rows.jsonl", rows), "prompt": "question"}], counts)
+    held_out = [{"problem": "find a PATH"}, {"problem": "the product of all the others in one line and again b"}]
+    sets = [{"load": write(tmp_path / "eval.jsonl", held_out), "prompt": "problem"}]
+    clean = list(collect.uncontaminated(found, counts, sets, words=9))
+    assert [row["question"] for row in clean] == ["Sort it."] and counts["in json"] == 5
+    clean = list(collect.uncontaminated(found, counts, sets, words=13))
+    kept = collect.distinct(clean, counts, similarity=0.7, words=3)
+    assert {row["question"]: row["copies"] for row in kept} == {LONG: 3, "Sort it.": 2, rows[5]["question"]: 1}
+    assert counts["near-duplicates"] == 2
+
+    recipe = {"sources": [{"load": {"path": "me/a"}}], "near_duplicates": {"similarity": 0.7}}
+    collect.write_card(tmp_path / "prompts.parquet", recipe, 3, counts)
+    card = (tmp_path / "README.md").read_text()
+    assert "| near-duplicates | 2 |" in card and "| in json | 6 |" in card and "similarity: 0.7" in card
+    (tmp_path / "README.md").write_text("mine")
+    collect.write_card(tmp_path / "prompts.parquet", recipe, 3, counts)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_the_instruction_of_the_recipe_shows_the_question(judged):
     [recipe] = PROMPTS
     instruction = recipe.with_name(yaml.safe_load(recipe.read_text())["instruction"]).read_text()

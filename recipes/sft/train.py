@@ -14,13 +14,15 @@ from trl.chat_template_utils import get_training_chat_template
 
 from tessy_hf.errors import DatasetError, SettingsError, TemplateError
 from tessy_hf.rows.loading import load_finished
+from tessy_hf.text.thinking_format import THINK_TAGS, detect
+from tessy_hf.text.vocabulary import Vocabulary
 
 
 @dataclass
 class Data:
     """What to train on."""
 
-    data: str = field(metadata={"help": "Finished rows: .parquet, .jsonl, a saved folder, or user/name@v1.0.0."})
+    data: str = field(metadata={"help": "Rows, ours or others': .parquet, .jsonl, a folder, or user/name@v1.0.0."})
     split: str = field(default="train", metadata={"help": "Which split of them."})
     system_prompt: str | None = field(
         default=None, metadata={"help": "Set this system prompt in all rows; say it again when the model is used."}
@@ -41,7 +43,9 @@ def main(arguments=None):
     parser = TrlParser((Data, AuthorWeights, SFTConfig, ModelConfig))
     data, weights, config, model = parser.parse_args_and_config(arguments)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    rows = complete(load_finished(data.data, data.split), data.system_prompt)
+    own = detect(Vocabulary(tokenizer, model.model_name_or_path))
+    loaded = load_finished(data.data, data.split, thinking_format=own if own.thinks else THINK_TAGS)
+    rows = complete(loaded, data.system_prompt)
     template = training_template(tokenizer, rows[0])
     if weights == AuthorWeights():
         kind, rows, collator = SFTTrainer, rows.select_columns("messages"), None

@@ -33,10 +33,20 @@ DEFAULT_WINDOW = 200
 
 
 class Convention(NamedTuple):
-    """How a checkpoint's labels are read."""
+    """How a checkpoint's labels are read.
+
+    Attributes:
+        label_shift: See :data:`LabelShift`.
+        style_label: The number of the label for style.
+        lookahead: How many words beyond a word are read before it is judged: the label at the first letter of the last
+            of them is about that word.
+        end_id: The token that stands for each of these words where the text has ended.
+    """
 
     label_shift: LabelShift
     style_label: int
+    lookahead: int = 0
+    end_id: int = 0
 
 
 SHIPPED = "tessy_hf.boundary.small"
@@ -180,6 +190,16 @@ class BoundaryPredictor:
         return self.live.convention.label_shift
 
     @property
+    def lookahead(self) -> int:
+        """How many words beyond a word are read before it is judged."""
+        return self.live.convention.lookahead
+
+    @property
+    def end_id(self) -> int:
+        """The token that stands for each word of the look-ahead where the text has ended."""
+        return self.live.convention.end_id
+
+    @property
     def window(self) -> int:
         """The most tokens to read."""
         return self.live.window
@@ -318,4 +338,11 @@ def _convention(model: str, config: Any, stated: dict[str, Any]) -> Convention:
             "Pass BoundaryPredictor(..., style_label=1) with the number of the label for style, or name it in "
             "config.json."
         )
-    return Convention(found["label_shift"], int(found["style_label"]))
+    lookahead, end_id = getattr(config, "lookahead", 0), config.eos_token_id
+    if not isinstance(lookahead, int) or lookahead < 0 or (lookahead and (found["label_shift"] or end_id is None)):
+        raise BoundaryError(
+            f"The config of the boundary predictor {model!r} has lookahead={lookahead!r}, "
+            f"label_shift={found['label_shift']} and eos_token_id={end_id!r}. Expected is a number of words, and "
+            "where it is not 0, label_shift=0 and the id of an end token. Fix config.json."
+        )
+    return Convention(found["label_shift"], int(found["style_label"]), lookahead, end_id if lookahead else 0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from tessy_hf.boundary_training.annotation_folder import AnswerLog, claim, collect, write
+from tessy_hf.boundary_training.annotation_folder import AnswerLog, ballots, claim, collect, write
 from tessy_hf.boundary_training.sampling import Drawn, digest, draw
 from tessy_hf.boundary_training.settings import AnnotationSettings
 from tessy_hf.engines.base import Request, derive_seed
@@ -27,7 +27,8 @@ from tessy_hf.plan import Plan, Sampling
 from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Prompt
 
-PROMPT = Path(__file__).with_name("annotation_prompt.jinja")
+PROMPTS = {name: Path(__file__).with_name(f"annotation_{name}.jinja") for name in ("rules", "paper")}
+"""The instructions in this package: the paper's task with rules for the hard cases, and the task alone."""
 
 
 class Annotations(NamedTuple):
@@ -38,11 +39,13 @@ class Annotations(NamedTuple):
         rows: The accepted segments as rows of the dataset, input for
             :func:`tessy_hf.boundary_training.train.train_boundary`.
         counts: How many answers were ``accepted``, and how many were rejected by fault.
+        agreement: With several votes, character F1 and kappa of pairs of answers about one segment.
     """
 
     folder: Path
     rows: list[dict[str, Any]]
     counts: dict[str, int]
+    agreement: dict[str, float]
 
 
 def annotate(
@@ -82,16 +85,16 @@ def annotate(
         _run(_ask_all(drawn, annotator, instruction, chosen, answers))
     finally:
         answers.close()
-        rows, counts = collect(answers, chosen)
-        write(folder, rows, counts)
-    return Annotations(folder, rows, counts)
+        rows, counts, agreed = collect(answers, chosen)
+        write(folder, rows, counts, agreed)
+    return Annotations(folder, rows, counts, agreed)
 
 
 # --- asking
 
 
 def _instruction(settings: AnnotationSettings) -> str:
-    path = Path(settings.prompt) if settings.prompt else PROMPT
+    path = PROMPTS.get(settings.prompt) or Path(settings.prompt)
     try:
         source = path.read_text(encoding="utf-8")
         probe = _render(source, "PROBE")
@@ -125,7 +128,7 @@ async def _ask_all(
     await annotator.engine.start()
     try:
         async with asyncio.TaskGroup() as tasks:
-            for order, segment in enumerate(drawn):
+            for order, segment in enumerate(ballots(drawn, settings.votes)):
                 if segment.id not in answers:
                     await slots.acquire()
                     messages = [{"role": "user", "content": _render(instruction, segment.text)}]
@@ -151,7 +154,7 @@ async def _ask_thinking(annotator: Speaker, prompt: Prompt, settings: Annotation
     plan = Plan(
         thinking="teacher",
         answer="teacher",
-        sampling={"teacher": Sampling(settings.temperature)},
+        sampling={"teacher": Sampling(settings.sampled_at)},
         max_thinking_tokens=settings.max_thinking_tokens,
         max_answer_tokens=settings.max_answer_tokens,
     )
@@ -174,7 +177,7 @@ async def _ask_plainly(annotator: Speaker, prompt: Prompt, settings: AnnotationS
             part="answer",
             prompt_ids=ids,
             max_tokens=max(1, min(settings.max_answer_tokens, engine.context_length - len(ids))),
-            temperature=settings.temperature,
+            temperature=settings.sampled_at,
             top_p=1.0,
             seed=prompt.seed,
             stop_ids=vocabulary.special_ids,
@@ -201,4 +204,5 @@ def _provenance(annotator: Speaker, settings: AnnotationSettings, instruction: s
         "template_options": annotator.template_options,
         "settings": settings.model_dump(exclude={"limit", "rows_in_flight", "prompt"}),
         "instruction": instruction,
+        "prompt": settings.prompt if settings.prompt in PROMPTS else Path(settings.prompt).name,
     }

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import IO, Any
 
+from tessy_hf.boundary_training.agreement import agreement, majority
 from tessy_hf.boundary_training.answers import Rejected, locate, parse
 from tessy_hf.boundary_training.sampling import Drawn
 from tessy_hf.boundary_training.segments import Segment, span_starts
@@ -104,37 +105,58 @@ def claim(folder: Path, provenance: dict[str, Any]) -> None:
             )
 
 
-def collect(answers: AnswerLog, settings: AnnotationSettings) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Return the accepted answers as rows of the dataset, and the number of answers by outcome."""
-    rows, counts = [], Counter[str]()
+def ballots(drawn: Iterable[Drawn], votes: int) -> Iterator[Drawn]:
+    """Repeat each segment for several votes, each with an id of its own."""
+    for segment in drawn:
+        yield from (replace(segment, id=f"{segment.id}#{n}") for n in range(votes)) if votes > 1 else (segment,)
+
+
+Collected = tuple[list[dict[str, Any]], dict[str, int], dict[str, float]]
+
+
+def collect(answers: AnswerLog, settings: AnnotationSettings) -> Collected:
+    """Return the marked segments as rows of the dataset, the number of answers by outcome, and their agreement."""
+    drawn: dict[str, Mapping[str, Any]] = {}
+    votes: dict[str, list[Segment]] = {}
+    counts = Counter[str]()
     for answer in sorted(answers.rows.values(), key=lambda answer: int(answer["order"])):
+        key = str(answer["id"]).rpartition("#")[0] if settings.votes > 1 else str(answer["id"])
+        drawn.setdefault(key, {**answer, "id": key})
         try:
-            rows.append(_row(answer, settings))
+            votes.setdefault(key, []).append(_vote(answer))
             counts["accepted"] += 1
         except Rejected as rejected:
             counts[rejected.fault] += 1
-    return rows, dict(counts)
+    rows = [_row(drawn[key], said, settings) for key, said in votes.items() if 2 * len(said) > settings.votes]
+    agreed = agreement([[vote.style() for vote in said] for said in votes.values()]) if settings.votes > 1 else {}
+    return rows, dict(counts), agreed
 
 
-def _row(answer: Mapping[str, Any], settings: AnnotationSettings) -> dict[str, Any]:
+def _vote(answer: Mapping[str, Any]) -> Segment:
     if answer["error"] is not None:
         raise Rejected("failed")
     if not answer["finished"]:
         raise Rejected("unfinished")
-    spans = locate(answer["text"], parse(answer["answer"]))
-    about = {key: answer[key] for key in ("source_model", "family", "problem_id", "trace_id", "id")}
-    segment, begins = _align(Segment(answer["text"], tuple(spans)), answer, settings)
+    return Segment(answer["text"], tuple(locate(answer["text"], parse(answer["answer"]))))
+
+
+def _row(drawn: Mapping[str, Any], votes: Sequence[Segment], settings: AnnotationSettings) -> dict[str, Any]:
+    about = {key: drawn[key] for key in ("source_model", "family", "problem_id", "trace_id", "id")}
+    spans = majority([vote.style() for vote in votes]) if len(votes) > 1 else votes[0].spans
+    segment, begins = _align(Segment(drawn["text"], tuple(spans)), drawn, settings)
     return {**about, "text": segment.text, "style_spans": segment.marked(), "begins": begins}
 
 
-def write(folder: Path, rows: Sequence[dict[str, Any]], counts: Mapping[str, int]) -> None:
+def write(
+    folder: Path, rows: Sequence[dict[str, Any]], counts: Mapping[str, int], agreed: Mapping[str, float]
+) -> None:
     """Write the dataset, its counts and its card."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     _replace(folder / "style_spans.jsonl", "".join(lines))
     provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    provenance |= {"counts": dict(counts), "tessy_hf": version("tessy-hf")}
+    provenance |= {"counts": dict(counts), "agreement": dict(agreed), "tessy_hf": version("tessy-hf")}
     _replace(folder / PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False) + "\n")
     data = DatasetCardData(
         task_categories=["token-classification"],

@@ -21,6 +21,9 @@ _METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
 }
 """Kind, and where it is in the report, of each figure on the card."""
 
+EXAMPLE = "Okay, so the user wants the sum. Hmm, wait. 3 + 4 = 7, and 7 + 5 = 12. So far so good."
+"""What the Hub's widget shows the model on."""
+
 
 def render_card(
     folder: str | Path,
@@ -74,6 +77,7 @@ def render_card(
         library_name="transformers",
         pipeline_tag="token-classification",
         tags=["tessy", "boundary-predictor", "reasoning"],
+        widget=[{"text": EXAMPLE, "example_title": "A thought"}],
     )
     card: ModelCard = ModelCard.from_template(
         data, template_path=str(CARD), name=name, config=config, report=report, figures=figures, part=part, base=base

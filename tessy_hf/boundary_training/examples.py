@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tessy_hf.boundary_training.segments import UNKNOWN, Segment, span_starts, token_kinds
-from tessy_hf.text.vocabulary import Vocabulary, words
+from tessy_hf.boundary_training.segments import UNKNOWN, Segment, span_starts, token_kinds, word_kinds
+from tessy_hf.text.vocabulary import Vocabulary, owners, words
 
 IGNORED = -100
 """The label of a token that is left out of the loss."""
@@ -54,18 +54,25 @@ class Example(NamedTuple):
     weight: float
 
 
-def encode(segment: Segment, vocabulary: Vocabulary, label_shift: int) -> Example:
+def encode(segment: Segment, vocabulary: Vocabulary, label_shift: int, lookahead: int = 0, end_id: int = 0) -> Example:
     """Turn a segment's character spans into token labels.
 
     Args:
         segment: The segment.
         vocabulary: The tokenizer.
         label_shift: 0 to label a token itself, 1 to label the token before it.
+        lookahead: Label a word at the tokens of the word so many words beyond, and at end tokens after the last one.
+        end_id: The end token.
     """
-    encoding = vocabulary.encode(segment.text)
-    kinds = [IGNORED if kind == UNKNOWN else int(kind) for kind in token_kinds(segment, encoding.offsets)]
+    ids, offsets = vocabulary.encode(segment.text)
+    kinds = [IGNORED if kind == UNKNOWN else int(kind) for kind in token_kinds(segment, offsets)]
     labels = kinds[label_shift:] + [IGNORED] * min(label_shift, len(kinds))
-    return Example(encoding.ids, labels, segment.weight)
+    if lookahead:
+        words_before = [IGNORED] * lookahead + [int(kind) for kind in word_kinds(segment)]
+        own = owners(offsets, [end for _, end in words(segment.text)])
+        beyond = [IGNORED if kind == IGNORED else words_before[word] for kind, word in zip(kinds, own, strict=True)]
+        ids, labels = [*ids, *[end_id] * lookahead], [*beyond, *words_before[-lookahead:]]
+    return Example(ids, labels, segment.weight)
 
 
 def collate(examples: Sequence[Example], style_weight: float) -> dict[str, Any]:

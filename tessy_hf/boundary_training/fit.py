@@ -16,7 +16,7 @@ import numpy as np
 
 from tessy_hf.boundary_training.examples import IGNORED, Example, aligned_copies, collate, encode, weight_of_style
 from tessy_hf.boundary_training.metrics import evaluate_readings
-from tessy_hf.boundary_training.readings import UNJUDGED, Reading
+from tessy_hf.boundary_training.readings import Reading, attribute
 from tessy_hf.boundary_training.segments import Segment
 from tessy_hf.boundary_training.settings import TrainingSettings
 from tessy_hf.errors import BoundaryError
@@ -41,11 +41,13 @@ def load_base(settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTo
 
     set_seed(settings.seed)
     base, revision = settings.base, settings.base_revision
-    stated = {"label_shift": settings.label_shift, "window": settings.window, "author": settings.author}
+    stated = settings.model_dump(include={"label_shift", "lookahead", "window", "author"})
     labels = {"num_labels": 2, "id2label": LABELS, "label2id": {name: i for i, name in LABELS.items()}}
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, **labels)
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        if settings.lookahead:
+            config.eos_token_id = tokenizer.eos_token_id
         for name, value in {**settings.model_options, **stated}.items():
             setattr(config, name, value)
         network = AutoModelForTokenClassification.from_pretrained(
@@ -66,14 +68,16 @@ class _Validation(NamedTuple):
     examples: Sequence[Example]
     vocabulary: Vocabulary
     label_shift: int
+    lookahead: int
 
     def readings(self, logits: Any) -> list[Reading]:
         """Turn padded logits of shape (segments, tokens, 2) into readings."""
-        readings, ahead = [], [UNJUDGED] * self.label_shift
+        readings = []
         for row, example, segment in zip(logits, self.examples, self.segments, strict=True):
-            scores = np.asarray(row, dtype=np.float64)[: len(example.ids) - self.label_shift]
+            scores = np.asarray(row, dtype=np.float64)[: len(example.ids)]
             style = 1 / (1 + np.exp(scores[:, 0] - scores[:, 1]))
-            readings.append(Reading(self.vocabulary.encode(segment.text).offsets, np.concatenate((ahead, style))))
+            encoding = self.vocabulary.encode(segment.text)
+            readings.append(attribute(segment.text, encoding, style, self.label_shift, self.lookahead))
         return readings
 
     def measure(self, predicted: Any) -> dict[str, float]:
@@ -123,9 +127,11 @@ def fit(
             return (loss, outputs) if return_outputs else loss
 
     aligned = aligned_copies(train, settings.aligned_copies, settings.seed)
-    examples = [encode(segment, vocabulary, settings.label_shift) for segment in (*train, *aligned)]
-    judged = [encode(segment, vocabulary, settings.label_shift) for segment in validation]
-    held_out = _Validation(validation, judged, vocabulary, settings.label_shift)
+    convention = settings.label_shift, settings.lookahead
+    end_id = network.config.eos_token_id if settings.lookahead else 0
+    examples = [encode(segment, vocabulary, *convention, end_id) for segment in (*train, *aligned)]
+    judged = [encode(segment, vocabulary, *convention, end_id) for segment in validation]
+    held_out = _Validation(validation, judged, vocabulary, *convention)
     style_weight = weight_of_style(examples, settings.style_weight)
     steps = -(-len(examples) // settings.batch_size) * settings.epochs
     checkpoints = folder / "checkpoints" / _fingerprint(settings, examples)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, LabelShift
+from tessy_hf.boundary_training import weaknesses
 from tessy_hf.boundary_training.readings import Probabilities, Reading, is_causal, read
 from tessy_hf.boundary_training.segments import UNKNOWN, Mask, Segment, token_kinds, word_kinds
 
@@ -104,9 +105,11 @@ class Evaluation(BaseModel):
     char_f1_without_whitespace: float
     span_f1: float
     boundary_within_1_word: float
+    char_f1_by_domain: dict[str, float] = {}
     model: str = ""
     revision: str | None = None
     label_shift: LabelShift = 0
+    lookahead: int = 0
     window: int = 0
     causal: bool = True
     """Whether a label depends only on the text before it. If not, these figures hold for finished text; while a row is
@@ -114,6 +117,9 @@ class Evaluation(BaseModel):
     overall: Figures
     by_family: dict[str, Figures]
     by_source_model: dict[str, Figures]
+    by_domain: dict[str, Figures] = {}
+    by_kind: dict[str, Score] = {}
+    """Characters of style by the kind of phrase: recall of the marked spans, precision of the predicted ones."""
     by_author: dict[str, Figures]
     """``student``: segments that begin with style, as the student's turns do; ``teacher``: those with capability."""
 
@@ -127,6 +133,8 @@ class _Counts(NamedTuple):
     """Characters that are judged."""
     scores: dict[str, tuple[int, int, int]]
     """Correct, predicted and marked style, by what is counted."""
+    predicted: Mask
+    """Characters that are read as style."""
     errors: dict[str, int]
     """Distance of the first boundary from the marked one, by what is counted."""
     kinds: NDArray[np.int8]
@@ -151,6 +159,7 @@ def evaluate(predictor: BoundaryPredictor, segments: Sequence[Segment]) -> Evalu
         model=predictor.model,
         revision=predictor.revision,
         label_shift=predictor.label_shift,
+        lookahead=predictor.lookahead,
         window=predictor.window,
         causal=is_causal(predictor, segments[0].text),
     )
@@ -161,12 +170,16 @@ def evaluate_readings(readings: Sequence[Reading], segments: Sequence[Segment], 
     counts = [_count(reading, segment) for reading, segment in zip(readings, segments, strict=True)]
     overall = _figures(counts)
     by_family = _by(counts, lambda count: count.segment.family)
+    by_domain = _by(counts, lambda count: count.segment.domain)
     return Evaluation(
         char_f1=overall.char.f1,
         char_f1_by_family={family: figures.char.f1 for family, figures in by_family.items()},
         char_f1_without_whitespace=overall.char_f1_without_whitespace,
         span_f1=overall.span.f1,
         boundary_within_1_word=overall.boundary_words.within_1,
+        char_f1_by_domain={domain: figures.char.f1 for domain, figures in by_domain.items()},
+        by_domain=by_domain,
+        by_kind=_by_kind(counts),
         overall=overall,
         by_family=by_family,
         by_source_model=_by(counts, lambda count: count.segment.source_model),
@@ -186,6 +199,7 @@ def _count(reading: Reading, segment: Segment) -> _Counts:
     for (start, end), style in zip(reading.offsets, said, strict=True):
         predicted[start:end] |= style
     predicted, marked = _joined(predicted, written), segment.style()
+    whole = predicted
     starts = (start for (start, _), one in zip(reading.offsets, heard, strict=True) if one)
     begin = min(starts, default=len(segment.text))  # characters before it are not judged
     predicted, marked, written = predicted[begin:], marked[begin:], written[begin:]
@@ -203,6 +217,7 @@ def _count(reading: Reading, segment: Segment) -> _Counts:
             "letters": _char_counts(predicted & written, marked & written),
             "spans": _span_counts(read_words, marked_words),
         },
+        predicted=whole,
         errors={
             "words": _first(read_words, own_kind) - _first(marked_words, own_kind),
             "tokens": _first(read_tokens, own_kind) - _first(kinds[tokens], own_kind),
@@ -248,6 +263,13 @@ def _runs(kinds: Sequence[bool]) -> set[tuple[int, int]]:
 def _by(counts: Sequence[_Counts], key: Callable[[_Counts], str]) -> dict[str, Figures]:
     groups = sorted({key(count) for count in counts} - {""})
     return {group: _figures([count for count in counts if key(count) == group]) for group in groups}
+
+
+def _by_kind(counts: Sequence[_Counts]) -> dict[str, Score]:
+    """Score each kind of phrase. Its marked and its predicted spans differ, so F1 is the mean of the two shares."""
+    found = weaknesses.by_kind([count.segment for count in counts], [count.predicted for count in counts])
+    shares = {kind: (_share(right, said), _share(hit, marked)) for kind, (hit, marked, right, said) in found.items()}
+    return {kind: Score(precision=p, recall=r, f1=_share(2 * p * r, p + r)) for kind, (p, r) in shares.items()}
 
 
 def _figures(counts: Sequence[_Counts]) -> Figures:
@@ -306,6 +328,13 @@ def _share(part: float, whole: float) -> float:
 
 
 # --- showing
+
+
+def write_worst(predictor: BoundaryPredictor, segments: Sequence[Segment], path: Path) -> None:
+    """Write the worst segments as an HTML page, for local use: it quotes them."""
+    readings = read(predictor, [segment.text for segment in segments])
+    predicted = [_count(*one).predicted for one in zip(readings, segments, strict=True)]
+    path.write_text(weaknesses.worst_page(segments, predicted), encoding="utf-8")
 
 
 def plot(evaluation: Evaluation, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, windows
-from tessy_hf.text.vocabulary import words
+from tessy_hf.text.vocabulary import Encoding, owners, words
 
 Probabilities = NDArray[np.float64]
 
@@ -34,35 +34,43 @@ class Reading:
 
     def words(self, text: str, own_kind: bool) -> list[bool]:
         """Return whether each word is read as style; ``own_kind`` is taken for words that are not judged."""
-        ends = np.array([end for _, end in self.offsets])
-        kinds = []
-        for start, end in words(text):
-            letter = end - len(text[start:end].lstrip())
-            share = self.style[min(int(np.searchsorted(ends, letter, side="right")), len(ends) - 1)]
-            kinds.append(own_kind if np.isnan(share) else bool(share > 0.5))
-        return kinds
+        shares = (self.style[token] for token in first_tokens(text, self.offsets))
+        return [own_kind if np.isnan(share) else bool(share > 0.5) for share in shares]
+
+
+def first_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the index of the token with each word's first letter."""
+    ends = np.array([end for _, end in offsets])
+    letters = [end - len(text[start:end].lstrip()) for start, end in words(text)]
+    return [min(int(at), len(ends) - 1) for at in np.searchsorted(ends, letters, side="right")]
+
+
+def attribute(text: str, encoding: Encoding, said: Probabilities, label_shift: int, lookahead: int) -> Reading:
+    """Attribute the probability at each token, and at ``lookahead`` end tokens, to the tokens that it is about."""
+    offsets, ends = encoding.offsets, [end for _, end in words(text)]
+    if not lookahead or not ends:
+        return Reading(offsets, np.concatenate(([UNJUDGED] * label_shift, said[: len(offsets) - label_shift])))
+    places = [*first_tokens(text, offsets), *range(len(offsets), len(offsets) + lookahead)][lookahead:]
+    return Reading(offsets, said[[places[min(word, len(ends) - 1)] for word in owners(offsets, ends)]])
 
 
 def read(predictor: BoundaryPredictor, texts: Sequence[str], batch_size: int = 32) -> list[Reading]:
     """Read texts as the method does, each token from the window that belongs to its position."""
+    ahead, end = predictor.lookahead, [predictor.end_id] * predictor.lookahead
     encodings = [predictor.vocabulary.encode(text) for text in texts]
     asked = [
         (text, start, positions[-1] + 1, positions)
         for text, encoding in enumerate(encodings)
-        for start, positions in windows(range(len(encoding.ids)), predictor.window)
+        for start, positions in windows(range(len(encoding.ids) + ahead), predictor.window)
     ]
     asked.sort(key=lambda window: window[1] - window[2])  # longest first, so that a batch needs little padding
-    said = [np.full(len(encoding.ids), UNJUDGED) for encoding in encodings]
+    said = [np.full(len(encoding.ids) + ahead, UNJUDGED) for encoding in encodings]
     for begin in range(0, len(asked), batch_size):
         batch = asked[begin : begin + batch_size]
-        answers = predictor.probabilities([encodings[text].ids[start:stop] for text, start, stop, _ in batch])
+        answers = predictor.probabilities([[*encodings[text].ids, *end][start:stop] for text, start, stop, _ in batch])
         for (text, start, _, positions), answer in zip(batch, answers, strict=True):
             said[text][positions] = [answer[p - start] for p in positions]
-    ahead = predictor.label_shift
-    return [
-        Reading(encoding.offsets, np.concatenate(([UNJUDGED] * ahead, style[: len(style) - ahead])))
-        for encoding, style in zip(encodings, said, strict=True)
-    ]
+    return [attribute(*one, predictor.label_shift, ahead) for one in zip(texts, encodings, said, strict=True)]
 
 
 def is_causal(predictor: BoundaryPredictor, text: str) -> bool:

@@ -7,14 +7,13 @@ neither tokenizers nor datasets can hold, become question marks. Knows nothing o
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from tessy_hf.boundary_training.settings import FEWEST_WORDS, AnnotationSettings
-from tessy_hf.text.traces import thinking
+from tessy_hf.text.traces import Trace, read
 from tessy_hf.text.vocabulary import words
 
 
@@ -44,17 +43,22 @@ class Drawn:
 def draw(
     traces: Iterable[Mapping[str, Any]], settings: AnnotationSettings, source_model: str = "", family: str = ""
 ) -> Iterator[Drawn]:
-    """Draw segments; ``source_model`` and ``family`` hold for traces whose rows do not state them."""
+    """Draw segments; ``source_model`` and ``family`` hold for traces whose rows do not state them.
+
+    Raises:
+        DatasetError: The rows are of no known format.
+    """
     count = 0
     for row in traces:
-        text = _unicode(thinking(row) or "")
+        found = read(row)
+        text = _unicode(found.thinking)
         places = words(text)
         if len(places) < FEWEST_WORDS:
             continue
-        trace = _unicode(row.get("id") or digest(text))
+        trace = _unicode(row.get("id") or row.get("id_ddm") or digest(text))
         about = {
             "trace_id": trace,
-            "problem_id": _unicode(_problem(row) or trace),
+            "problem_id": _unicode(_problem(row, found) or trace),
             "source_model": _unicode(row.get("source_model") or source_model),
             "family": _unicode(row.get("family") or family),
         }
@@ -78,16 +82,9 @@ def _places(length: int, settings: AnnotationSettings, random: Random) -> Iterat
         yield first, min(length, first + (slot if aligned else settings.words)), aligned
 
 
-def _problem(row: Mapping[str, Any]) -> str:
+def _problem(row: Mapping[str, Any], trace: Trace) -> str:
     """Return the id of the row's problem, or a hash of its question."""
-    if row.get("problem_id"):
-        return str(row["problem_id"])
-    turns = row.get("messages") or row.get("conversations") or []
-    asked = [
-        turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) != "system"
-    ]
-    question = next((row[key] for key in ("problem", "question", "prompt") if row.get(key)), asked[:1])
-    return digest(json.dumps(question, sort_keys=True, ensure_ascii=False)) if question else ""
+    return str(row.get("problem_id") or (digest(trace.question) if trace.question else ""))
 
 
 def digest(text: str) -> str:

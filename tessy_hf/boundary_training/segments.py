@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,22 @@ Mask = NDArray[np.bool_]
 Kinds = NDArray[np.int8]
 
 
+class Format(NamedTuple):
+    """Where annotated segments keep the text, the style spans, and in a span what it quotes."""
+
+    name: str
+    text: str
+    spans: str
+    quote: str
+
+
+FORMATS = (
+    Format("tessy-hf", "text", "style_spans", "text"),
+    Format("the TESSY authors", "think_text", "pred_result", "span"),
+)
+"""The formats of annotations that are read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A piece of thinking and its style spans.
@@ -38,6 +54,7 @@ class Segment:
         source_model: The model that wrote it, for figures by model.
         weight: Its weight in training.
         key: Its name in errors.
+        domain: What it is about, such as code or math, for figures by domain.
     """
 
     text: str
@@ -47,26 +64,29 @@ class Segment:
     source_model: str = ""
     weight: float = 1.0
     key: str = ""
+    domain: str = ""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], number: int = 0) -> Segment:
-        """Read a row with ``text`` and ``style_spans`` (a list of ``{"start", "end"}``, with or without ``"text"``).
+        """Read a row in one of :data:`FORMATS`, its spans ``{"start", "end"}`` with or without what they quote.
 
-        Optional columns: ``problem_id``, ``family``, ``source_model``, ``weight`` and ``id``.
+        Optional columns: ``problem_id``, ``family``, ``source_model``, ``domain``, ``weight`` and ``id``.
 
         Raises:
             DatasetError: A column is missing, or spans are out of order or outside the text.
         """
-        key = str(row.get("id") or f"number {number}")
-        if not isinstance(row.get("text"), str) or row.get("style_spans") is None:
+        key = str(row.get("id") or row.get("id_ddm") or f"number {number}")
+        form = next((one for one in FORMATS if row.get(one.text) is not None and row.get(one.spans) is not None), None)
+        if form is None or not isinstance(row[form.text], str):
+            known = " or ".join(f"`{one.text}` and `{one.spans}` ({one.name})" for one in FORMATS)
             raise DatasetError(
-                f"Segment {key!r} has the columns {', '.join(map(str, row))}. Expected are `text`, a string, and "
-                "`style_spans`, a list of {start, end}; rename the columns."
+                f"Segment {key!r} has the columns {', '.join(map(str, row))}. Expected are {known}: a string, and a "
+                "list of {start, end}; rename the columns."
             )
-        text: str = row["text"]
-        spans = tuple((int(span["start"]), int(span["end"])) for span in row["style_spans"])
-        for (start, end), marked, before in zip(spans, row["style_spans"], (0, *(e for _, e in spans)), strict=False):
-            said = marked.get("text")
+        text: str = row[form.text]
+        spans = tuple((int(span["start"]), int(span["end"])) for span in row[form.spans])
+        for (start, end), marked, before in zip(spans, row[form.spans], (0, *(e for _, e in spans)), strict=False):
+            said = marked.get(form.quote)
             if not before <= start < end <= len(text) or (said is not None and said != text[start:end]):
                 raise DatasetError(
                     f"Segment {key!r}: the style span {start}-{end} ({said!r}) does not fit its text of {len(text)} "
@@ -74,8 +94,9 @@ class Segment:
                     "character offsets, in order, without overlap. Fix or drop the row."
                 )
         weight = 1.0 if row.get("weight") is None else float(row["weight"])
-        problem, family, source_model = (str(row.get(name) or "") for name in ("problem_id", "family", "source_model"))
-        return cls(text, spans, problem, family, source_model, weight, key)
+        problem = str(row.get("problem_id") or row.get("id_ddm") or "")  # their segments are of one trace each
+        family, source_model, domain = (str(row.get(name) or "") for name in ("family", "source_model", "domain"))
+        return cls(text, spans, problem, family, source_model, weight, key, domain)
 
     def style(self) -> Mask:
         """Return, for each character, whether it is style."""
@@ -109,7 +130,7 @@ def read_segments(source: str | Path | Iterable[Mapping[str, Any] | Segment]) ->
     rows = _lines(Path(source)) if isinstance(source, (str, Path)) else source
     segments = [row if isinstance(row, Segment) else Segment.from_row(row, n) for n, row in enumerate(rows)]
     if not segments:
-        raise DatasetError("There are no segments. Expected is at least one row with `text` and `style_spans`.")
+        raise DatasetError("There are no segments. Expected is at least one row with its style spans.")
     return segments
 
 

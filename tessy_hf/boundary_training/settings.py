@@ -27,16 +27,24 @@ class AnnotationSettings(Checked):
     """Seed of the draw and of sampling."""
     limit: int | None = Field(default=None, ge=1)
     """The most segments altogether. A rerun may change it."""
-    temperature: float = Field(default=0.0, ge=0)
-    """The annotator's sampling temperature."""
+    votes: int = Field(default=1, ge=1)
+    """How often each segment is marked; with several votes, what most of them mark counts."""
+    temperature: float | None = Field(default=None, ge=0)
+    """The annotator's sampling temperature; by default 0, and 0.7 where there are several votes."""
     max_thinking_tokens: int = Field(default=4096, ge=1)
     """Thinking budget of an annotator that thinks."""
     max_answer_tokens: int = Field(default=1024, ge=1)
     """Budget of its answer."""
-    prompt: str | None = None
-    """A Jinja file with another instruction, in which ``text`` is the segment."""
+    prompt: str = "rules"
+    """The instruction: ``rules`` (the paper's task with rules for the hard cases), ``paper`` (the task alone), or a
+    Jinja file in which ``text`` is the segment."""
     rows_in_flight: int = Field(default=64, ge=1)
     """Segments asked about at the same time. A rerun may change it."""
+
+    @property
+    def sampled_at(self) -> float:
+        """The temperature that is asked for."""
+        return self.temperature if self.temperature is not None else 0.7 if self.votes > 1 else 0.0
 
 
 class TrainingSettings(Checked):
@@ -50,6 +58,9 @@ class TrainingSettings(Checked):
     """Entries of the base model's config to change, for instance ``{"classifier_dropout": 0.2}``."""
     label_shift: LabelShift = 0
     """0: a token's label is about that token (the paper's text). 1: about the next one (the released checkpoints)."""
+    lookahead: int = Field(default=0, ge=0)
+    """Words beyond a word to read before it is judged: better boundaries, at the cost of generating so many words more
+    at each hand-over. Not with ``label_shift=1``."""
     window: int = Field(default=200, ge=2)
     """The most tokens of thinking to read. Longer segments are cut into pieces for training."""
     author: Literal["teacher", "student", "any"] = "any"

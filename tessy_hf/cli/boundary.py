@@ -23,6 +23,7 @@ def annotate(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write annotated segments to, or to continue.")],
     limit: Annotated[int | None, typer.Option(help="The most segments in all.")] = None,
+    votes: Annotated[int | None, typer.Option(help="How often to mark each segment; the majority counts.")] = None,
     split: Annotated[str, typer.Option(help="Which split of the traces.")] = "train",
 ) -> None:
     """Annotate the style spans in segments of reasoning traces with a strong model."""
@@ -30,13 +31,15 @@ def annotate(
     from tessy_hf.recipe import read_annotation
 
     annotator, settings = read_annotation(recipe)
-    settings |= {} if limit is None else {"limit": limit}
+    settings |= {name: value for name, value in {"limit": limit, "votes": votes}.items() if value is not None}
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     found = annotation.annotate(load(traces, split), annotator, out, **settings)
     table = Table("answers", "")
     for outcome, count in found.counts.items():
         table.add_row(outcome, str(count))
     Console().print(table)
+    if found.agreement:
+        Console().print("agreement of pairs: character F1 {char_f1:.3f}, kappa {kappa:.3f}".format(**found.agreement))
     Console().print(f"{len(found.rows)} segments in {found.folder}", soft_wrap=True)
 
 
@@ -96,6 +99,9 @@ def evaluate_boundary(
     split: Annotated[str, typer.Option(help="Which split of the data.")] = "train",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Plot calibration and boundary errors to this file.")] = None,
+    worst: Annotated[
+        Path | None, typer.Option(help="Write the 20 worst segments to this HTML file, which quotes them.")
+    ] = None,
 ) -> None:
     """Evaluate a boundary predictor on annotated segments."""
     from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
@@ -106,6 +112,8 @@ def evaluate_boundary(
     stated: Any = {"label_shift": label_shift, "style_label": style_label, "window": window}
     predictor = BoundaryPredictor.from_pretrained(model or SHIPPED, revision=revision, **stated)
     evaluation = metrics.evaluate(predictor, segments)
+    if worst is not None:
+        metrics.write_worst(predictor, segments, worst)
     predictor.close()
     if plot is not None:
         metrics.plot(evaluation, plot)
@@ -122,7 +130,9 @@ def _show(evaluation: Any) -> None:
         title=f"{evaluation.model}: style, and the first boundary by words",
         box=None,
     )
-    groups = {"all": evaluation.overall, **evaluation.by_family, **evaluation.by_source_model}
+    groups = {"all": evaluation.overall}
+    for named in (evaluation.by_domain, evaluation.by_family, evaluation.by_source_model):
+        groups |= named
     groups |= {f"begins as {author}": figures for author, figures in evaluation.by_author.items()}
     for name, figures in groups.items():
         low, high = figures.char_f1_interval
@@ -131,5 +141,9 @@ def _show(evaluation: Any) -> None:
         cells = (*(f"{share:.2f}" for share in shares), *(f"{share:.0%}" for share in within))
         table.add_row(name, str(figures.segments), f"{figures.char.f1:.3f}", f"{low:.2f}-{high:.2f}", *cells)
     Console().print(table)
+    kinds = Table("kind of phrase", "P", "R", title="style by kind of phrase", box=None)
+    for kind, score in evaluation.by_kind.items():
+        kinds.add_row(kind, f"{score.precision:.2f}", f"{score.recall:.2f}")
+    Console().print(kinds)
     if not evaluation.causal:
         Console().print("The model is bidirectional: during synthesis it sees less context than in this evaluation.")

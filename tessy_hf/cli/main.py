@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 import tessy_hf
-from tessy_hf.cli import boundary, examples, release, report, rows, synthesize, view
+from tessy_hf.cli import boundary, examples, release, report, rows, serve, synthesize, view
 from tessy_hf.errors import MergeError, TessyError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -22,6 +22,7 @@ for command in (
     synthesize.synthesize,
     synthesize.plan,
     view.view,
+    serve.serve,
     rows.status,
     rows.export,
     rows.merge,

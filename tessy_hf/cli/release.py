@@ -48,9 +48,19 @@ def push(
     ] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, as for synthesize.")] = None,
     run: Annotated[str | None, typer.Option(help="Which run of a journal, if it holds several.")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show the progress of a run on a branch until its journal is complete.")
+    ] = False,
+    live_main: Annotated[bool, typer.Option("--live-main", help="Show it on the card of main, too.")] = False,
+    live_minutes: Annotated[float, typer.Option(help="Minutes between two commits of the progress.")] = 10,
+    space: Annotated[
+        Path | None, typer.Option(help="A folder of `tessy report --space`, to be a Space of the same name.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum uncompressed size of a file.")] = "500MB",
 ) -> None:
     """Release finished rows on the Hub: data, manifest and card under one tag, all or nothing."""
+    from tessy_hf.hub.folders import push_space
+    from tessy_hf.hub.live import Live
     from tessy_hf.hub.push import push_to_hub
 
     console = Console()
@@ -69,10 +79,13 @@ def push(
         manifest=open_transform(recipe, change or [], None).record() if recipe else None,
         prompts=load(prompts, prompts_split, prompts_config, line_column="prompt") if prompts else None,
         run=run,
+        live=Live(live_minutes, main=live_main) if live or live_main else False,
         max_shard_size=max_shard_size,
         say=lambda step: console.print(f"· {step}", markup=False, highlight=False, soft_wrap=True),
     )
     console.print(f"{release.rows} rows, {release.failed} failed or incomplete: {release.url}", soft_wrap=True)
+    if space is not None:
+        console.print(f"the report: {push_space(space, repo, private=private)}", soft_wrap=True)
 
 
 def is_local(rows: str) -> bool:

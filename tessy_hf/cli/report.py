@@ -18,8 +18,8 @@ def report(
         str,
         typer.Argument(
             metavar="PATH_OR_REPO",
-            help="Finished rows: a .parquet or .jsonl file, a saved folder, a journal, or a dataset on the Hub "
-            "(me/data@v1.0.0).",
+            help="Rows of a run or others' (TESSY, OpenThoughts, Nemotron, Open-R1): a .parquet or .jsonl file, a "
+            "saved folder, a journal, or a dataset on the Hub (me/data@v1.0.0).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
@@ -30,12 +30,31 @@ def report(
     config_name: Annotated[str | None, typer.Option("--config", help="Which configuration, on the Hub.")] = None,
     rows: Annotated[int, typer.Option(help="The most rows to show; the numbers cover all rows.")] = 10_000,
     run: Annotated[str | None, typer.Option(help="Which run of a journal, if it holds several.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or Hub id: counts the tokens of rows that others released.")
+    ] = None,
+    space: Annotated[
+        Path | None, typer.Option(help="A folder to write a static Space of the Hub to, for `tessy push --space`.")
+    ] = None,
 ) -> None:
     """Write one HTML file with a dataset's statistics, figures and rows colored by author."""
-    from tessy_hf.report.page import write_report
+    from tessy_hf.engines.scoring import load_student
+    from tessy_hf.report.page import write_report, write_space
 
+    write, out = (write_report, out) if space is None else (write_space, space)
     with quiet():
-        shown = write_report(source, out, against=against, split=split, config_name=config_name, rows=rows, run=run)
+        vocabulary = load_student(tokenizer)[0] if tokenizer is not None else None
+        shown = write(
+            source,
+            out,
+            against=against,
+            split=split,
+            config_name=config_name,
+            rows=rows,
+            run=run,
+            vocabulary=vocabulary,
+        )
+    out = out if space is None else space / "index.html"
     size = out.stat().st_size / 1e6
     Console().print(f"{shown:,} rows in {out} ({size:.1f} MB). Open it in a browser.", soft_wrap=True, highlight=False)
 
@@ -45,7 +64,7 @@ def analyze(
         list[str],
         typer.Argument(
             metavar="A B [C]",
-            help="Two or three datasets of the same prompts, tessy rows or plain traces: .parquet or .jsonl files, "
+            help="Two or three datasets of the same prompts, of a run or others': .parquet or .jsonl files, "
             "saved folders, or datasets on the Hub (me/data@v1.0.0).",
             show_default=False,
         ),
@@ -78,6 +97,10 @@ def analyze(
         typer.echo(json.dumps(result))
         return
     compare_page.write(out, result)
-    for one in result["similarity"]:
-        Console().print(f"{' and '.join(one['of'])}: similarity {one['mean']:.3f}", markup=False, soft_wrap=True)
+    lines = [f"{' and '.join(one['of'])}: similarity {one['mean']:.3f}" for one in result["similarity"]]
+    for name, lengths in result["tokens"].items():
+        means = ", ".join(f"{part} {lengths[part]['mean']:,.1f}" for part in ("thinking", "answer"))
+        lines.append(f"{name}: mean tokens: {means}")
+    for line in lines:
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -85,12 +85,15 @@ def export(
     out: Annotated[Path, typer.Argument(help="Where to write the rows: a .parquet or .jsonl file.")],
     run: Annotated[str | None, typer.Option(help="Which run, if the journal holds several.")] = None,
     overwrite: Overwrite = False,
+    form: Annotated[
+        Literal["tessy", "dialogs"], typer.Option("--format", help="Our columns, or the TESSY authors' dialogs.")
+    ] = "tessy",
 ) -> None:
     """Write the finished rows of a journal, even if the run never ended.
 
     They have no columns of the prompts; `tessy merge JOURNAL --prompts ...` writes these too.
     """
-    from tessy_hf.rows import parquet
+    from tessy_hf.rows import foreign, parquet
     from tessy_hf.rows.output import Output
     from tessy_hf.run.finished import Rows
     from tessy_hf.settings import Settings
@@ -99,8 +102,16 @@ def export(
     rows = Rows(journal, run, max_attempts=3)
     (fingerprint,) = rows.fingerprints() or {""}
     own = Settings.check(id_column="key")
-    output.check_old(fingerprint, own, lambda: [key for table in rows.tables() for key in parquet.keys(table, "key")])
-    count = output.write(rows.tables(), rows.features, lambda: rows.record(fingerprint))
+    if form == "dialogs":
+        output.check_old(fingerprint, own)
+        theirs = foreign.dialogs((row for table in rows.tables() for row in table.to_pylist()), "key")
+        count = output.write(
+            parquet.tables(theirs, foreign.dialog_features()), foreign.dialog_features(), lambda: None
+        )
+    else:
+        wanted = (key for table in rows.tables() for key in parquet.keys(table, "key"))
+        output.check_old(fingerprint, own, lambda: list(wanted))
+        count = output.write(rows.tables(), rows.features, lambda: rows.record(fingerprint))
     Console().print(f"{count} rows in {out}", soft_wrap=True)
 
 

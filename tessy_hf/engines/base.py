@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from tessy_hf.errors import EngineDeadError
 from tessy_hf.trajectory import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Measure = Literal["logprobs", "entropies", "score"]
+"""What an engine can measure: see :class:`Request` and :meth:`Engine.score`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Request:
         top_k: As in :class:`tessy_hf.plan.Sampling`, like those below.
         min_p: Least share of the most probable token's probability.
         repetition_penalty: Against tokens that the text has already.
+        logprobs: Whether log-probabilities of the new tokens are wanted.
+        entropies: Whether entropies of their distributions are wanted.
     """
 
     row: str
@@ -50,6 +56,8 @@ class Request:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    logprobs: bool = False
+    entropies: bool = False
 
     @property
     def set_sampling(self) -> dict[str, float]:
@@ -66,11 +74,28 @@ class Completion:
         token_ids: The new ids, without the one that stopped it.
         stop_id: The id from ``stop_ids`` that ended the text, or ``None`` where ``max_tokens`` did.
         uncached_prompt_tokens: How many ids of the prompt were not in the engine's cache, where it says so.
+        logprobs: The log-probability of each new id, where asked for: of the model's own distribution, before
+            temperature, top-p and penalties.
+        entropies: The entropy in nats of that distribution over the whole vocabulary, where asked for.
     """
 
     token_ids: Sequence[int]
     stop_id: int | None
     uncached_prompt_tokens: int | None = None
+    logprobs: Sequence[float] | None = None
+    entropies: Sequence[float] | None = None
+
+
+class Scores(NamedTuple):
+    """How likely a model finds given ids, one value for each.
+
+    Attributes:
+        logprobs: Log-probabilities, each after all ids before it.
+        ranks: How many ids of the vocabulary are at least as likely: 1 for the most likely one.
+    """
+
+    logprobs: list[float]
+    ranks: list[int]
 
 
 class Engine(Protocol):
@@ -127,6 +152,23 @@ class Engine(Protocol):
 
         Raises:
             RequestError: This request failed for good.
+            EngineDeadError: No request can succeed any more.
+        """
+        ...
+
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """What it can measure besides writing. Valid after :meth:`start`."""
+        ...
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Score ``ids`` as the continuation of ``prompt_ids``, of which there is at least one.
+
+        Only ids that the engine's cache does not hold are read, where it can use its cache for this. ``row`` and
+        ``order`` are as in :class:`Request`; one row scores one text at a time.
+
+        Raises:
+            RequestError: This request failed for good, or the engine cannot score.
             EngineDeadError: No request can succeed any more.
         """
         ...

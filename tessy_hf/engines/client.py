@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tessy_hf.engines import completions_api as api
-from tessy_hf.engines.base import Completion, Request
-from tessy_hf.engines.completions_api import EXACT, AnswerError, CompletionsAPI, Protocol
+from tessy_hf.engines.base import Completion, Request, Scores
+from tessy_hf.engines.completions_api import STREAMS, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
 from tessy_hf.engines.replicas import Service
+from tessy_hf.engines.sessions import SessionHeaders
 from tessy_hf.errors import EngineDeadError, EngineError, RequestError
 from tessy_hf.retries import TRANSIENT_STATUSES, retry_after
 
@@ -52,33 +53,48 @@ class Client:
         timeout: float,
         context_length: int | None,
         protocols: Sequence[Protocol],
+        session_headers: Sequence[str],
     ) -> None:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
         self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
         self._api = CompletionsAPI(model, tokenizer)
         self.roots: dict[str, str] = {}
         self._connections = Connections(read_key(api_key_env), timeout)
-        self.release = self._api.release
+        self._sessions = SessionHeaders(session_headers)
         self.close = self._connections.close
+
+    def release(self, row: str) -> None:
+        """Forget what is kept for a row."""
+        self._api.release(row)
+        self._sessions.release(row)
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
-        url = _url(server, protocol)
-        text = await self._send(server, "POST", url, self._api.body(protocol, request))
+        url = api.address(server, protocol)
+        content = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
         with self._reading(server, url):
-            return self._api.completion(protocol, api.parse(text), request)
+            return self._api.completion(protocol, api.parse(content), request)
+
+    async def score(self, server: str, protocol: Protocol, request: Request, count: int) -> Scores:
+        """Ask for the log-probabilities of a prompt's last ids."""
+        url = api.address(server, protocol)
+        content = await self._send(server, "POST", url, self._api.score_body(protocol, request), request.row)
+        with self._reading(server, url):
+            return self._api.scores(api.parse(content), request, count)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
-        url, left = _url(server, protocol), request.max_tokens
+        url, left = api.address(server, protocol), request.max_tokens
         body = self._api.body(protocol, request, stream=True)
-        async with self._connections.request(server, "POST", url, body) as reply:
+        headers = self._sessions.of(server, request.row)
+        async with self._connections.request(server, "POST", url, body, headers) as reply:
+            self._sessions.keep(server, request.row, reply.headers, reply.cookies)
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
+                raise self._refusal(server, url, reply.status, await reply.content(), reply.headers)
             async with aclosing(reply.events()) as batches:
                 async for events in batches:
                     with self._reading(server, url):
-                        piece = self._api.piece(list(map(api.parse, events)), request, left)
+                        piece = self._api.piece(protocol, list(map(api.parse, events)), request, left)
                     if piece is None:
                         continue
                     left -= len(piece.token_ids)
@@ -93,7 +109,7 @@ class Client:
         length = await self._context_length(server)
         await self._check_tokenizer(server)
         protocol = await self._find_protocol(server)
-        return Service(protocol, protocol in EXACT, length, await self._cache_tokens(server))
+        return Service(protocol, protocol in STREAMS, length, await self._cache_tokens(server))
 
     async def _context_length(self, server: str) -> int:
         answer = await self._json(server, "GET", server + "/models")
@@ -138,21 +154,26 @@ class Client:
 
     async def _cache_tokens(self, server: str) -> int | None:
         try:
-            return api.cache_tokens(await self._send(server, "GET", _root(server) + "/metrics"))
+            return api.cache_tokens(
+                (await self._send(server, "GET", _root(server) + "/metrics")).decode(errors="replace")
+            )
         except (ReplicaError, EngineError):
             return None
 
     async def _json(self, server: str, method: str, url: str, content: bytes | None = None) -> Any:
-        text = await self._send(server, method, url, content)
+        answer = await self._send(server, method, url, content)
         with self._reading(server, url):
-            return api.parse(text)
+            return api.parse(answer)
 
-    async def _send(self, server: str, method: str, url: str, content: bytes | None = None) -> str:
-        async with self._connections.request(server, method, url, content) as reply:
-            text = await reply.text()
+    async def _send(self, server: str, method: str, url: str, content: bytes | None = None, row: str = "") -> bytes:
+        headers = self._sessions.of(server, row) if row else {}
+        async with self._connections.request(server, method, url, content, headers) as reply:
+            answer = await reply.content()
+            if row:
+                self._sessions.keep(server, row, reply.headers, reply.cookies)
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, text, reply.headers)
-            return text
+                raise self._refusal(server, url, reply.status, answer, reply.headers)
+            return answer
 
     @contextmanager
     def _reading(self, server: str, url: str) -> Iterator[None]:
@@ -161,12 +182,12 @@ class Client:
             yield
         except AnswerError as error:
             if error.status is not None:
-                raise self._refusal(server, url, error.status, error.words, {}) from error
+                raise self._refusal(server, url, error.status, error.words.encode(), {}) from error
             raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
 
-    def _refusal(self, server: str, url: str, status: int, text: str, headers: Mapping[str, str]) -> Exception:
+    def _refusal(self, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:
         """Return what a status other than 200 means: for the server, for the row, or for the run."""
-        words = api.server_words(text)
+        words = api.server_words(answer)
         if status in KEY_STATUSES:
             return EngineDeadError(
                 f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "
@@ -190,7 +211,3 @@ def _is_transient(error: Exception) -> bool:
 def _root(server: str) -> str:
     """Return the address without the version."""
     return server.removesuffix("/v1")
-
-
-def _url(server: str, protocol: Protocol) -> str:
-    return _root(server) + "/inference/v1/generate" if protocol == "generate" else server + "/completions"

@@ -1,4 +1,4 @@
-"""Request bodies and answers of the completion protocols: vLLM's `/inference/v1/generate` and any `/v1/completions`.
+"""Request bodies and answers of the completion protocols, vLLM's `/inference/v1/generate` and `/v1/completions` first.
 
 A request goes in and the bytes of a body come out; an answer goes in and a completion comes out. Knows no replicas,
 retries or sockets. Chat endpoints are never used: their reasoning parsers mislabel thinking that is continued
@@ -7,7 +7,6 @@ retries or sockets. Chat endpoints are never used: their reasoning parsers misla
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import OrderedDict
@@ -16,8 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import orjson
 
-from tessy_hf.engines.base import Completion, Request, derive_seed
+from tessy_hf.engines.base import Completion, Request, Scores, derive_seed
+from tessy_hf.engines.native_apis import NATIVE
 from tessy_hf.retries import first_words
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -25,17 +26,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Protocol = Literal["generate", "ids", "ids-to-text", "text"]
+Protocol = Literal["generate", "sglang", "llama.cpp", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
+    "sglang",  # ids in and out by SGLang's own `/generate`
+    "llama.cpp",  # ids in and out by llama.cpp's own `/completion`
     "ids",  # ids in and out by `/v1/completions`: any vLLM; it sends the prompt back each time
-    "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as SGLang and OpenAI's own do
+    "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as OpenAI's own do
     "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
 )
 """How a server can be asked to continue a text, best first."""
 
-EXACT: frozenset[Protocol] = frozenset({"generate", "ids"})
-"""Protocols with ids in and out, which can also stream."""
+EXACT: frozenset[Protocol] = frozenset({"generate", "sglang", "llama.cpp", "ids"})
+"""Protocols with ids in and out."""
+
+STREAMS = EXACT - {"llama.cpp"}
+"""Protocols that can stream ids."""
+
+MEASURED: frozenset[Protocol] = frozenset({"generate", "ids"})
+"""Protocols that tell log-probabilities of ids."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""
@@ -50,8 +59,7 @@ _STOPPED = frozenset({"stop", "eos", "eos_token", "stop_token", "stop_sequence",
 _OUT_OF_TOKENS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "model_length", "limit"})
 """What servers write as ``finish_reason``: OpenAI, TGI, Together, Mistral, Cohere, Anthropic and llama.cpp."""
 
-_sorted_ids = lru_cache(maxsize=64)(sorted)
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell but no text can hold
+_ECHO = b'"prompt_token_ids":'
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 
 
@@ -105,6 +113,14 @@ class CompletionsAPI:
 
     def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
+        return self._asking(protocol, request, self._options(protocol, request), stream)
+
+    def score_body(self, protocol: Protocol, request: Request) -> bytes:
+        """Return the body that asks for the log-probabilities of a prompt, with one new token."""
+        options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        return self._asking(protocol, request, options, False)
+
+    def _options(self, protocol: Protocol, request: Request) -> dict[str, Any]:
         options: dict[str, Any] = {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -113,20 +129,28 @@ class CompletionsAPI:
         }
         if request.temperature:
             options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+        if request.logprobs and protocol in MEASURED:
+            options["logprobs"] = 0  # of the drawn ids only
         if protocol in EXACT:
-            options["stop_token_ids"] = _sorted_ids(request.stop_ids)
+            options["stop_token_ids"] = _encoded_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
             options["stop"] = stops
-        if protocol == "generate":
+        return options
+
+    def _asking(self, protocol: Protocol, request: Request, options: dict[str, Any], stream: bool) -> bytes:
+        native = NATIVE.get(protocol)
+        if native is not None:
+            options = native.options(options, request, self._stop_texts(request.stop_ids))
+        elif protocol == "generate":
             options = {"sampling_params": {**options, "detokenize": False}}
         elif protocol == "ids":
             options["return_token_ids"] = True
         if stream:
             options["stream"] = True
-        name = b"token_ids" if protocol == "generate" else b"prompt"
+        name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
         prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
-        head = json.dumps({"model": self._model})[:-1].encode()
-        return b"".join((head, b', "', name, b'": ', prompt, b", ", json.dumps(options)[1:].encode()))
+        head = orjson.dumps({"model": self._model})[:-1]
+        return b"".join((head, b',"', name, b'":', prompt, b",", orjson.dumps(options)[1:]))
 
     def release(self, row: str) -> None:
         """Forget a row's encoded prompt."""
@@ -140,7 +164,7 @@ class CompletionsAPI:
     def tokenize_body(self) -> bytes:
         """Return the body that asks vLLM's `/tokenize` for the tokens of :data:`PROBE` and the template's markers."""
         body = {"model": self._model, "prompt": self._probe_text, "add_special_tokens": False}
-        return json.dumps(body).encode()
+        return orjson.dumps(body)
 
     def _id_prompt(self, request: Request) -> bytes:
         prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
@@ -153,7 +177,7 @@ class CompletionsAPI:
         """Return the prompt as text, without what the server's tokenizer puts before each text."""
         ids, prefix = list(request.prompt_ids), self._prefix
         own = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
-        return json.dumps(self._vocabulary.decode(own)).encode()
+        return orjson.dumps(self._vocabulary.decode(own))
 
     def _decode_stops(self, stop_ids: frozenset[int]) -> list[str]:
         """Return the stop ids as text, the end of thinking first. A server knows its own end of sequence."""
@@ -165,18 +189,37 @@ class CompletionsAPI:
 
     def completion(self, protocol: Protocol, answer: Any, request: Request) -> Completion:
         """Read a completion from the JSON of an answer."""
-        read = self._ids if protocol in EXACT else self._text_ids
-        ids, stop_id = read(_choice(answer), request, request.max_tokens)
-        return Completion(ids, stop_id, uncached_tokens(answer))
+        answer = _common(protocol, answer)
+        read, choice = self._ids if protocol in EXACT else self._text_ids, _choice(answer)
+        ids, stop_id = read(choice, request, request.max_tokens)
+        logprobs = _logprobs([choice], len(ids)) if request.logprobs else None
+        return Completion(ids, stop_id, uncached_tokens(answer), logprobs)
 
-    def piece(self, events: Sequence[Any], request: Request, most: int) -> Completion | None:
+    def scores(self, answer: Any, request: Request, count: int) -> Scores:
+        """Read the log-probabilities and ranks of a prompt's last ``count`` ids."""
+        told = _get(answer, "prompt_logprobs", list) or _get(_choice(answer), "prompt_logprobs", list)
+        ids = request.prompt_ids[len(request.prompt_ids) - count :]
+        entries = [_get(each, str(token), dict) for each, token in zip(told[-count:], ids, strict=False)]
+        scores: list[tuple[Any, Any]] = [(one.get("logprob"), one.get("rank")) for one in entries]
+        if len(told) != len(request.prompt_ids) or not all(_is_score(*one) for one in scores):
+            raise AnswerError("answered without log-probabilities of the prompt")
+        return Scores([float(logprob) for logprob, _ in scores], [int(rank) for _, rank in scores])
+
+    def piece(self, protocol: Protocol, events: Sequence[Any], request: Request, most: int) -> Completion | None:
         """Read what the events of a stream add, at most so many tokens; ``None`` where they add nothing."""
-        choices = [_choice(event) for event in events if _get(event, "choices", list)]
-        ids = [i for choice in choices for i in _get(choice, "token_ids", list)]
+        choices: list[Mapping[str, Any]] = []
+        ids: list[int] = []
+        seen = request.max_tokens - most
+        for event in events:
+            common = _common(protocol, event, seen + len(ids))
+            if _get(common, "choices", list):
+                choices.append(_choice(common))
+                ids += _get(choices[-1], "token_ids", list)
         if not ids:  # the last event may have nothing but the reason
             return None
         together = {"token_ids": ids, "finish_reason": choices[-1].get("finish_reason")}
-        return Completion(*self._ids(together, request, most))
+        ids, stop_id = self._ids(together, request, most)
+        return Completion(ids, stop_id, None, _logprobs(choices, len(ids)) if request.logprobs else None)
 
     def other_tokens(self, answer: Any) -> str | None:
         """Return where the tokens of `/tokenize` differ from the local tokenizer's, for people; else ``None``."""
@@ -199,7 +242,7 @@ class CompletionsAPI:
 
     def _text_ids(self, choice: Mapping[str, Any], request: Request, most: int) -> tuple[list[int], int | None]:
         text, reason = choice.get("text"), _reason(choice)
-        if not isinstance(text, str) or _SURROGATE.search(text) or reason not in _STOPPED | _OUT_OF_TOKENS:
+        if not isinstance(text, str) or reason not in _STOPPED | _OUT_OF_TOKENS:
             shown = first_words(str(choice.get("finish_reason")))
             raise AnswerError(f"answered without text (finish_reason {shown!r})")
         found = [at for at in map(text.find, self._stop_texts(request.stop_ids)) if at >= 0]  # some send what stopped
@@ -214,24 +257,59 @@ class CompletionsAPI:
         return ids, int(eos) if eos is not None else min(request.stop_ids, default=None)
 
 
-def parse(text: str) -> Any:
-    """Parse the text of an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send."""
+def _logprobs(choices: Sequence[Mapping[str, Any]], count: int) -> list[float]:
+    """Return the log-probabilities of the first ids that choices have: of `/inference/v1/generate`, or OpenAI's."""
+    told = [_get(choice, "logprobs", dict) for choice in choices]
+    found: list[Any] = [value for one in told for value in _get(one, "token_logprobs", list)]
+    found += [entry.get("logprob") for one in told for entry in _get(one, "content", list)]
+    if len(found) < count or not all(_is_score(value, 1) for value in found[:count]):
+        raise AnswerError("answered without log-probabilities of the new tokens")
+    return [float(value) for value in found[:count]]
+
+
+def _is_score(logprob: Any, rank: Any) -> bool:
+    return isinstance(logprob, int | float) and type(rank) is int
+
+
+@lru_cache(maxsize=64)
+def _encoded_ids(ids: frozenset[int]) -> orjson.Fragment:
+    """Return ids as JSON, in order."""
+    return orjson.Fragment(orjson.dumps(sorted(ids)))
+
+
+def parse(content: bytes) -> Any:
+    """Parse an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send.
+
+    The prompt that vLLM sends back is left out.
+    """
     try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AnswerError(f"answered with something that is not JSON: {first_words(text)!r}") from error
+        if (at := content.find(_ECHO)) >= 0 and (end := content.find(b"]", at)) > 0:  # its ids alone, or null
+            value = content[at + len(_ECHO) : end].strip()
+            content = content[:at] + _ECHO + b"[" + content[end:] if value.startswith(b"[") else content
+        answer = orjson.loads(content)
+    except ValueError as error:
+        shown = first_words(content[:1000].decode(errors="replace"))
+        raise AnswerError(f"answered with something that is not JSON: {shown!r}") from error
     _check(answer)
     return answer
 
 
-def server_words(text: str) -> str:
+def server_words(content: bytes) -> str:
     """Return what a server says in the body of an error, in one line: its message, else the first words."""
+    text = content.decode(errors="replace")
     try:
-        answer = parse(text)
+        answer = parse(content)
     except AnswerError as error:
         return error.words or first_words(text)
     found = [answer.get(key) for key in ("detail", "message")] if isinstance(answer, Mapping) else []
     return first_words(next((words for words in found if isinstance(words, str) and words), text))
+
+
+def address(server: str, protocol: Protocol) -> str:
+    """Return where a server is asked in a protocol; the server's address mostly ends in its version."""
+    if protocol == "generate":
+        return server.removesuffix("/v1") + "/inference/v1/generate"
+    return server.removesuffix("/v1") + NATIVE[protocol].path if protocol in NATIVE else server + "/completions"
 
 
 def uncached_tokens(answer: Any) -> int | None:
@@ -280,8 +358,14 @@ def _check(answer: Any) -> None:
     described = error if isinstance(error, Mapping) else {"message": error}
     codes = [str(of.get(key)) for of in (described, answer) for key in ("code", "status", "status_code")]
     status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
-    words = first_words(str(described.get("message") or json.dumps(error)))
+    words = first_words(str(described.get("message") or orjson.dumps(error).decode()))
     raise AnswerError(f"answered with an error: {words!r}", status, words)
+
+
+def _common(protocol: Protocol, answer: Any, seen: int = 0) -> Any:
+    """Return an answer as vLLM would have sent it."""
+    native = NATIVE.get(protocol)
+    return answer if native is None else native.answer(answer if isinstance(answer, Mapping) else {}, seen)
 
 
 def _choice(answer: Any) -> Mapping[str, Any]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.base import Completion, Request, Scores
 from tessy_hf.engines.forward import forward
 from tessy_hf.engines.kv_pool import Batch, KVPool, Row
 from tessy_hf.engines.network import sample_cache
@@ -28,6 +28,18 @@ PASS_TOKENS = 512
 CACHE_SHARE = 0.2
 """Share of the memory that one engine plans for keys and values."""
 
+SCORED_TOKENS = 2048
+"""Most tokens of all rows scored in one forward pass, which bounds the memory for logits."""
+
+
+class Given(NamedTuple):
+    """Ids to score: those of a row from index ``begin`` on."""
+
+    row: str
+    order: int
+    ids: array[int]
+    begin: int
+
 
 @dataclass
 class _Writing:
@@ -36,6 +48,8 @@ class _Writing:
     request: Request
     row: Row
     stop_id: int | None = None
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def written(self) -> array[int]:
@@ -46,14 +60,23 @@ class _Writing:
         missing = len(self.request.prompt_ids) + self.request.max_tokens - len(self.row.ids)
         return self.stop_id is not None or missing <= 0
 
-    def take(self, token: int) -> None:
-        """Append a token, unless all is written or it ends the row."""
+    def take(self, token: int, *measured: float) -> None:
+        """Append a token, unless all is written or it ends the row; with its log-probability and entropy."""
         if self.done:
             return
         if token in self.request.stop_ids:
             self.stop_id = token
-        else:
-            self.row.ids.append(token)
+            return
+        self.row.ids.append(token)
+        if measured:
+            self.logprobs.append(measured[0])
+            self.entropies.append(measured[1])
+
+    def completion(self, uncached: int) -> Completion:
+        """Return what was written."""
+        asked = self.request
+        logprobs, entropies = self.logprobs if asked.logprobs else None, self.entropies if asked.entropies else None
+        return Completion(self.written, self.stop_id, uncached, logprobs, entropies)
 
 
 class Generator:
@@ -91,31 +114,61 @@ class Generator:
         lengths = [len(row.ids) for row in rows]
         batch = self._pool.batch(rows, lengths)
         sampler = Sampler(requests, lengths, batch.ids.device)
+        measures = any(request.logprobs or request.entropies for request in requests)
         writings = [_Writing(request, row) for request, row in zip(requests, rows, strict=True)]
         for step in range(max(request.max_tokens for request in requests)):
-            tokens = sampler(self._read(batch), step)
-            for writing, token in zip(writings, tokens.tolist(), strict=True):
-                writing.take(token)
+            logits = self._read(batch)[:, -1]
+            tokens = sampler(logits, step)
+            columns = [tokens.tolist(), *(_measure(logits, tokens) if measures else ())]
+            for writing, *drawn in zip(writings, *columns, strict=True):
+                writing.take(*drawn)
             if all(writing.done for writing in writings):
                 break
             batch.append(tokens)
         self._pool.store(batch)
-        return [
-            Completion(writing.written, writing.stop_id, count)
-            for writing, count in zip(writings, uncached, strict=True)
-        ]
+        return [writing.completion(count) for writing, count in zip(writings, uncached, strict=True)]
 
-    def _read(self, batch: Batch) -> torch.Tensor:
-        """Run the network on a batch's next ids; return the logits after each row's last id."""
+    @torch.inference_mode()
+    def score(self, given: Sequence[Given], released: Sequence[str] = ()) -> list[Scores]:
+        """Score ids of rows as one batch, a stretch after another.
+
+        Args:
+            given: Ids of different rows.
+            released: Rows that have ended, to be forgotten first.
+        """
+        for key in released:
+            self._pool.release(key)
+        rows = [self._pool.open(one.row, one.ids) for one in given]
+        for row, one in zip(rows, given, strict=True):
+            row.kept = min(row.kept, one.begin - 1)  # the id before the first scored one is read again
+        found, stretch = [Scores([], []) for _ in given], max(1, SCORED_TOKENS // len(given))
+        if far := [(row, one) for row, one in zip(rows, given, strict=True) if one.begin - 1 - row.kept > stretch]:
+            batch = self._pool.batch([row for row, _ in far], [one.begin - 1 for _, one in far])
+            self._read(batch)
+            self._pool.store(batch)
+        while left := [at for at, row in enumerate(rows) if row.kept < len(row.ids) - 1]:
+            starts = [max(rows[at].kept, given[at].begin - 1) for at in left]
+            ends = [min(start + stretch, len(rows[at].ids) - 1) for at, start in zip(left, starts, strict=True)]
+            batch = self._pool.batch([rows[at] for at in left], ends)
+            logits = self._read(batch, max(end - start for start, end in zip(starts, ends, strict=True)))
+            self._pool.store(batch)
+            for line, at, start, end in zip(logits, left, starts, ends, strict=True):
+                logprobs, ranks = _score(line[start - end :], rows[at].ids[start + 1 : end + 1])
+                found[at].logprobs.extend(logprobs)
+                found[at].ranks.extend(ranks)
+        return found
+
+    def _read(self, batch: Batch, keep: int = 1) -> torch.Tensor:
+        """Run the network on a batch's next ids; return the logits after the last ``keep`` ids of each row."""
         logits, _ = forward(
             self._network,
             batch.ids,
             batch.cache,
             attention_mask=batch.mask,
             position_ids=batch.positions,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        return logits[:, -1]
+        return logits
 
     def _read_long_prompts(self, rows: Sequence[Row]) -> None:
         """Read long prompts, all but their last id, in a pass of their own.
@@ -127,6 +180,20 @@ class Generator:
             batch = self._pool.batch(long, [len(row.ids) - 1 for row in long])
             self._read(batch)
             self._pool.store(batch)
+
+
+def _measure(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Return the log-probability of each row's token, and the entropy of its distribution."""
+    scores = logits.float().log_softmax(-1)
+    entropies = torch.special.entr(scores.exp()).sum(-1)
+    return scores.gather(-1, tokens[:, None])[:, 0].tolist(), entropies.tolist()
+
+
+def _score(logits: torch.Tensor, ids: Sequence[int]) -> Scores:
+    """Return log-probabilities and ranks of ids, from the logits before each."""
+    scores = logits.float().log_softmax(-1)
+    own = scores.gather(-1, torch.tensor(ids, device=logits.device)[:, None])
+    return Scores(own[:, 0].tolist(), (scores >= own).sum(-1).tolist())
 
 
 def _memory_bytes(device: torch.device) -> int:

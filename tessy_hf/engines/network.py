@@ -18,25 +18,48 @@ from tessy_hf.errors import EngineDeadError, SettingsError
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Types of layers whose whole state is a key and a value per token, so that a row can be rolled back."""
 
+PACKAGES = "torchao, compressed-tensors, bitsandbytes, optimum-quanto, gptqmodel (GPTQ and AWQ), gguf"
+"""What transformers needs to load quantized checkpoints, by the names on PyPI."""
+
 
 def load(model: str, revision: str | None, dtype: str, device: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """Load a model from safetensors or GGUF, and never code that comes with it.
 
     Raises:
-        EngineDeadError: It cannot be loaded.
+        EngineDeadError: It cannot be loaded, or lacks weights, which transformers would draw at random.
+        SettingsError: Its quantization makes a row depend on the rows beside it.
     """
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=dtype, use_safetensors=True, **options
+        network, found = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         if "device_map" not in options and network.device.type != torch.device(device).type:
             network = network.to(device)  # some quantized ones are there already, and refuse to be moved
-    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except ImportError as error:
         raise EngineDeadError(
-            f"The model {model!r} could not be loaded: {error} A Hub id or a folder with config.json and safetensors "
-            "(or a gguf_file) is expected, and options of AutoModelForCausalLM.from_pretrained; check the name, and "
-            "HF_TOKEN for gated models."
+            f"The model {model!r} needs a package that is not installed: {str(error).rstrip('.')}. Install it with "
+            f"pip; packages of quantized checkpoints: {PACKAGES}."
         ) from error
+    except (AttributeError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise EngineDeadError(
+            f"The model {model!r} could not be loaded: {str(error).rstrip('.')}. A Hub id or a folder with "
+            "config.json and safetensors (or a gguf_file) is expected, and options of "
+            "AutoModelForCausalLM.from_pretrained; check the name, and HF_TOKEN for gated models."
+        ) from error
+    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
+        raise EngineDeadError(
+            f"The files of {model!r} lack {len(missing)} weights of {type(network).__name__}, such as {missing[0]}; "
+            "transformers would draw them at random. A whole checkpoint of this architecture is expected, in a "
+            "quantization that this transformers knows; download it again, update transformers, or serve the model "
+            "with vLLM (ServerEngine)."
+        )
+    quantization: Any = getattr(network.config, "quantization_config", None)
+    if getattr(quantization, "load_in_8bit", False) and quantization.llm_int8_threshold:
+        raise SettingsError(
+            f"{model!r} is quantized by LLM.int8 with llm_int8_threshold={quantization.llm_int8_threshold}: which "
+            "features are outliers is decided for a whole batch, so a row would depend on the rows beside it. "
+            "llm_int8_threshold=0.0 is expected in its BitsAndBytesConfig, or another quantization."
+        )
     return network.eval()
 
 

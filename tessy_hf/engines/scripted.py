@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from array import array
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.base import Completion, Measure, Request, Scores
 from tessy_hf.errors import RequestError
 from tessy_hf.text.vocabulary import Vocabulary, words
 
@@ -54,6 +55,8 @@ class ScriptedEngine:
         fault: A function of the request that may return an exception to raise.
         context_length: The most tokens a prompt and its completion may have together.
         piece_tokens: How many tokens of a stream come at once. Each piece takes the time of a request.
+        probability: How likely it finds an id after others, above 0; all other ids share the rest evenly. Without it
+            the engine measures nothing.
         name: What to call the engine.
     """
 
@@ -66,6 +69,7 @@ class ScriptedEngine:
         fault: Callable[[Request], Exception | None] | None = None,
         context_length: int = 1 << 30,
         piece_tokens: int = 4,
+        probability: Callable[[Sequence[int], int], float] | None = None,
         name: str = "scripted",
     ) -> None:
         self.model = name
@@ -73,6 +77,9 @@ class ScriptedEngine:
         self.requests = 0
         self.streams = True
         self._piece_tokens = piece_tokens
+        self._probability = probability
+        every: frozenset[Measure] = frozenset(("logprobs", "entropies", "score"))
+        self.measures = every if probability is not None else frozenset()
         self._script = script
         self._tokenizer = tokenizer
         self._latency = latency
@@ -127,7 +134,30 @@ class ScriptedEngine:
         assert self._vocabulary is not None, "start() comes first"
         if request.row not in self._plays:
             self._plays[request.row] = _Play(self._find(request.row), self._vocabulary, request.prompt_ids[-1])
-        return self._plays[request.row].play(request, self.tokenizer.eos_token_id)
+        written = self._plays[request.row].play(request, self.tokenizer.eos_token_id)
+        if self._probability is None or not (request.logprobs or request.entropies):
+            return written
+        drawn = list(self._probabilities(request.prompt_ids, written.token_ids))
+        entropies = [self._entropy(probability) for probability in drawn] if request.entropies else None
+        return replace(written, logprobs=list(map(math.log, drawn)), entropies=entropies)
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Tell how likely it finds ids."""
+        probabilities = list(self._probabilities(prompt_ids, ids))
+        even = 1 / len(self.tokenizer)
+        return Scores(list(map(math.log, probabilities)), [1 if each >= even else 2 for each in probabilities])
+
+    def _probabilities(self, before: Sequence[int], ids: Sequence[int]) -> Iterator[float]:
+        if self._probability is None:
+            raise RequestError(f"{self.model!r} has no probabilities. Pass ScriptedEngine(..., probability=).")
+        text = array("i", before)
+        for token in ids:
+            yield self._probability(text, token)
+            text.append(token)
+
+    def _entropy(self, probability: float) -> float:
+        rest, others = 1 - probability, len(self.tokenizer) - 1
+        return -probability * math.log(probability) - (rest * math.log(rest / others) if rest > 0 else 0.0)
 
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
         """Play on piece by piece."""

@@ -23,14 +23,15 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tessy_hf.engines.addresses import Addresses
-from tessy_hf.engines.base import Completion, Request, load_tokenizer
+from tessy_hf.engines.base import Completion, Measure, Request, Scores, load_tokenizer
 from tessy_hf.engines.client import Client
-from tessy_hf.engines.completions_api import PROTOCOLS, Protocol
+from tessy_hf.engines.completions_api import MEASURED, PROTOCOLS, Protocol
 from tessy_hf.engines.connections import Kind, ReplicaError
 from tessy_hf.engines.membership import Membership
 from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.engines.replicas import Replicas
 from tessy_hf.engines.served import ServedModel
+from tessy_hf.engines.sessions import SESSION_HEADERS, check_names
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.retries import Failures, RetryPolicy
 
@@ -65,13 +66,14 @@ class ServerEngine:
         retry_timeout: Seconds, from its first failure, for which a request that may succeed later is tried again; and
             for which a run waits for servers of which none answers.
         max_connections: Most requests at once per replica.
+        session_headers: Headers that tell a router which requests belong to one row; their value is a hash.
         patience: Former name of ``retry_timeout``.
 
     Attributes:
         protocols: How servers may be asked, best first. A subclass may leave some out.
 
     Raises:
-        SettingsError: An address cannot be used.
+        SettingsError: An address or a header cannot be used.
     """
 
     protocols: ClassVar[Sequence[Protocol]] = PROTOCOLS
@@ -88,6 +90,7 @@ class ServerEngine:
         timeout: float = 600.0,
         retry_timeout: float = 120.0,
         max_connections: int = 256,
+        session_headers: str | Sequence[str] = SESSION_HEADERS,
         patience: float | None = None,
     ) -> None:
         self.model = str(model)
@@ -95,7 +98,7 @@ class ServerEngine:
         self.api_key_env = api_key_env
         self.timeout, self.max_connections = timeout, max_connections
         self.retry_timeout = retry_timeout if patience is None else patience
-        self.given_context_length = context_length
+        self.given_context_length, self.session_headers = context_length, check_names(session_headers)
         self.files = ModelFiles(str(tokenizer or model), revision, weights=False)
         self._served = ServedModel(self.model, self.addresses, api_key_env)
         self._session: _Session | None = None
@@ -175,9 +178,21 @@ class ServerEngine:
             await session.close()
             raise
 
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """Log-probabilities of new and of given ids, where all servers tell them, as vLLM's do."""
+        tell = all(replica.service.protocol in MEASURED for replica in self._started.replicas)
+        return frozenset(("logprobs", "score")) if tell else frozenset()
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Score a text on the row's replica, which reads all of it."""
+        whole = array("i", prompt_ids) + array("i", ids)
+        request = Request(row, order, "thinking", whole, 1, 0.0, 1.0, 0, frozenset())
+        return await self._started.ask(self._started.client.score, request, len(ids))
+
     async def complete(self, request: Request) -> Completion:
         """Continue a row on its replica, or on another where that fails."""
-        return await self._started.complete(request)
+        return await self._started.ask(self._started.client.complete, request)
 
     def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
         """Continue a row piece by piece; a stream that breaks is resumed by another one after what arrived."""
@@ -209,17 +224,18 @@ class _Session:
     def __init__(self, engine: ServerEngine) -> None:
         self._engine = engine
         self._policy = RetryPolicy(timeout=engine.retry_timeout, longest_pause=10.0)
-        self._client = Client(
+        self.client = Client(
             engine.model,
             engine.tokenizer,
             engine.api_key_env,
             engine.timeout,
             engine.given_context_length,
             engine.protocols,
+            engine.session_headers,
         )
         self.replicas = Replicas(engine.retry_timeout)
         self.membership = Membership(
-            engine.model, engine.addresses, self.replicas, self._client.inspect, engine.max_connections
+            engine.model, engine.addresses, self.replicas, self.client.inspect, engine.max_connections
         )
         self._asking = 0  # rows
         self._failing: dict[str, float] = {}  # of these, what no server answers well, and since when
@@ -233,17 +249,17 @@ class _Session:
         if self._watching is not None:
             self._watching.cancel()
         self._notices.stop()
-        await self._client.close()
+        await self.client.close()
 
     @property
     def roots(self) -> list[str]:
         """What the servers say they serve, in the order of their addresses."""
-        roots, fixed = self._client.roots, self._engine.addresses.fixed
+        roots, fixed = self.client.roots, self._engine.addresses.fixed
         return [roots[server] for server in (fixed or sorted(roots))]
 
     def release(self, row: str) -> None:
         self.replicas.release(row)
-        self._client.release(row)
+        self.client.release(row)
 
     async def _start(self) -> None:
         """Inspect each server, of those that may change at least one. See :meth:`ServerEngine.start`."""
@@ -256,7 +272,7 @@ class _Session:
             try:
                 async with asyncio.TaskGroup() as group:
                     inspected = [
-                        group.create_task(self._first(partial(self._client.inspect, url))) for url in addresses.fixed
+                        group.create_task(self._first(partial(self.client.inspect, url))) for url in addresses.fixed
                     ]
             except ExceptionGroup as errors:
                 raise errors.exceptions[0]  # noqa: B904 - it has a cause of its own
@@ -269,12 +285,12 @@ class _Session:
         except RequestError as error:
             raise EngineDeadError(str(error)) from error
 
-    async def complete(self, request: Request) -> Completion:
-        async def attempt() -> Completion:
+    async def ask(self, ask: Callable[..., Awaitable[T]], request: Request, *more: Any) -> T:
+        async def attempt() -> T:
             async with self.replicas.turn(request.row) as turn:
-                completion = await self._client.complete(turn.url, turn.service.protocol, request)
+                answer = await ask(turn.url, turn.service.protocol, request, *more)
             self._good = self._good or replace(request, prompt_ids=array("i", request.prompt_ids))
-            return completion
+            return answer
 
         return await self._retry(attempt, f"row {request.row!r}", self._gives_up)
 
@@ -305,7 +321,7 @@ class _Session:
 
     async def _pieces(self, request: Request) -> AsyncGenerator[Completion, None]:
         async with self.replicas.turn(request.row) as turn:
-            async with aclosing(self._client.stream(turn.url, turn.service.protocol, request)) as pieces:
+            async with aclosing(self.client.stream(turn.url, turn.service.protocol, request)) as pieces:
                 async for piece in pieces:
                     turn.answered()
                     self._good = self._good or replace(request, prompt_ids=array("i", request.prompt_ids))
@@ -338,7 +354,7 @@ class _Session:
             return 1 < self._asking == len(self._failing)
         for replica in self.replicas:
             with suppress(ReplicaError, RequestError):
-                await self._client.complete(replica.url, replica.service.protocol, self._good)
+                await self.client.complete(replica.url, replica.service.protocol, self._good)
                 return False
         return True
 

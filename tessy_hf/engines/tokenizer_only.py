@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.engines.base import Completion, Engine, Request
+from tessy_hf.engines.base import Completion, Engine, Measure, Request, Scores
 from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.errors import EngineDeadError
 
@@ -24,6 +24,7 @@ class TokenizerOnly:
     """
 
     streams, cache_tokens, context_length = False, None, sys.maxsize
+    measures: frozenset[Measure] = frozenset()
 
     def __init__(self, engine: Engine | str | Path, **options: Any) -> None:
         from tessy_hf.engines.transformers import TransformersEngine
@@ -61,6 +62,16 @@ class TokenizerOnly:
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
         """Refuse, as :meth:`complete` does."""
         yield await self.complete(request)
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Refuse: there is no model.
+
+        Raises:
+            EngineDeadError: Always.
+        """
+        raise EngineDeadError(
+            f"{self.model!r} is asked to score a text, but only its tokenizer is used. Pass an engine for it."
+        )
 
     def release(self, row: str) -> None:
         """Keep nothing of rows."""

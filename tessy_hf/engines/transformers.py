@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 from array import array
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.engines.base import Completion, Request, load_tokenizer
+from tessy_hf.engines.base import Completion, Measure, Request, Scores, load_tokenizer
 from tessy_hf.engines.devices import pick_device, share_cores
 from tessy_hf.engines.model_files import ModelFiles
 from tessy_hf.errors import EngineDeadError, SettingsError
@@ -24,7 +24,7 @@ from tessy_hf.errors import EngineDeadError, SettingsError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tessy_hf.engines.generation import Generator
+    from tessy_hf.engines.generation import Generator, Given
 
 ROUND_TOKENS = 32
 """Most tokens generated before new requests may join. Longer requests go on in the next round."""
@@ -87,6 +87,7 @@ class TransformersEngine:
         self._context_length = context_length
         self._options = options
         self.streams = True
+        self.measures: frozenset[Measure] = frozenset(("logprobs", "entropies", "score"))
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._rounds: _Rounds | None = None
         self._row_length: int | None = None
@@ -149,6 +150,13 @@ class TransformersEngine:
         """Continue a row round by round until it is broken off."""
         return self._started.stream(request)
 
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Score a text, of which only ids without cached keys and values are read."""
+        from tessy_hf.engines.generation import Given
+
+        whole = array("i", prompt_ids) + array("i", ids)
+        return await self._started.score(Given(row, order, whole, len(prompt_ids)))
+
     def release(self, row: str) -> None:
         """Free a row's keys and values."""
         if self._rounds is not None:
@@ -185,6 +193,7 @@ class _Job:
         new: What is written so far.
         delivered: How much of it a stream has passed on.
         uncached: How many ids of the prompt had to be read.
+        measured: Log-probabilities and entropies of what is written, where asked for.
         stop_id: What ended it.
         ended: Whether it is all written, or nobody waits for it any more.
     """
@@ -195,6 +204,7 @@ class _Job:
     new: array[int] = field(default_factory=lambda: array("i"))
     delivered: int = 0
     uncached: int | None = None
+    measured: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     stop_id: int | None = None
     ended: bool = False
 
@@ -212,21 +222,30 @@ class _Job:
         if not self.new:
             self.uncached = completion.uncached_prompt_tokens
         self.new.extend(completion.token_ids)
+        for values, more in zip(self.measured, (completion.logprobs, completion.entropies), strict=True):
+            values.extend(more or ())
         self.stop_id = completion.stop_id
         self.ended = self.stop_id is not None or not self.left
 
     def piece(self) -> Completion:
         """Return what was not passed on yet."""
         start, self.delivered = self.delivered, len(self.new)
-        return Completion(self.new[start:], self.stop_id, self.uncached if start == 0 else 0)
+        logprobs, entropies = (values[start:] for values in self.measured)
+        asked = self.request
+        measured = logprobs if asked.logprobs else None, entropies if asked.entropies else None
+        return Completion(self.new[start:], self.stop_id, self.uncached if start == 0 else 0, *measured)
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, which need not be looked at."""
         self.ended = True
         if self.future.done():  # a stream that was not read on since
             self.future = asyncio.get_running_loop().create_future()
-        self.future.set_exception(EngineDeadError(f"The model broke down: {error!r}. See the traceback for where."))
+        self.future.set_exception(_broken(error))
         self.future.exception()
+
+
+def _broken(error: BaseException) -> EngineDeadError:
+    return EngineDeadError(f"The model broke down: {error!r}. See the traceback for where.")
 
 
 class _Rounds:
@@ -241,6 +260,7 @@ class _Rounds:
         self.generator = generator
         self._max_batch = max_batch
         self._waiting: list[_Job] = []
+        self._to_score: list[tuple[Given, asyncio.Future[Scores]]] = []
         self._busy = False
         self._released: list[str] = []
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-transformers", initializer=share_cores)
@@ -267,6 +287,12 @@ class _Rounds:
         finally:
             job.ended = True
 
+    async def score(self, given: Given) -> Scores:
+        future: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
+        self._to_score.append((given, future))
+        self._wake()
+        return await future
+
     def release(self, row: str) -> None:
         self._released.append(row)
 
@@ -275,21 +301,53 @@ class _Rounds:
 
     def _add(self, job: _Job) -> None:
         self._waiting.append(job)
+        self._wake()
+
+    def _wake(self) -> None:
         if not self._busy:
             self._busy = True
             loop = asyncio.get_running_loop()
             loop.call_soon(self._next_round, loop)  # later in this turn of the loop: let the others join first
 
     def _next_round(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._to_score:  # first: it takes one pass, and rows wait for it before they go on
+            self._score_round(loop)
+            return
         waiting = sorted((job for job in self._waiting if not job.ended), key=lambda job: job.request.order)
         jobs, self._waiting = waiting[: self._max_batch], waiting[self._max_batch :]
         if not jobs:
             self._busy = False
             return
-        released, self._released = self._released, []
         requests = [job.next_request() for job in jobs]
-        work = loop.run_in_executor(self._worker, self.generator.generate, requests, released)
-        work.add_done_callback(lambda done: self._deliver(loop, jobs, done))
+        self._work(loop, self.generator.generate, requests, lambda done: self._deliver(loop, jobs, done))
+
+    def _score_round(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = sorted(self._to_score, key=lambda asked: asked[0].order)
+        asked, self._to_score = waiting[: self._max_batch], waiting[self._max_batch :]
+
+        def deliver(done: asyncio.Future[list[Scores]]) -> None:
+            error = done.exception()
+            for at, (_, future) in enumerate(asked):
+                if future.done():  # nobody waits for it any more
+                    continue
+                if error is not None:
+                    future.set_exception(_broken(error))
+                else:
+                    future.set_result(done.result()[at])
+            loop.call_soon(self._next_round, loop)
+
+        self._work(loop, self.generator.score, [given for given, _ in asked], deliver)
+
+    def _work(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Callable[..., Any],
+        asked: list[Any],
+        deliver: Callable[[Any], None],
+    ) -> None:
+        """Have the worker do something for rows, after it forgot those that have ended."""
+        released, self._released = self._released, []
+        loop.run_in_executor(self._worker, work, asked, released).add_done_callback(deliver)
 
     def _deliver(
         self, loop: asyncio.AbstractEventLoop, jobs: list[_Job], done: asyncio.Future[list[Completion]]

@@ -7,14 +7,14 @@ however that ends. Our defaults are :data:`~tessy_hf.engines.vllm_process.DEFAUL
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.engines.base import Completion, Request, derive_seed, load_tokenizer
+from tessy_hf.engines.base import Completion, Measure, Request, Scores, derive_seed, load_tokenizer
 from tessy_hf.engines.model_files import ModelFiles
-from tessy_hf.engines.vllm_process import Output, Started, VLLMProcess, check_installed
+from tessy_hf.engines.vllm_process import Kind, Output, Started, VLLMProcess, check_installed
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class VLLMEngine:
             )
         self.model = str(model)
         self.streams = True
+        self.measures: frozenset[Measure] = frozenset(("logprobs", "entropies", "score"))
         self.files = ModelFiles(self.model, revision)
         self._dtype = dtype
         self._options = options
@@ -124,15 +125,31 @@ class VLLMEngine:
             RequestError: vLLM refuses the request.
             EngineDeadError: vLLM died more than :attr:`MAX_RESTARTS` times.
         """
+        params = self._sampling(request)
+        output = await self._ask(request.row, "complete", request.prompt_ids, params, request.order)
+        return _completion(output, request, first=True)
+
+    async def _ask(
+        self, row: str, kind: Kind, prompt_ids: Sequence[int], params: dict[str, Any], order: int
+    ) -> Output:
         while True:
             process = self._process
             assert process is not None, "call start() first"
             try:
-                params = self._sampling(request)
-                output = await process.ask(request.row, "complete", request.prompt_ids, params, request.order)
-                return _completion(output, request, first=True)
+                return await process.ask(row, kind, prompt_ids, params, order)
             except EngineDeadError as death:
                 await self._restart(process, death)
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Score a text as part of a prompt, whose cached beginning is read again only if it has some of ``ids``."""
+        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "skip_reading_prefix_cache": False}
+        whole = [*prompt_ids, *ids]
+        output = await self._ask(row, "score", whole, params, order)
+        if output.cached_tokens >= len(prompt_ids):
+            output = await self._ask(row, "score", whole, {**params, "skip_reading_prefix_cache": True}, order)
+        _check(output, row)
+        assert output.logprobs is not None and output.ranks is not None
+        return Scores(output.logprobs[-len(ids) :], output.ranks[-len(ids) :])
 
     async def stream(self, request: Request) -> AsyncGenerator[Completion, None]:
         """Continue a row piece by piece; ``aclose()`` aborts it.
@@ -164,6 +181,7 @@ class VLLMEngine:
             **request.set_sampling,
             "seed": derive_seed(request.seed, len(request.prompt_ids)) if request.temperature else None,
             "stop_token_ids": list(request.stop_ids | ({self.tokenizer.eos_token_id} - {None})),
+            "logprobs": -1 if request.entropies else 0 if request.logprobs else None,
         }
 
     async def _restart(self, dead: VLLMProcess, death: EngineDeadError) -> None:
@@ -195,18 +213,26 @@ class VLLMEngine:
         return f"VLLMEngine({self.model!r})"
 
 
+def _check(output: Output, row: str) -> None:
+    if output.finish not in (None, "stop", "length"):
+        raise RequestError(
+            f"vLLM ended a request of row {row!r} with {output.finish!r}; expected 'stop' or 'length'. Look at its "
+            "log above.",
+            retryable=True,
+        )
+
+
 def _completion(output: Output, request: Request, first: bool) -> Completion:
     """Translate an output; ``first`` if it is the request's first one, which tells what the prompt cost."""
     ids = output.token_ids
     uncached = len(request.prompt_ids) - output.cached_tokens if first else 0
-    if output.finish not in (None, "stop", "length"):
-        raise RequestError(
-            f"vLLM ended a request of row {request.row!r} with {output.finish!r}; expected 'stop' or 'length'. "
-            "Look at its log above.",
-            retryable=True,
-        )
+    _check(output, request.row)
+    stop_id = None
     if ids and ids[-1] in request.stop_ids:
-        return Completion(ids[:-1], ids[-1], uncached)
-    if output.finish == "stop":  # at an end token that only the model's generation config names
-        return Completion(ids[:-1], min(request.stop_ids, default=ids[-1]), uncached)
-    return Completion(ids, None, uncached)
+        stop_id = ids[-1]
+    elif output.finish == "stop":  # at an end token that only the model's generation config names
+        stop_id = min(request.stop_ids, default=ids[-1])
+    new = ids if stop_id is None else ids[:-1]
+    logprobs = output.logprobs[: len(new)] if request.logprobs and output.logprobs is not None else None
+    entropies = output.entropies[: len(new)] if request.entropies and output.entropies is not None else None
+    return Completion(new, stop_id, uncached, logprobs, entropies)

@@ -32,14 +32,16 @@ DEFAULTS: dict[str, Any] = {
     "stream_interval": 4,  # tokens of a stream that are sent together
     "skip_tokenizer_init": True,  # ids go in and out
     "disable_log_stats": True,
+    "max_logprobs": -1,  # entropies are of the whole vocabulary
 }
 """Engine arguments where the user gives none."""
 
 CLOSING_SECONDS = 20.0
 """How long a vLLM may take to shut down before it is killed."""
 
-Kind = Literal["complete", "stream", "classify"]
-"""``complete``: one output at the end. ``stream``: outputs as tokens come. ``classify``: one output with logits."""
+Kind = Literal["complete", "stream", "classify", "score"]
+"""``complete``: one output at the end. ``stream``: outputs as tokens come. ``classify``: one output with logits.
+``score``: one output with the prompt's log-probabilities."""
 
 
 class Submit(NamedTuple):
@@ -83,6 +85,9 @@ class Output(NamedTuple):
     cached_tokens: int = 0  # ids of the prompt that were in the prefix cache
     logits: Any = None  # of a classifier, float32 of shape (ids not in the prefix cache, labels)
     refusal: str | None = None  # why vLLM did not accept the request
+    logprobs: list[float] | None = None  # of the new ids where asked for; of "score" of the prompt's uncached ids
+    entropies: list[float] | None = None  # of the new ids, where the whole distribution was asked for
+    ranks: list[int] | None = None  # with "score"
 
 
 class Connection:

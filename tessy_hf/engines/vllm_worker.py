@@ -116,7 +116,8 @@ def _params(submit: Submit) -> SamplingParams | PoolingParams:
     if submit.kind == "classify":
         return PoolingParams(**submit.params)
     kind = RequestOutputKind.DELTA if submit.kind == "stream" else RequestOutputKind.FINAL_ONLY
-    return SamplingParams(**submit.params, detokenize=False, output_kind=kind)
+    flat = submit.params.get("logprobs") is not None
+    return SamplingParams(**submit.params, detokenize=False, output_kind=kind, flat_logprobs=flat)
 
 
 def _output(output: Any) -> Output:
@@ -125,7 +126,31 @@ def _output(output: Any) -> Output:
     if not isinstance(output.outputs, list):
         return Output(output.request_id, [], "classified", cached, output.outputs.data.float().cpu().numpy())
     (completion,) = output.outputs
-    return Output(output.request_id, list(completion.token_ids), completion.finish_reason, cached)
+    told = Output(output.request_id, list(completion.token_ids), completion.finish_reason, cached)
+    if output.prompt_logprobs:
+        return told._replace(**_prompt_scores(output, cached))
+    return told if completion.logprobs is None else told._replace(**_measured(completion))
+
+
+def _prompt_scores(output: Any, cached: int) -> dict[str, Any]:
+    """Return log-probabilities and ranks of the prompt's ids after the first uncached one; vLLM has no others."""
+    new = list(output.prompt_logprobs)[cached + 1 :]
+    told = [entry[token] for entry, token in zip(new, output.prompt_token_ids[cached + 1 :], strict=True)]
+    return {"logprobs": [one.logprob for one in told], "ranks": [one.rank for one in told]}
+
+
+def _measured(completion: Any) -> dict[str, Any]:
+    """Return the log-probabilities of new ids, and entropies where all log-probabilities are there."""
+    import numpy as np
+
+    flat, tokens = completion.logprobs, completion.token_ids
+    begins, ends = flat.start_indices, flat.end_indices
+    logprobs = [flat.logprobs[begin] for begin in begins]  # the drawn id comes first
+    if not tokens or ends[0] - begins[0] == 1:
+        return {"logprobs": logprobs}
+    every = [np.array(flat.logprobs[begin + 1 : end]) for begin, end in zip(begins, ends, strict=True)]
+    possible = [own[np.isfinite(own)] for own in every]
+    return {"logprobs": logprobs, "entropies": [float(-(np.exp(own) * own).sum()) for own in possible]}
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 _PART = re.compile(
     r"^<!-- tessy:(?P<name>\w+) (?P<digest>\w{8}) -->\n(?P<text>.*?)\n<!-- /tessy:(?P=name) -->$", re.M | re.S
 )
+_HEAD = re.compile(r"\s*---\r?\n.*?\n---\r?\n\s*", re.S)
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -67,7 +68,7 @@ def dataset_card(
         The card. Its metadata is what was there, with license (where one was given), tags, size, and the files and
         columns of this configuration brought up to date.
     """
-    data, body = read_card(previous)
+    data, body = read_card(previous and with_part(previous, "live", None))
     _update(data, manifest, other_splits)
     parts = render_parts(
         CARD.read_text(encoding="utf-8"),
@@ -169,6 +170,19 @@ def merge(body: str, parts: Mapping[str, str]) -> str:
         return "\n\n".join(_marked_part(name, text) for name, text in parts.items()) + (f"\n\n{own}" if own else "")
     merged = _PART.sub(again, body).strip()
     return "\n\n".join([merged, *(_marked_part(name, text) for name, text in left.items())])
+
+
+def with_part(card: str, name: str, text: str | None) -> str:
+    """Return a card with one part replaced, whoever changed it, put before its text, or removed (``None``).
+
+    Every other byte stays.
+    """
+    marked = "" if text is None else _marked_part(name, text) + "\n\n"
+    there = next((part for part in _PART.finditer(card) if part["name"] == name), None)
+    head = _HEAD.match(card)
+    start, end = there.span() if there is not None else (head.end(), head.end()) if head else (0, 0)
+    end += 2 if there is not None and card.startswith("\n\n", end) else 0
+    return card[:start] + marked + card[end:]
 
 
 def _marked_part(name: str, text: str) -> str:

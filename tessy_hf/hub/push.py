@@ -9,12 +9,17 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from datasets import Dataset
+
 from tessy_hf.errors import VersionError
 from tessy_hf.hub.candidate import discard, resume
+from tessy_hf.hub.live import Live, LiveCard
 from tessy_hf.hub.neighbors import check_neighbors
 from tessy_hf.hub.repository import Repository
 from tessy_hf.hub.submission import Submission
@@ -30,11 +35,11 @@ from tessy_hf.hub.versions import (
 )
 from tessy_hf.manifest import License, Manifest, RunRecord
 from tessy_hf.run.finished import Rows
+from tessy_hf.run.journal import Journal
+from tessy_hf.run.progress import Summary
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-    from tessy_hf.run.journal import Journal
+    from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +84,7 @@ def push_to_hub(
     manifest: Manifest | RunRecord | None = None,
     prompts: Dataset | IterableDataset | None = None,
     run: str | None = None,
+    live: bool | Literal["main"] | Live = False,
     max_shard_size: int | str = "500MB",
     token: str | None = None,
     retry_timeout: float = 300.0,
@@ -112,6 +118,8 @@ def push_to_hub(
             the manifest of another release.
         prompts: The prompts of a journal's rows, whose columns are released with them; rows of others are left out.
         run: Which run of a journal, where it holds several.
+        live: Whether to show the run's progress on a branch of its own, or on the card of ``main`` too (``"main"``),
+            until it is released. A journal is waited for until it has a row for each prompt.
         max_shard_size: About how many bytes, uncompressed, a file holds.
         token: A token that may write; by default ``HF_TOKEN`` or the one of ``hf auth login``. Never stored.
         retry_timeout: Seconds for which a call that fails for the moment is tried again.
@@ -127,10 +135,12 @@ def push_to_hub(
     """
     terms = License(license=license, license_name=license_name, license_link=license_link)
     spec = ReleaseSpec.checked(version, split, config_name, append, failures, complete, terms, max_shard_size)
+    shown = Live.read(live)
     submission = Submission(Rows(rows, run, prompts=prompts), manifest)
-    with tempfile.TemporaryDirectory(prefix="tessy-push-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tessy-push-") as folder, ExitStack() as running:
         timeout = retry_timeout if patience is None else patience
-        repo = Repository(repo_id, Path(folder), token=token, retry_timeout=timeout, backoff=backoff, say=say)
+        reach = partial(Repository, repo_id, token=token, backoff=backoff, say=say)
+        repo = reach(Path(folder), retry_timeout=timeout)
 
         for line in submission.remarks():
             say(line)
@@ -138,8 +148,12 @@ def push_to_hub(
         # 1. Check write access and the version, before a stream begins to generate.
         repo.reach(private)
         standing = read_standing(repo, spec)
+        card = _live_card(reach(Path(folder, "live"), retry_timeout=min(timeout, 60.0)), spec, shown, submission)
         if found := find_release(repo, spec, submission, standing):
-            return _finish(repo, spec, found)
+            return _finish(repo, spec, found, card)
+        if card is not None:
+            running.enter_context(card)
+            submission = _followed(card, submission, manifest, lambda n: Rows(rows, run, n, prompts=prompts))
 
         # 2. Choose the release that the rows are added to; refuse what could not be loaded beside its neighbors.
         _restore_tag(repo, standing)
@@ -150,6 +164,8 @@ def push_to_hub(
         candidate = resume(repo, spec, submission, base, other_splits) or upload(
             repo, spec, submission, base, other_splits
         )
+        if card is not None:
+            card.stop()
         candidate.prepare()
 
         # 4. Read every file back, and load every split that the card names with plain `datasets`.
@@ -158,7 +174,28 @@ def push_to_hub(
 
         # 5. Put all of it on main in one commit, and tag it.
         commit = candidate.promote(standing.manifest)
-        return _finish(repo, spec, Found(commit, candidate.manifest, tagged=False))
+        return _finish(repo, spec, Found(commit, candidate.manifest, tagged=False), card)
+
+
+def _live_card(repo: Repository, spec: ReleaseSpec, live: Live | None, submission: Submission) -> LiveCard | None:
+    """Return what shows the progress of rows that are being written; those of a ``Dataset`` are there."""
+    rows, mapped = submission.rows, submission.mapped
+    if live is None or isinstance(rows.given, Dataset):
+        repo.say("these rows are finished: no progress is shown") if live is not None else None
+        return None
+    card = LiveCard(repo, spec.tag, live, rows.features, mapped.summary if mapped is not None else Summary)
+    rows.watch = card.add
+    return card
+
+
+def _followed(
+    card: LiveCard, submission: Submission, manifest: Manifest | RunRecord | None, rows: Callable[[int], Rows]
+) -> Submission:
+    """Return what is to be released: of a journal, once its run has written all rows."""
+    if not isinstance(submission.rows.given, Journal):
+        return submission
+    card.follow(submission.rows, rows)
+    return Submission(rows(1), manifest)
 
 
 def _restore_tag(repo: Repository, standing: Standing) -> None:
@@ -168,8 +205,8 @@ def _restore_tag(repo: Repository, standing: Standing) -> None:
         repo.make_tag(f"v{there.version}", standing.branches["main"])
 
 
-def _finish(repo: Repository, spec: ReleaseSpec, found: Found) -> Release:
-    """Tag a release that is on ``main`` unless it is tagged, and delete the side branch.
+def _finish(repo: Repository, spec: ReleaseSpec, found: Found, card: LiveCard | None) -> Release:
+    """Tag a release that is on ``main`` unless it is tagged, and delete the side branch; its own card is shown.
 
     Raises:
         VersionError: The tag appeared meanwhile with another release.
@@ -186,5 +223,7 @@ def _finish(repo: Repository, spec: ReleaseSpec, found: Found) -> Release:
             )
         repo.say(f"{repo.id}@{spec.tag} is released")
     discard(repo, spec)
+    if card is not None:
+        card.end(found.commit)
     url = f"{repo.api.endpoint}/datasets/{repo.id}/tree/{spec.tag}"
     return Release(repo.id, spec.version, found.commit, url, counts.rows, counts.failed, created=not found.tagged)

@@ -45,7 +45,7 @@ class Repository:
     Args:
         repo_id: ``user/name``.
         folder: Where downloads are kept. Files are only read at a commit, so nothing in it gets stale.
-        repo_type: ``"dataset"`` or ``"model"``.
+        repo_type: ``"dataset"``, ``"model"`` or ``"space"`` (a static one).
         token: The token, or ``None`` for the environment's.
         retry_timeout: Seconds for which a call is tried again.
         backoff: Seconds before the first retry; each further pause is twice as long.
@@ -59,7 +59,7 @@ class Repository:
         repo_id: str,
         folder: Path,
         *,
-        repo_type: Literal["dataset", "model"] = "dataset",
+        repo_type: Literal["dataset", "model", "space"] = "dataset",
         token: str | None = None,
         retry_timeout: float = 60.0,
         backoff: float = 1.0,
@@ -211,7 +211,8 @@ class Repository:
             if error.response.status_code in (401, 403):
                 raise HubError(_explained("grant write access", self.id, error)) from error
             # A Hub without this check: making the side branch, before any row is sent, shows it.
-        self.call("make the repository", self.api.create_repo, private=private, exist_ok=True)
+        sdk = {"space_sdk": "static"} if self._where["repo_type"] == "space" else {}
+        self.call("make the repository", self.api.create_repo, private=private, exist_ok=True, **sdk)
 
     def commit(self, branch: str, operations: Sequence[Operation], message: str, parent: str | None = None) -> str:
         """Commit once, without retries; return the commit's id."""

@@ -108,6 +108,11 @@ class Submission:
         return next((run for run in known if run.source is not None), first)
 
     @property
+    def mapped(self) -> transform.TessyTransform | None:
+        """The transform that writes the rows of a stream, if any."""
+        return next(iter(self._mapped), None)
+
+    @property
     def _mapped(self) -> list[transform.TessyTransform]:
         """The last transform that a stream is mapped with, if any."""
         from datasets import IterableDataset

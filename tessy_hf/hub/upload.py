@@ -63,7 +63,7 @@ def upload(
         The candidate, whose manifest is not committed yet.
     """
     counts = _RowCounts()
-    _open_branch(repo, spec)
+    open_branch(repo, branch_of(spec))
     kept = list(base.manifest.splits[spec.split].shards) if base else []
     writers = _writers(repo, spec, submission, kept)
     sender = _Sender(repo, spec)
@@ -83,10 +83,11 @@ def upload(
     return Candidate(repo, spec, manifest, summary, other_splits, _records(repo, spec, manifest, summary))
 
 
-def _open_branch(repo: Repository, spec: ReleaseSpec) -> None:
+def open_branch(repo: Repository, branch: str) -> None:
+    """Make a side branch at ``main``, or keep the one that is there."""
     from huggingface_hub import CommitOperationAdd
 
-    branches, branch = repo.refs()[0], branch_of(spec)
+    branches = repo.refs()[0]
     if "main" not in branches:  # a Hub that makes repositories without a first commit
         rule = CommitOperationAdd(".gitattributes", b"*.parquet filter=lfs diff=lfs merge=lfs -text\n")
         repo.call("make the first commit", lambda: repo.commit("main", [rule], "Begin"))

@@ -57,6 +57,7 @@ class Chunk(NamedTuple):
         closed: Whether the author ended the thinking after it.
         whole: Whether the author ended its whole answer after it, having no mark for the end of thinking.
         full: Whether the author's context is full, so that it can write no more.
+        lookahead: How many words beyond a word must have begun before it is judged; those not judged are held.
     """
 
     text: str = ""
@@ -67,10 +68,19 @@ class Chunk(NamedTuple):
     closed: bool = False
     whole: bool = False
     full: bool = False
+    lookahead: int = 0
 
     @classmethod
     def read(
-        cls, text: str, ends: Sequence[int], marks: Marks, *, kept: str, stopped: bool, whole: bool = False
+        cls,
+        text: str,
+        ends: Sequence[int],
+        marks: Marks,
+        *,
+        kept: str,
+        stopped: bool,
+        whole: bool = False,
+        lookahead: int = 0,
     ) -> Chunk:
         """Read generated text.
 
@@ -81,6 +91,7 @@ class Chunk(NamedTuple):
             kept: The row's text before it; its end is enough.
             stopped: Whether a special token ended the thinking.
             whole: Whether that ends the whole answer.
+            lookahead: Words that the author's predictor reads beyond a word.
         """
         cut = marks.find(text, kept, stopped)
         if cut is not None:
@@ -92,11 +103,16 @@ class Chunk(NamedTuple):
         letters = (end - len(text[start:end].lstrip()) for start, end in spans)
         begins = [bisect_right(ends, letter) for letter in letters]
         lead = len(text) - len(text.lstrip()) if not kept and spans else 0
-        return cls(text, ends, spans, begins, lead, stopped, stopped and whole)
+        return cls(text, ends, spans, begins, lead, stopped, stopped and whole, lookahead=lookahead)
 
     @property
     def complete(self) -> int:
-        """How many words have ended: those that whitespace or another word follows, and all at the end of thinking."""
+        """How many words have ended: those that whitespace or another word follows, and all at the end of thinking.
+
+        With look-ahead, those that enough words follow.
+        """
+        if self.lookahead and not self.closed:
+            return max(0, self.begun - self.lookahead)
         ended = self.closed or (bool(self.words) and self.words[-1][1] < len(self.text))
         return len(self.words) if ended else max(0, len(self.words) - 1)
 

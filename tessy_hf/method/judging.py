@@ -2,8 +2,9 @@
 
 A word is judged by the token that holds its first letter, in the text up to the author's token with this letter:
 nothing that is written later can change that, so the result does not depend on how the text was cut into chunks. A
-predictor that looks ahead (``label_shift=1``) judges by the token before, which half a word may spell in another way,
-so it waits until the word is complete.
+predictor with ``label_shift=1`` judges by the token before, which half a word may spell in another way, so it waits
+until the word is complete. One with ``lookahead`` judges by the first letter of the word so many words beyond, or by
+end tokens where the author wrote no such word before it ended the thinking.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ class Judge:
     @property
     def waits(self) -> bool:
         """Whether a word is judged only when it is complete."""
-        return bool(self._predictor.label_shift)
+        return bool(self._predictor.label_shift or self.lookahead)
+
+    @property
+    def lookahead(self) -> int:
+        """How many words beyond a word must have begun before it is judged."""
+        return self._predictor.lookahead
 
     def settle(self, count: int) -> None:
         """Forget the first ``count`` words of the text: they are settled."""
@@ -49,20 +55,25 @@ class Judge:
         self._judged = asked.stop
         if not asked:
             return None
-        first, *more = self._inputs(chunk, asked)
+        followed = range(asked.start, min(asked.stop, len(chunk.words) - self.lookahead))
+        first, *more = [*self._inputs(chunk, followed), *self._last_inputs(chunk, asked[len(followed) :])]
         kinds = [await self._kinds(*first)]
         if more:
             kinds += await asyncio.gather(*(self._kinds(*one) for one in more))
         return min((word for kind in kinds for word, style in kind.items() if style != self._own_kind), default=None)
 
     def _inputs(self, chunk: Chunk, asked: range) -> list[tuple[Preview, dict[int, int]]]:
-        """Build predictor inputs: ``(text, {word: token index})``.
+        """Build predictor inputs for words that enough words follow: ``(text, {word: token index})``.
 
         Words share the text of the last one where a token of that text ends just where the word's own text would;
         else what comes after the word could make a difference, and it gets a text of its own.
         """
-        shift, last = self._predictor.label_shift, asked[-1]
-        parts = {i: chunk.upto(i + 1)[chunk.size(i) :] if shift else chunk.opening(i) for i in asked}
+        if not asked:
+            return []
+        shift, ahead = self._predictor.label_shift, self.lookahead
+        last = asked[-1] + ahead
+        beyond = range(asked.start + ahead, last + 1)
+        parts = {i: chunk.upto(i + 1)[chunk.size(i) :] if shift else chunk.opening(i) for i in beyond}
         shared = self._reader.preview(chunk.upto(last) + parts[last])
         token_ends = set(shared.ends)
         inputs: list[tuple[Preview, dict[int, int]]] = [(shared, {})]
@@ -73,8 +84,17 @@ class Judge:
             else:
                 preview, places = self._reader.preview(chunk.upto(i) + part), {}
                 inputs.append((preview, places))
-            places[i] = preview.token_at(letter) - shift
+            places[i - ahead] = preview.token_at(letter) - shift
         return inputs
+
+    def _last_inputs(self, chunk: Chunk, asked: range) -> list[tuple[Preview, dict[int, int]]]:
+        """Build the predictor input for the last words of the thinking, judged at end tokens."""
+        if not asked:
+            return []
+        preview = self._reader.preview(chunk.upto(len(chunk.words)))
+        end = preview.length - len(chunk.words)
+        ended = preview._replace(new=[*preview.new, *[self._predictor.end_id] * self.lookahead])
+        return [(ended, {i: end + i + self.lookahead for i in asked})]
 
     async def _kinds(self, preview: Preview, places: Mapping[int, int]) -> dict[int, bool]:
         """Return whether words are style, from their tokens. Nothing is known of a word that no token precedes."""

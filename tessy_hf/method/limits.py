@@ -100,6 +100,8 @@ class Limits:
         tail = chunk.text[chunk.end(kept) :] if boundary is None else chunk.word(kept) if waits else ""
         if boundary is None and len(tail) > LONGEST_WORD:
             return kept, Ending("repetition")
+        if boundary is None and chunk.lookahead:
+            tail = ""  # words that are held count once they are judged, or the end would depend on the chunks
         return self._within_budget(chunk, kept, tail)
 
     def _within_budget(self, chunk: Chunk, kept: int, tail: str) -> tuple[int, Ending | None]:

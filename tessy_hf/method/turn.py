@@ -50,6 +50,13 @@ class Row:
     marks: Marks
     row_thinks: bool
 
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of the final answer, after the thinking."""
+        thought = self.plan.max_thinking_tokens - self.limits.tokens_left
+        both = self.plan.max_tokens
+        return self.plan.max_answer_tokens if both is None else min(self.plan.max_answer_tokens, both - thought)
+
 
 @asynccontextmanager
 async def open_turns(
@@ -134,7 +141,8 @@ class Turn:
         row, stopped = self._row, completion.stop_id is not None
         whole = not (row.row_thinks or self._speaker.thinking_format.thinks)
         kept = row.trajectory.last_text(LOOKBACK if row.marks.final_answer else 1)
-        return Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole)
+        ahead = self._judge.lookahead if self._judge is not None else 0
+        return Chunk.read(text, ends, row.marks, kept=kept, stopped=stopped, whole=whole, lookahead=ahead)
 
     async def _next_tokens(self) -> Completion | None:
         """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
@@ -215,7 +223,9 @@ class Turn:
         if not ends:
             return self._settle(chunk, chunk.aligned(count), count)
         if boundary is not None:
-            self._row.chunk_sizes.observe(self._author, self._view.turn_tokens - chunk.tokens_after(count))
+            self._row.chunk_sizes.observe(
+                self._author, self._view.turn_tokens - chunk.tokens_after(count + chunk.lookahead)
+            )
         text = chunk.upto(count)
         dropped = self._row.transcript.cut(self._author, chunk.ends, chunk.end(count), text)
         self._row.trajectory.discarded[self._author] += dropped
@@ -263,16 +273,17 @@ class Turn:
         before, marker_ids = speaker.closing
         view.append(before)
         view.ids.extend(marker_ids)
-        request = self._request("answer", row.plan.max_answer_tokens)
+        most = row.answer_tokens
+        request = self._request("answer", most)
         if request is None:
-            return "", Ending("length", "context")
+            return "", Ending("length", "context" if most > 0 else "answer")
         completion = self._count(await speaker.engine.complete(request))
         text = self._as_answer(speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]))
         if completion.stop_id is not None:
             return text, Ending("stop")
         if LoopDetector().feed(text) is not None:
             return text, Ending("repetition")
-        return text, Ending("length", "answer" if request.max_tokens == row.plan.max_answer_tokens else "context")
+        return text, Ending("length", "answer" if request.max_tokens == most else "context")
 
     def _as_answer(self, text: str) -> str:
         """Return an answer as the row has it: without white space around it, but for what parts it from the thinking.

@@ -19,16 +19,14 @@ import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
 from tessy_hf.report.statistics import AUTHORS, evenly
-from tessy_hf.rows.columns import assistant_text, content_text, pieces
+from tessy_hf.rows.columns import pieces
+from tessy_hf.text import traces
 from tessy_hf.text.thinking_format import detect, render
-from tessy_hf.text.traces import thinking as thinking_of
 from tessy_hf.text.vocabulary import owners
 
 if TYPE_CHECKING:
     from tessy_hf.text.vocabulary import Vocabulary
 
-PROMPTS = ("prompt", "source_prompt", "problem", "question", "instruction")
-"""Columns that may hold the prompt of a plain trace, first match wins."""
 QUANTILES = (0.05, 0.5, 0.95)
 WORDS = 12
 """How many typical words are reported for each dataset."""
@@ -90,26 +88,14 @@ class Side:
 def read(row: Mapping[str, Any]) -> Text | None:
     """Return a row's text, or ``None`` if it has no prompt or no text.
 
-    Reads tessy rows, chats in ``messages``, and plain traces with a prompt in one of :data:`PROMPTS`, thinking where
-    :func:`tessy_hf.text.traces.thinking` finds it, and an ``answer``.
+    Rows of the same prompt share the user's last turn, whatever their system prompt. Reads tessy rows and those of
+    :data:`tessy_hf.text.traces.FORMATS`.
     """
-    prompt = _prompt(row)
+    trace = traces.read(row)
     spans = pieces(row) if row.get("spans") else []
     cut = tuple((piece.author, piece.part, piece.text) for piece in spans)
-    if not cut:
-        thinking, answer = thinking_of(row) or "", row.get("answer")
-        if answer is None and row.get("messages"):
-            answer = assistant_text(row).rpartition("</think>")[2].strip()
-        cut = (("", "thinking", thinking), ("", "answer", answer or ""))
-    return Text(prompt, cut) if prompt and any(text for *_, text in cut) else None
-
-
-def _prompt(row: Mapping[str, Any]) -> str:
-    """Return the user's last turn: rows of the same prompt share it, whatever their system prompt."""
-    given = next((row[name] for name in ("messages", *PROMPTS) if row.get(name)), "")
-    if isinstance(given, str):
-        return given.strip()
-    return next((content_text(turn["content"]).strip() for turn in reversed(given) if turn["role"] == "user"), "")
+    cut = cut or (("", "thinking", trace.thinking), ("", "answer", trace.answer))
+    return Text(trace.question, cut) if trace.question and any(text for *_, text in cut) else None
 
 
 def match(datasets: Mapping[str, Iterable[Mapping[str, Any]]], limit: int) -> list[Side]:
@@ -127,8 +113,8 @@ def match(datasets: Mapping[str, Iterable[Mapping[str, Any]]], limit: int) -> li
             texts.setdefault(text.prompt, text)
         if not texts:
             raise DatasetError(
-                f"No row of {name!r} has a prompt and a text. Expected are tessy rows, chats in `messages`, or traces "
-                f"with one of {', '.join(PROMPTS)} and `thinking` or `answer`. Rename its columns."
+                f"No row of {name!r} has a prompt and a text. Expected are tessy rows, or rows in one of these "
+                f"formats: {'; '.join(one.name for one in traces.FORMATS)}. Rename its columns."
             )
     first, *others = found.values()
     shared = [prompt for prompt in first if all(prompt in texts for texts in others)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from tessy_hf.errors import SettingsError
 from tessy_hf.report import figures, viewer
 from tessy_hf.report.html import drawn, render
@@ -16,13 +18,15 @@ from tessy_hf.run.finished import open_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from tessy_hf.text.vocabulary import Vocabulary
+
 ROWS = 10_000
 """The default for the most rows to show."""
 
 
 def write_report(
     source: str, out: Path, *, against: str | None = None, split: str = "train", config_name: str | None = None,
-    rows: int = ROWS, run: str | None = None,
+    rows: int = ROWS, run: str | None = None, vocabulary: Vocabulary | None = None,
 ) -> int:  # fmt: skip
     """Write one self-contained HTML file with a dataset's statistics, figures and rows.
 
@@ -36,19 +40,20 @@ def write_report(
         config_name: Which configuration, on the Hub.
         rows: The most rows to show.
         run: Which run of a journal, where it holds several.
+        vocabulary: Counts the tokens of rows that others released; without one they have no lengths.
 
     Returns:
         How many rows are shown.
 
     Raises:
-        DatasetError: A dataset cannot be read, or was not written by a TessyTransform.
+        DatasetError: A dataset cannot be read, or its rows are of no known format.
         SettingsError: ``rows`` is below 1.
     """
     if rows < 1:
         raise SettingsError(f"rows={rows} shows nothing. Pass at least 1; the default is {ROWS:,}.")
-    dataset = open_rows(source, split, config_name, run)
+    dataset = open_rows(source, split, config_name, run, vocabulary)
     summary = summarize(dataset)
-    other = open_rows(against, split, config_name, run) if against is not None else None
+    other = open_rows(against, split, config_name, run, vocabulary) if against is not None else None
     names = short_names([source] if against is None else [source, against])
     shown = evenly(len(dataset), rows)
     index, texts = viewer.pack(zip(shown, dataset.select(shown), strict=True), names, other)
@@ -69,6 +74,24 @@ def write_report(
             file.write(f'<script type="text/plain" id="rows-{at}">{text}</script>\n')
         file.write("</body>\n</html>\n")
     return len(shown)
+
+
+def write_space(source: str, folder: Path, **options: Any) -> int:
+    """Write a report as a static Space of the Hub: ``index.html``, and the ``README.md`` that makes it one.
+
+    Args:
+        source: A dataset, as for :func:`write_report`.
+        folder: The folder to write.
+        **options: Those of :func:`write_report`.
+    """
+    shown = write_report(source, folder / "index.html", **options)
+    (name,) = short_names([source])
+    repo = source.partition("@")[0]
+    named = {"datasets": [repo]} if repo.count("/") == 1 and not Path(source).exists() else {}
+    head = {"title": f"Report of {name}"[:60], "sdk": "static", "app_file": "index.html", "pinned": False, **named}
+    text = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\nMade with `tessy report`.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return shown
 
 
 def _subtitle(rows: int, shown: int, against: list[str]) -> str:

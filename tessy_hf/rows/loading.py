@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from pyarrow.lib import ArrowException
 
 from tessy_hf.errors import DatasetError
-from tessy_hf.rows import columns
+from tessy_hf.rows import columns, foreign
+from tessy_hf.text.thinking_format import THINK_TAGS, ThinkingFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+    from tessy_hf.text.vocabulary import Vocabulary
 
 _STRICT = {"encoding": "utf-8-sig"}  # checks the bytes, which plain "utf-8" of the JSON builder does not; drops a BOM
 
@@ -80,19 +83,23 @@ def load(
     return dataset.to_iterable_dataset() if streaming and not isinstance(dataset, IterableDataset) else dataset
 
 
-def load_finished(source: str, split: str = "train", config_name: str | None = None) -> Dataset:
-    """Load rows that hold chats, as a :class:`~tessy_hf.transform.TessyTransform` writes them; see :func:`load`.
+def load_finished(
+    source: str,
+    split: str = "train",
+    config_name: str | None = None,
+    *,
+    thinking_format: ThinkingFormat = THINK_TAGS,
+    vocabulary: Vocabulary | None = None,
+) -> Dataset:
+    """Load finished rows, those of a run or others' (:func:`tessy_hf.rows.foreign.finished`); see :func:`load`.
 
     Raises:
-        DatasetError: They cannot be read, or have no column ``messages``.
+        DatasetError: They cannot be read, or are of no known format.
     """
     dataset: Dataset = load(source, split, config_name)
-    if "messages" not in dataset.column_names:
-        raise DatasetError(
-            f"The rows of {source!r} have no column 'messages', in which the chat is expected. "
-            f"Columns: {', '.join(dataset.column_names)}. Pass rows that a TessyTransform has written."
-        )
-    return dataset
+    if {"messages", "spans"} <= set(dataset.column_names):
+        return dataset
+    return foreign.finished(dataset, thinking_format, vocabulary)
 
 
 def load_rows(source: str) -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,9 @@ from tessy_hf.rows.tools import (
     without_nulls,
 )
 from tessy_hf.settings import Settings
+from tessy_hf.text.traces import ROLES
 from tessy_hf.trajectory import Message, Prompt, RowKey
 from tessy_hf.verifiers import verifiers
-
-_ROLES = {"human": "user", "gpt": "assistant"}
-"""Names of roles in chats with ``from`` and ``value``."""
 
 _UNREAD = ("function_call", "tools", "functions")
 """Keys of messages that no chat template reads there."""
@@ -156,6 +155,8 @@ def length(messages: Sequence[Message]) -> int:
 def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
     """Read a prompt as chat messages: text, or messages with ``role`` and ``content`` (or ``from`` and ``value``).
 
+    The answer that others' rows end in is left out, with a warning.
+
     Raises:
         PromptError: It is neither, or a message cannot be used.
     """
@@ -164,7 +165,7 @@ def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
     try:
         if not isinstance(given, (list, tuple)) or not given:
             raise PromptError(f"{_shown(prompt)} is not a prompt")
-        messages = [read for number, one in enumerate(given) if (read := _message(one, number)) is not None]
+        messages = [read for number, one in enumerate(_unanswered(given, column)) if (read := _message(one, number))]
         if not messages or messages[-1]["role"] not in ("user", "tool"):
             last = repr(messages[-1]["role"]) if messages else "nobody"
             raise PromptError(
@@ -178,6 +179,19 @@ def _messages(prompt: Any, row: Any, column: str) -> list[Message]:
     return messages if has_calls(messages) else [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
+def _unanswered(chat: Sequence[Any], column: str) -> Sequence[Any]:
+    """Return a chat without the answer that it ends in, where it ends in one."""
+    last = chat[-1] if len(chat) > 1 and isinstance(chat[-1], Mapping) else {}
+    if ROLES.get(role := str(last.get("role") or last.get("from")), role) != "assistant" or last.get("tool_calls"):
+        return chat
+    warnings.warn(
+        f"Chats in column {column!r} end in an answer of the assistant: it is left out, and what it answers is the "
+        "prompt.",
+        stacklevel=2,
+    )
+    return chat[:-1]
+
+
 def _name(row: Any) -> str:
     return "A row" if row is None else f"Row {str(row)!r}"
 
@@ -188,7 +202,7 @@ def _message(message: Any, number: int) -> Message | None:
         raise PromptError(f"message {number} is {_shown(message)}")
     for key in ("role", "from"):
         _unicode(str(message.get(key)), f"the role of message {number}")
-    role = message.get("role") or _ROLES.get(str(message.get("from")), message.get("from"))
+    role = message.get("role") or ROLES.get(str(message.get("from")), message.get("from"))
     if not isinstance(role, str):
         raise PromptError(f"message {number} has no role, only {', '.join(map(repr, message))}")
     for key in _UNREAD:

@@ -5,7 +5,7 @@ Memory is bounded by a batch, whatever the length of the stream. Knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from tessy_hf.run.journal_reader import Counts, JournalReader
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from tessy_hf.text.vocabulary import Vocabulary
 
 TRAINERS_OWN = frozenset(
     "prompt completion chosen rejected conversations input_ids labels completion_mask assistant_masks seq_lengths "
@@ -61,6 +63,8 @@ class Rows:
         prompts: Dataset | IterableDataset | None = None,
     ) -> None:
         self._records: list[RunRecord] = []
+        self.watch: Callable[[Mapping[str, Any]], Any] = lambda row: None
+        """Is told each row of a stream as it comes."""
         self.answered: Answers | None = None
         if isinstance(rows, (str, Path)) and (ending(str(rows)) or Path(rows).is_dir()):
             self._records, rows = run_record.read_all(str(rows)), load_rows(str(rows))
@@ -101,6 +105,11 @@ class Rows:
         if found is not None and self.answered is not None:
             return found.model_copy(update={"source": self.answered.source})
         return found
+
+    @property
+    def own_record(self) -> dict[str, Any] | None:
+        """The record of the one run that the rows are of, where they carry it."""
+        return self._records[0].model_dump() if self._records else None
 
     @property
     def count(self) -> int | None:
@@ -152,7 +161,9 @@ class Rows:
         elif isinstance(self.given, Journal):
             yield from ({"key": key, **row} for key, row in self.given.finished())
         else:
-            yield from self.given.with_format(None)
+            for row in self.given.with_format(None):
+                self.watch(row)
+                yield row
 
 
 def _released(features: Features) -> Features:
@@ -169,15 +180,23 @@ def _released(features: Features) -> Features:
     return type(features)({names[name]: kind for name, kind in features.items()})
 
 
-def open_rows(source: str, split: str = "train", config_name: str | None = None, run: str | None = None) -> Dataset:
+def open_rows(
+    source: str,
+    split: str = "train",
+    config_name: str | None = None,
+    run: str | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> Dataset:
     """Load the finished rows of a file, a folder, a dataset on the Hub or a journal, of which ``run`` names one run.
+
+    A ``vocabulary`` counts the tokens of rows that others released.
 
     Raises:
         TessyError: They cannot be read, or are no rows of a TessyTransform.
     """
     if is_journal(Path(source)):
         return Rows(source, run).dataset()
-    return load_finished(source, split, config_name)
+    return load_finished(source, split, config_name, vocabulary=vocabulary)
 
 
 def half_written(source: str, run: str | None = None) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
-from tessy_hf.engines.base import Completion, Engine, Request
+from tessy_hf.engines.base import Completion, Engine, Request, Scores
 from tessy_hf.errors import RequestError
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.trajectory import Author
@@ -151,6 +151,10 @@ class MeteredEngine:
         async with aclosing(self._engine.stream(request)) as pieces:
             while (piece := await self._wait(anext(pieces, None), row=request.row)) is not None:
                 yield self._count(piece, new)
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
+        """Ask the engine."""
+        return await self._wait(self._engine.score(prompt_ids, ids, row=row, order=order), row=row)
 
     def release(self, row: str) -> None:
         """Forget a row that has ended."""

@@ -29,7 +29,7 @@ from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin, Progress, Summary
 from tessy_hf.run.stores import journal_of, other_runs, shared_rows_of, why_anew
-from tessy_hf.run.synthesis import Synthesis
+from tessy_hf.run.synthesis import Asked, Synthesis
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Prompt
@@ -106,6 +106,10 @@ class Run:
             self._passes[caller] = _Pass(caller)
         return self._call(self._batch(batch, self._passes[caller].enter()))
 
+    def write(self, prompt: Prompt, asked: Asked) -> Future[tuple[dict[str, Any], Origin]]:
+        """Write one row outside of any dataset, after the first batch. To stop it, cancel the future."""
+        return self._call(self._alone(prompt, asked))
+
     def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -156,7 +160,7 @@ class Run:
             self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
         if self._commits is not None:
             if not self._planned:
-                self._tell_plan(self._commits.journal)
+                self._progress.write(_begun(self._commits.journal, self.fingerprint))
             self._own(asyncio.create_task(self._commits.sync_regularly()))
         if self._starts_apart:
             await asyncio.gather(self._teacher.start(), self._student.start())
@@ -166,19 +170,7 @@ class Run:
         self.window.open(self._teacher.engine, self._student.engine)
         described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
         await asyncio.to_thread(run_record.remember, described)
-        if self._commits is not None:
-            self._commits.journal.describe(described.model_dump_json())
-        if self._outbox is not None:
-            schema = columns.schema(self._student.thinking_format.key)
-            self._outbox.shared.describe(schema, described.model_dump_json())
-
-    def _tell_plan(self, journal: Journal) -> None:
-        """Say what an earlier run left in the journal, and so what there is to do."""
-        done, to_continue, _, failed = journal.fingerprints().get(self.fingerprint) or Counts()
-        self._progress.write(
-            f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
-            f"(journal: {journal.path})."
-        )
+        _describe(described, self._commits, self._outbox, self._student)
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -192,33 +184,41 @@ class Run:
             await self._outbox.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
 
-    def _own(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+    def _own(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""
+        assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     # --- batches and rows
 
+    async def _alone(self, prompt: Prompt, asked: Asked) -> tuple[dict[str, Any], Origin]:
+        task = self._own(asyncio.current_task())
+        async with self._admission:
+            await self.window.enter()
+        task.add_done_callback(self._leave)
+        made_of = self._teacher, self._student, self._settings, self.fingerprint, self.meter
+        return await self._row(prompt, {}, Synthesis(*made_of, None, None, asked))
+
     async def _batch(self, batch: Columns, seen: set[str]) -> dict[str, list[Any]]:
-        task = asyncio.current_task()
-        assert task is not None
-        self._own(task)
+        self._own(asyncio.current_task())
         reader = PromptReader(self._settings, list(batch), seen)
         inputs = rows_of(batch, reader.read_columns, self._settings.prompt_column)
-        tasks: dict[int, asyncio.Task[dict[str, Any]]] = {}
+        tasks: dict[int, asyncio.Task[tuple[dict[str, Any], Origin]]] = {}
         try:
             async with self._admission:  # one batch after another, in the order in which they came
                 if self._started is None:
                     self._started = self._own(asyncio.create_task(self._start()))
                 await asyncio.shield(self._started)
-                prompts = [self._read(reader, row) for row in inputs]
+                prompts = [_read(reader, row, self._settings.seed) for row in inputs]
                 self._enroll([prompt for prompt in prompts if isinstance(prompt, Prompt)])
                 for number in _longest_first(prompts):
                     await self.window.enter()
-                    tasks[number] = self._own(asyncio.create_task(self._row(prompts[number], inputs[number])))
+                    writing = self._row(prompts[number], inputs[number], self._synthesis)
+                    tasks[number] = self._own(asyncio.create_task(writing))
                     tasks[number].add_done_callback(self._leave)
-            rows = await asyncio.gather(*(tasks[number] for number in range(len(inputs))))
+            rows = [row for row, _ in await asyncio.gather(*(tasks[number] for number in range(len(inputs))))]
             await self._synthesis.stored()
         finally:
             for one in tasks.values():
@@ -229,13 +229,6 @@ class Run:
             self._told_of_tools = True
             self._progress.write("tools are not shown beside prompts that are text, only beside lists of messages.")
         return {**tools, **{name: [row.get(name) for row in rows] for name in columns.COLUMNS}}  # old rows lack some
-
-    def _read(self, reader: PromptReader, row: Mapping[str, Any]) -> Prompt | PromptError:
-        try:
-            prompt = reader.read(row)
-        except PromptError as error:
-            return error
-        return replace(prompt, seed=derive_seed(self._settings.seed, prompt.key))
 
     def _enroll(self, prompts: list[Prompt]) -> None:
         """Give rows their places in the journal, and say once that ids are there with other prompts."""
@@ -251,19 +244,21 @@ class Run:
             for line in why_anew(other_prompts, self._settings):
                 self._progress.write(line)
 
-    async def _row(self, prompt: Prompt | PromptError, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    async def _row(
+        self, prompt: Prompt | PromptError, inputs: Mapping[str, Any], synthesis: Synthesis
+    ) -> tuple[dict[str, Any], Origin]:
         """Write one row, whatever its prompt is like."""
         origin: Origin
         self._rows_begun += 1
         if isinstance(prompt, PromptError):
-            row, origin = self._synthesis.unusable(prompt), "refused"
+            row, origin = synthesis.unusable(prompt), "refused"
         else:
             with self._progress.row():
-                row, origin = await self._synthesis.row(replace(prompt, order=self._rows_begun), inputs)
+                row, origin = await synthesis.row(replace(prompt, order=self._rows_begun), inputs)
             tokens = length(prompt.messages) // CHARACTERS_PER_TOKEN + row["teacher_tokens"] + row["student_tokens"]
             self.window.learn(tokens, self.meter.recomputed_tokens)
         self._progress.done(row, origin)
-        return row
+        return row, origin
 
     def _leave(self, _: asyncio.Task[Any]) -> None:
         """Give a row's place in the window to the next."""
@@ -282,6 +277,31 @@ async def _report_stalls(meter: Meter, progress: Progress) -> None:
         elif (stalled := meter.stalled(after)) is not None:
             progress.write(f"nothing came for {after:.0f} s. Waiting for {stalled}.")
             after *= 2
+
+
+def _begun(journal: Journal, fingerprint: str) -> str:
+    """Say what an earlier run left in the journal, and so what there is to do."""
+    done, to_continue, _, failed = journal.fingerprints().get(fingerprint) or Counts()
+    return (
+        f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
+        f"(journal: {journal.path})."
+    )
+
+
+def _read(reader: PromptReader, row: Mapping[str, Any], seed: int) -> Prompt | PromptError:
+    try:
+        prompt = reader.read(row)
+    except PromptError as error:
+        return error
+    return replace(prompt, seed=derive_seed(seed, prompt.key))
+
+
+def _describe(record: RunRecord, commits: Commits | None, outbox: Outbox | None, student: Speaker) -> None:
+    """Keep the run's record beside its rows."""
+    if commits is not None:
+        commits.journal.describe(record.model_dump_json())
+    if outbox is not None:
+        outbox.shared.describe(columns.schema(student.thinking_format.key), record.model_dump_json())
 
 
 class _Pass:

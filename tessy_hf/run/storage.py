@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tessy_hf.errors import PartsError
-from tessy_hf.retries import RetryPolicy
+from tessy_hf.retries import RetryPolicy, is_transient, status_of
 from tessy_hf.rows import columns
 from tessy_hf.rows.prompt import finished_prompt_hash
 from tessy_hf.rows.tools import decoded
@@ -51,7 +51,12 @@ def file_system(folder: str) -> tuple[Any, str]:
 
 def put(system: Any, path: str, content: bytes) -> None:
     """Write a file, whole or not at all. Object storage does so by itself; on disks it is renamed into place."""
-    RETRIES.call(lambda: _put(system, path, content))
+    RETRIES.call(lambda: _put(system, path, content), retry_on=_may_pass)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return whether another try may succeed; on the Hub also where somebody else's commit was faster."""
+    return is_transient(error) or status_of(error) == 412
 
 
 def check_writable(system: Any, folder: str) -> None:

@@ -10,11 +10,12 @@ import asyncio
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tessy_hf.errors import PromptError, RequestError
 from tessy_hf.method import methods
 from tessy_hf.method.speaker import Speaker, check_pair
+from tessy_hf.plan import Plan
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.run.commits import Commits
@@ -32,11 +33,18 @@ BUSY_SECONDS = 0.2
 """How often to look whether another process has finished a row that it writes."""
 
 
+class Asked(NamedTuple):
+    """A row that is asked for by itself: how to write it, and who is told of each piece as it is kept."""
+
+    plan: Plan
+    watch: methods.Record
+
+
 class Synthesis:
     """Writes the rows of a run. Used by one event loop.
 
     The speakers are metered; the verifier's time counts in ``meter``. ``commits`` has the journal, ``outbox`` the
-    shared rows, where there are any.
+    shared rows, where there are any. ``asked`` replaces the plan that the settings make.
     """
 
     def __init__(
@@ -48,7 +56,9 @@ class Synthesis:
         meter: Meter,
         commits: Commits | None,
         outbox: Outbox | None,
+        asked: Asked | None = None,
     ) -> None:
+        self._asked = asked
         self._teacher, self._student, self._settings, self._fingerprint = teacher, student, settings, fingerprint
         self._meter, self._commits, self._outbox = meter, commits, outbox
         self._verifier = verifiers.build(settings.verifier)
@@ -147,12 +157,14 @@ class Synthesis:
         commits, key = self._commits, prompt.row_key
 
         def keep(draft: Draft, piece: Span | None) -> None:
+            if self._asked is not None:
+                self._asked.watch(draft, piece)
             if commits is not None:
                 commits.journal.append(key, [piece] if piece is not None and piece.text else [], draft.state())
                 commits.soon()
 
         verify = self._verifier and self._verify_with(self._verifier, prompt.key, inputs)
-        plan = self._settings.plan(prompt.key)
+        plan = self._asked.plan if self._asked is not None else self._settings.plan(prompt.key)
         try:
             written = await methods.write(
                 prompt, self._teacher, self._student, plan, draft, verify=verify, record=keep

@@ -145,6 +145,18 @@ def test_labels_of_which_none_is_called_style_are_refused_with_what_to_state(tmp
         BoundaryPredictor.from_pretrained(folder, label_shift=0, style_label=3, device="cpu")
 
 
+def test_a_look_ahead_is_read_from_the_config(tmp_path, load):
+    predictor = load(save(tmp_path, label_shift=0, lookahead=2, eos_token_id=7, **NAMED))
+    assert (predictor.lookahead, predictor.end_id) == (2, 7)
+
+
+@pytest.mark.parametrize("wrong", [{"label_shift": 1}, {"lookahead": -1}, {"lookahead": "2"}, {"eos_token_id": None}])
+def test_a_look_ahead_that_cannot_be_used_is_refused(tmp_path, wrong):
+    folder = save(tmp_path, **{"label_shift": 0, "lookahead": 2, "eos_token_id": 7, **NAMED, **wrong})
+    with pytest.raises(BoundaryError, match=r"has lookahead=(?s:.*)Fix config\.json"):
+        BoundaryPredictor.from_pretrained(folder, device="cpu")
+
+
 # --- what is no boundary predictor
 
 

@@ -109,7 +109,7 @@ def test_the_draw_depends_on_trace_and_seed_alone():
 
 
 def test_short_traces_are_taken_whole_and_the_shortest_not_at_all():
-    rows = [{"thinking": "one two " * 12}, {"thinking": "too short"}, {"thinking": None}, {"other": "column"}]
+    rows = [{"thinking": "one two " * 12}, {"thinking": "too short"}, {"thinking": None}, {"text": "column"}]
     (only,) = draw(rows, AnnotationSettings(aligned_share=0))
     assert only.text == ("one two " * 12).strip() and only.problem_id == only.trace_id
 
@@ -320,4 +320,35 @@ def test_it_works_in_a_notebook(tmp_path):
         return run(tmp_path, traces(2))[0]
 
     assert asyncio.run(cell()).counts == {"accepted": 2}
-    assert module.PROMPT.is_file()
+    assert all(path.is_file() for path in module.PROMPTS.values())
+
+
+# --- instructions and votes
+
+
+@pytest.mark.parametrize(("prompt", "told"), [("rules", "First-person openers"), ("paper", None)])
+def test_the_card_says_which_instruction_was_used(tmp_path, prompt, told):
+    run(tmp_path, traces(1), prompt=prompt)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert f"`prompt: {prompt}`" in card and ("First-person openers" in card) == bool(told)
+
+
+def test_of_several_votes_the_majority_counts_and_their_agreement_is_reported(tmp_path):
+    said = iter(range(99))
+
+    def careless(text):
+        """Every third answer marks the first phrase alone, every sixth cannot be used."""
+        number = next(said)
+        found = json.loads(mark(text))
+        return "?" if number % 6 == 5 else json.dumps(found[: 1 if number % 3 == 2 else None])
+
+    found, engine = run(tmp_path, traces(4), answer=careless, votes=3, words=20, rows_in_flight=1)
+    shown = {key.rpartition("#")[0]: segment for key, segment in asked(tmp_path).items()}
+    assert len(engine.prompts) == 12 and found.counts == {"accepted": 10, "not json": 2}
+    for row in found.rows:
+        at = shown[row["id"]].text.index(row["text"])
+        assert Segment.from_row(row).spans == shown[row["id"]].part(at, at + len(row["text"])).spans
+    assert 0.3 < found.agreement["kappa"] < found.agreement["char_f1"] < 1
+    assert f"{found.agreement['char_f1']:.3f}" in (tmp_path / "README.md").read_text("utf-8")
+    again, engine = run(tmp_path, traces(4), answer=careless, votes=3, words=20)
+    assert again == found and not engine.prompts

@@ -1,5 +1,6 @@
 """Figures of a predictor are those one counts by hand."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -9,9 +10,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import precision_recall_fscore_support
 
 from tessy_hf.boundary.predictor import BoundaryPredictor, window_start
+from tessy_hf.boundary_training.examples import IGNORED, encode
 from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings, plot
-from tessy_hf.boundary_training.readings import Reading, is_causal, read
-from tessy_hf.boundary_training.segments import Segment
+from tessy_hf.boundary_training.readings import Reading, attribute, is_causal, read
+from tessy_hf.boundary_training.segments import Segment, word_kinds
+from tessy_hf.method.chunk import Chunk, Marks
+from tessy_hf.method.judging import Judge
+from tessy_hf.text.transcript import Transcript
 from tests.boundary.test_predictor import NAMED, save
 from tests.rules import vocabulary
 from tests.worlds import TEXT, TOKENIZERS
@@ -210,4 +215,48 @@ def test_a_reader_of_both_sides_is_told_from_a_causal_one(tmp_path):
     make_tokenizer("qwen").save_pretrained(tmp_path)
     predictor = BoundaryPredictor.from_pretrained(str(tmp_path), label_shift=0, style_label=1)
     assert not is_causal(predictor, TEXT)
+    predictor.close()
+
+
+# --- look-ahead
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gpt2", "harmony"])
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_what_is_taught_with_a_look_ahead_is_read_back_at_the_words_it_is_about(kind, lookahead):
+    marked = segment()
+    example = encode(marked, vocabulary(kind), 0, lookahead, end_id=0)
+    assert len(example.ids) == len(vocabulary(kind).encode(SAID).ids) + lookahead == len(example.labels)
+    said = np.array([np.nan if label == IGNORED else float(label) for label in example.labels])
+    reading = attribute(SAID, vocabulary(kind).encode(SAID), said, 0, lookahead)
+    assert reading.words(SAID, own_kind=False) == word_kinds(marked)
+    if lookahead:
+        assert evaluate_readings([reading], [marked]).char_f1_without_whitespace == 1
+
+
+def test_a_text_shorter_than_the_look_ahead_is_read_at_end_tokens():
+    example = encode(Segment("So 5", ((0, 2),)), vocabulary("qwen"), 0, 4, end_id=0)
+    assert example.labels[-4:] == [IGNORED, IGNORED, 1, 0] and example.ids[-4:] == [0] * 4
+
+
+def test_figures_by_domain_and_kind_are_told_beside_the_others():
+    style = Segment("So it is 5.", ((0, 2),), domain="code", key="a")
+    found = evaluate_readings([Reading([(0, 2), (2, 11)], np.array([0.9, 0.1]))], [style])
+    assert found.char_f1_by_domain == {"code": 1} and found.by_domain["code"].char_f1_interval == (1, 1)
+    assert found.by_kind["connective"].recall == found.by_kind["connective"].precision == 1
+
+
+@pytest.mark.parametrize("own_kind", [False, True])
+def test_the_method_finds_the_boundary_that_is_read_with_a_look_ahead(tmp_path, own_kind):
+    predictor = BoundaryPredictor.from_pretrained(
+        save(tmp_path, label_shift=0, lookahead=2, eos_token_id=7, window=16, initializer_range=0.5, **NAMED)
+    )
+    vocabulary = predictor.vocabulary
+    for text in (SAID, TEXT, "So", SAID[::-1]):
+        kinds = read(predictor, [text])[0].words(text, own_kind)
+        reader = Transcript({}, [vocabulary]).reader(vocabulary)
+        ends = [end for _, end in vocabulary.encode(text).offsets]
+        chunk = Chunk.read(text, ends, Marks(), kept="", stopped=True, lookahead=2)
+        found = asyncio.run(Judge(predictor, reader, own_kind=own_kind).first_of_other_kind(chunk))
+        assert found == next((i for i, kind in enumerate(kinds) if kind != own_kind), None)
     predictor.close()

@@ -44,6 +44,14 @@ def test_a_row_is_read_with_what_it_says_of_itself():
     assert Segment.from_row({"text": TEXT, "style_spans": segment.marked()}).spans == segment.spans
 
 
+def test_the_authors_annotations_are_read():
+    spans = [{"span": "Okay, so", "start": 0, "end": 8}]
+    segment = Segment.from_row({"id_ddm": "a-1", "think_text": TEXT, "pred_result": spans})
+    assert segment == Segment(TEXT, ((0, 8),), problem="a-1", key="a-1")
+    with pytest.raises(DatasetError, match="does not fit its text"):
+        Segment.from_row({"id_ddm": "a-1", "think_text": TEXT, "pred_result": [{**spans[0], "end": 7}]})
+
+
 def test_a_file_is_read_line_by_line_whatever_its_lines_hold(tmp_path):
     file = tmp_path / "segments.jsonl"
     file.write_text("\n".join(json.dumps(row(id=f"s{i}"), ensure_ascii=False) for i in range(3)) + "\n\n", "utf-8")

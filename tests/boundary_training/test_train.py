@@ -313,8 +313,8 @@ def test_a_killed_training_goes_on_from_its_last_epoch(trained, base, tmp_path):
 
 def test_the_shipped_segments_are_whole():
     found = read_segments(ROOT / "dataset_cards" / "style-spans" / "train.jsonl")
-    assert len(found) == 698 and sum(len(segment.spans) for segment in found) == 2854
-    assert {segment.family for segment in found} == {"gpt-oss", "qwen3"} and all(s.problem for s in found)
+    assert len(found) == 1127 and sum(len(segment.spans) for segment in found) == 4430
+    assert {s.family for s in found} == {"gpt-oss", "qwen3", "deepseek", "other"} and all(s.problem for s in found)
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "boundary").glob("*.yaml")), ids=lambda path: path.name)

@@ -8,12 +8,14 @@ import asyncio
 import pickle
 from array import array
 from contextlib import aclosing
+from dataclasses import replace
+from functools import cache
 
 import pytest
 from transformers import AutoTokenizer
 
 from tessy_hf import demo
-from tessy_hf.engines.base import Completion, Request
+from tessy_hf.engines.base import Request
 from tessy_hf.text.vocabulary import Vocabulary
 
 TOKENIZER = AutoTokenizer.from_pretrained(demo.STUDENT)
@@ -50,11 +52,30 @@ def request(
     )
 
 
+@cache
+def _network():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo.STUDENT).eval()
+
+
+def reference(prompt_ids, ids):
+    """The miniature student's own log-probabilities, ranks and entropies of ids after a prompt."""
+    import torch
+
+    with torch.inference_mode():
+        logits = _network()(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1]
+    scores = logits.double().log_softmax(-1)
+    own = scores.gather(-1, torch.tensor(ids)[:, None])
+    return own[:, 0].tolist(), (scores >= own).sum(-1).tolist(), (-scores.exp() * scores).sum(-1).tolist()
+
+
 class EngineContract:
     """For every engine. ``streams`` says whether it can be asked for streams."""
 
     streams = True
     knows_its_cache = False
+    measures = frozenset()
 
     @staticmethod
     def make():
@@ -129,7 +150,7 @@ class EngineContract:
             async with aclosing(live.stream(asked)) as stream:
                 while len(pieces) < most and (piece := await anext(stream, None)) is not None:
                     assert len(piece.token_ids) or piece.stop_id is not None
-                    pieces.append(Completion(list(piece.token_ids), piece.stop_id))
+                    pieces.append(replace(piece, token_ids=list(piece.token_ids), uncached_prompt_tokens=None))
             return pieces
 
         def together(*requests, most=1000):
@@ -170,6 +191,9 @@ class EngineContract:
         assert (live.cache_tokens is not None) == self.knows_its_cache
         assert live.cache_tokens is None or live.cache_tokens > live.context_length
 
+    def test_says_what_it_measures(self, live):
+        assert live.measures == self.measures
+
     def test_is_pickled_by_its_description_while_live(self, live):
         assert pickle.loads(pickle.dumps(live)).identity == live.identity
 
@@ -191,6 +215,8 @@ class EngineContract:
 
 class ModelContract(EngineContract):
     """For engines that run a model: they read their prompt, and draw by the seed."""
+
+    measures = frozenset({"logprobs", "entropies", "score"})
 
     def test_goes_on_after_foreign_ids(self, ask, live):
         """What was rolled back is forgotten, what the other author wrote is read."""
@@ -238,3 +264,42 @@ class ModelContract(EngineContract):
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
             )
             assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
+
+    def test_log_probabilities_are_those_of_the_model_itself_however_tokens_are_drawn(self, ask, stream):
+        if "logprobs" not in self.measures:
+            pytest.skip("This way of asking gives none.")
+        wanted = {"tokens": 60, "logprobs": True, "entropies": "entropies" in self.measures}
+        hot = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "seed": 3}
+        requests = [request("greedy", **wanted), request("drawn", prompt=1, **hot, **wanted), request("plain")]
+        *measured, plain = ask(*requests)
+        assert plain.logprobs is plain.entropies is None
+        pieces = stream(request("streamed", **wanted))[0]
+        streamed = [value for piece in pieces for value in piece.logprobs]
+        assert streamed == pytest.approx(list(measured[0].logprobs), abs=1e-3)
+        for asked, completion in zip(requests, measured, strict=False):
+            logprobs, _, entropies = reference(asked.prompt_ids, list(completion.token_ids))
+            assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)
+            if wanted["entropies"]:
+                assert list(completion.entropies) == pytest.approx(entropies, abs=1e-3)
+            else:
+                assert completion.entropies is None
+
+    def test_scores_of_given_ids_are_those_of_the_model_itself(self, ask, live, loop):
+        if "score" not in self.measures:
+            pytest.skip("This way of asking has no scores.")
+        prompt, text = request().prompt_ids, VOCABULARY.encode("okay so 1 + 2 = 3 and then 7 + 1 = 8 , wait").ids * 20
+        grown = [text[:3], text[:9], text[:9], text[3:], text]  # of a row that is cached further and further
+        (written,) = ask(request("r", tokens=20))
+        every = [(prompt, ids) for ids in grown] + [([*prompt, *written.token_ids], text[:2])]
+
+        async def score():
+            alone = [await live.score(before, ids, row="r") for before, ids in every]
+            return alone, await asyncio.gather(*(live.score(*one, row=f"s{at}") for at, one in enumerate(every)))
+
+        for scored in loop.run_until_complete(score()):
+            for (before, ids), told in zip(every, scored, strict=True):
+                logprobs, ranks, _ = reference(before, ids)
+                assert told.logprobs == pytest.approx(logprobs, abs=1e-3)
+                assert told.ranks == ranks
+        (again,) = ask(request("r", tokens=20))
+        assert list(again.token_ids) == list(written.token_ids)

@@ -232,7 +232,7 @@ class FakeServer:
 
 
 def is_row(path, body):
-    prompt = (body or {}).get("token_ids") or (body or {}).get("prompt")
+    prompt = next((body[name] for name in ("token_ids", "input_ids", "prompt") if body and body.get(name)), None)
     marked = "<think>" in prompt if isinstance(prompt, str) else THINK in (prompt or [])
     return marked and path != "/tokenize"
 
@@ -302,6 +302,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply({"tokens": fake.tokenize(body["prompt"])})
         elif self.path == "/inference/v1/generate" and "generate" in fake.ways:
             self._choose(body, _continue(body["token_ids"], body["sampling_params"], exact=True))
+        elif self.path == "/generate" and "sglang" in fake.ways:
+            self._sglang(body)
+        elif self.path == "/completion" and "llama.cpp" in fake.ways:
+            self._llama_cpp(body)
         elif self.path == "/v1/completions":
             self._complete(body, fake.ways)
         else:
@@ -317,6 +321,34 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply({"error": {"message": "prompt: this type is not supported"}}, 400)
         self._choose(body, _continue(ids, body, exact=exact and "ids" in ways))
 
+    def _sglang(self, body):
+        """Answer as the sources of SGLang 0.5.23 do: no real one runs here. It refuses parameters it does not know."""
+        sampling, ids = body["sampling_params"], body["input_ids"]
+        known = {"max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop_token_ids"}
+        if unknown := sampling.keys() - known - {"sampling_seed"}:
+            return self.reply({"error": {"message": f"unexpected keyword argument {unknown}"}}, 400)
+        choice = _continue(ids, {**sampling, "max_tokens": sampling["max_new_tokens"]}, exact=True)
+        written, reason = choice["token_ids"], {"type": choice["finish_reason"]}
+
+        def so_far(count, since=0):
+            meta = {"prompt_tokens": len(ids), "completion_tokens": count, "cached_tokens": len(ids) - 1}
+            finish = reason if count == len(written) else None
+            return {"text": "", "output_ids": written[since:count], "meta_info": {**meta, "finish_reason": finish}}
+
+        if body.get("stream"):
+            step = 3 if "sglang-incremental" in self.server.fake.ways else len(written)
+            ends = [*range(3, len(written), 3), len(written)]
+            self.send_events([so_far(end, max(0, end - 1) // step * step) for end in ends])
+        else:
+            self.reply(so_far(len(written)))
+
+    def _llama_cpp(self, body):
+        choice = _continue(body["prompt"], {"max_tokens": body["n_predict"]}, exact=True)
+        ended = choice["token_ids"][-1] == END
+        stop_type = "limit" if choice["finish_reason"] == "length" else "eos" if ended else "word"
+        told = {"tokens_evaluated": len(body["prompt"]), "timings/cache_n": len(body["prompt"]) - 1}
+        self.reply({"tokens": choice["token_ids"], "stop_type": stop_type, **told})
+
     def _choose(self, body, choice):
         if body.get("stream"):
             self.stream(choice)
@@ -325,19 +357,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def stream(self, choice, events=1000):
         """Send a choice in events of three tokens, and no more of these than so many."""
+        ids = choice["token_ids"]
+        reasons = {len(ids) - 1 - (len(ids) - 1) % 3: choice["finish_reason"]}
+        parts = [
+            {"choices": [{"index": 0, "token_ids": ids[at : at + 3], "finish_reason": reasons.get(at)}]}
+            for at in range(0, len(ids), 3)
+        ]
+        self.send_events(parts[:events] if events < len(parts) else [*parts, {"choices": []}], events >= len(parts))
+
+    def send_events(self, events, done=True):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        ids = choice["token_ids"]
-        for at in range(0, len(ids), 3)[:events]:
-            reason = choice["finish_reason"] if at + 3 >= len(ids) else None
-            event = {"choices": [{"index": 0, "token_ids": ids[at : at + 3], "finish_reason": reason}]}
+        for event in events:
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
             self.wfile.flush()
             time.sleep(0.005)  # or all would come together
-        if events >= len(ids) / 3:
-            self.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        if done:
+            self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
 
     def reply(self, value, status=200, **headers):

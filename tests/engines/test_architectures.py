@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from tessy_hf import TransformersEngine
-from tessy_hf.errors import SettingsError
+from tessy_hf.errors import EngineDeadError, SettingsError
 from tests.engines.contract import request
 
 VOCABULARY = 96
@@ -159,6 +160,68 @@ def test_the_cache_that_a_checkpoint_names_for_generate_changes_nothing(cache, t
 def test_a_model_that_keeps_more_than_keys_and_values_is_refused_at_the_start(kind, tmp_path):
     save(tmp_path, kind, **REFUSED[kind])
     with pytest.raises(SettingsError, match="vLLM"):
+        asyncio.run(check(None, tmp_path))
+
+
+BLOCKS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # quantizers want whole blocks
+
+
+def quantizer(package, **options):
+    """The options that quantize a model while it is loaded, with a package that may be missing."""
+    pytest.importorskip(package, reason=f"pip install {package}")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    return {"quantization_config": BitsAndBytesConfig(**options)}
+
+
+EIGHT_BITS = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("torchao", {}), ("bitsandbytes", {"load_in_4bit": True}), ("bitsandbytes", EIGHT_BITS)]
+)
+def test_rows_of_a_quantized_checkpoint_are_the_rows_alone(package, options, tmp_path):
+    quantized = quantizer(package, **options)
+    save(tmp_path / "plain", "qwen3", **BLOCKS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **quantized, device_map="cpu")
+    model.save_pretrained(tmp_path / "quantized")
+    asyncio.run(check(model, tmp_path / "quantized"))
+    asyncio.run(check(model, tmp_path / "plain", **quantized))
+    made = [(tmp_path / "plain", {}), (tmp_path / "plain", quantized), (tmp_path / "quantized", {})]
+    identities = [{**TransformersEngine(at, **more).identity, "model": None} for at, more in made]
+    assert len(set(map(json.dumps, identities))) == 3
+
+
+def test_outliers_of_a_whole_batch_are_refused(tmp_path):
+    quantized = quantizer("bitsandbytes", load_in_8bit=True)
+    save(tmp_path, "qwen3", **BLOCKS)
+    with pytest.raises(SettingsError, match=r"llm_int8_threshold=6\.0.*llm_int8_threshold=0\.0 is expected"):
+        asyncio.run(check(None, tmp_path, **quantized))
+
+
+def rewrite(folder, quantization, drop=""):
+    """Write a quantization into a checkpoint's config, and leave a weight out."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: weights[name] for name in weights if name != drop}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def test_a_quantization_whose_package_is_missing_is_refused_with_the_name_of_it(tmp_path):
+    save(tmp_path, "qwen3")
+    rewrite(tmp_path, {"quant_method": "aqlm"})
+    with pytest.raises(EngineDeadError, match=r"not installed: .*aqlm.*Install it with pip"):
+        asyncio.run(check(None, tmp_path))
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path):
+    save(tmp_path, "qwen3")
+    rewrite(tmp_path, {"quant_method": "of-tomorrow"}, drop="model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(EngineDeadError, match=r"lack 1 weights of Qwen3ForCausalLM, such as model\.layers\.1\.mlp"):
         asyncio.run(check(None, tmp_path))
 
 

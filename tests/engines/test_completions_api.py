@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tessy_hf.engines import completions_api as api
 from tessy_hf.engines.completions_api import (
-    EXACT,
     MOST_ROWS,
     MOST_STOP_TEXTS,
     PROTOCOLS,
+    STREAMS,
     AnswerError,
     CompletionsAPI,
     EncodedPrompt,
@@ -60,28 +60,51 @@ def test_each_protocol_asks_in_its_own_fields(student):
 def test_the_seed_depends_on_the_row_and_the_place_and_greedy_requests_have_none(student, protocol):
     def seed(**changes):
         given = body(student, protocol, replace(request(temperature=1.0, seed=1), **changes))
-        return given.get("sampling_params", given).get("seed")
+        given = given.get("sampling_params", given)
+        return given.get("seed", given.get("sampling_seed"))
 
     ids = request().prompt_ids
     assert seed() == seed() and 0 <= seed() < 2**31
     assert len({seed(), seed(seed=2), seed(prompt_ids=array("i", [*ids, 5]))}) == 3
-    assert seed(temperature=0.0) is None
+    assert not seed(temperature=0.0)
 
 
-@pytest.mark.parametrize("protocol", sorted(EXACT))
+@pytest.mark.parametrize("protocol", sorted(STREAMS))
 def test_a_stream_is_asked_for_by_name(student, protocol):
     plain, streamed = body(student, protocol, request()), body(student, protocol, request(), stream=True)
     assert streamed == {**plain, "stream": True} and "stream" not in plain
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", sorted({*PROTOCOLS} - {"llama.cpp"}))
 def test_further_sampling_is_sent_if_it_is_set(student, protocol):
     sampling = {"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
     sent, plain = (body(student, protocol, request(**given)) for given in (sampling, {}))
-    if protocol == "generate":
+    if protocol in ("generate", "sglang"):
         sent, plain = sent["sampling_params"], plain["sampling_params"]
     assert {name: sent[name] for name in sampling} == sampling
     assert not set(sampling) & set(plain)
+
+
+def test_sglang_is_asked_by_its_own_names(student):
+    asked = request(tokens=5, temperature=0.5, top_k=20)
+    sent = body(student, "sglang", asked)
+    sampling = sent.pop("sampling_params")
+    assert sent == {"model": "student", "input_ids": list(asked.prompt_ids)}
+    assert sampling.pop("sampling_seed") > 0 and sampling == {
+        "max_new_tokens": 5, "temperature": 0.5, "top_p": 1.0, "top_k": 20, "stop_token_ids": sorted(asked.stop_ids)
+    }  # fmt: skip
+
+
+def test_llama_cpp_is_asked_by_its_own_names_and_its_own_sampling_defaults_are_switched_off(student):
+    asked = request(tokens=5, temperature=0.5)
+    sent = body(student, "llama.cpp", asked)
+    assert sent["prompt"] == list(asked.prompt_ids) and sent["n_predict"] == 5 and sent["return_tokens"] is True
+    assert (sent["temperature"], sent["top_p"], sent["top_k"], sent["min_p"]) == (0.5, 1.0, 0, 0.0)
+    assert sent["stop"][0] == "</think>" and sent["preserved_tokens"] == sent["stop"]
+    assert not {"repeat_penalty", "repeat_last_n"} & sent.keys()
+    penalized = body(student, "llama.cpp", request(repetition_penalty=1.2, top_k=20, min_p=0.1))
+    assert (penalized["repeat_penalty"], penalized["top_k"], penalized["min_p"]) == (1.2, 20, 0.1)
+    assert penalized["repeat_last_n"] > len(asked.prompt_ids), "a penalty looks at the whole row"
 
 
 def test_the_end_of_thinking_comes_first_among_the_few_stop_texts(student):
@@ -225,22 +248,58 @@ def test_an_answer_without_ids_is_refused(student, given, message):
         student.completion(IDS, given, request())
 
 
-@pytest.mark.parametrize("text", [None, 7, "", "\ufffd", "\ud800 okay"])
+@pytest.mark.parametrize("text", [None, 7, "", "\ufffd"])
 def test_an_answer_without_text_is_refused(student, text):
     with pytest.raises(AnswerError, match="without text|empty text"):
         student.completion(TEXT, answer(text=text), request())
 
 
+def sglang(ids, total, reason=None, **meta):
+    return {"output_ids": ids, "meta_info": {"completion_tokens": total, "finish_reason": reason, **meta}}
+
+
+def test_native_answers_are_read_by_their_ids(student):
+    told = {"prompt_tokens": 40, "cached_tokens": 32}
+    completion = student.completion(
+        "sglang", sglang([304, STOP], 2, {"type": "stop", "matched": STOP}, **told), request()
+    )
+    assert (completion.token_ids, completion.stop_id, completion.uncached_prompt_tokens) == ([304], STOP, 8)
+    told = {"tokens_evaluated": 40, "timings/cache_n": 32}
+    completion = student.completion("llama.cpp", {"tokens": [304, 7], "stop_type": "eos", **told}, request())
+    assert (completion.token_ids, completion.stop_id, completion.uncached_prompt_tokens) == ([304], 7, 8)
+    assert read(student, "llama.cpp", {"tokens": [304, STOP], "stop_type": "word"}) == ([304], STOP)
+    assert read(student, "llama.cpp", {"tokens": [304, 305], "stop_type": "word"}) == ([304, 305], None)
+
+
+@pytest.mark.parametrize("protocol", ["sglang", "llama.cpp"])
+@pytest.mark.parametrize("given", [[1], None, {}, {"output_ids": "a", "tokens": 7, "meta_info": []}])
+def test_a_native_answer_without_ids_is_refused(student, protocol, given):
+    with pytest.raises(AnswerError, match="without tokens of this vocabulary"):
+        student.completion(protocol, given, request())
+
+
 # --- streams
+
+
+@pytest.mark.parametrize("repeats", [True, False], ids=["all ids so far", "new ids"])
+def test_events_of_sglang_bring_each_id_once(student, repeats):
+    ids, ends = [304, 305, 306, STOP], (1, 3, 4)
+    events = [
+        sglang(ids[:end] if repeats else ids[begin:end], end) for begin, end in zip((0, 1, 3), ends, strict=True)
+    ]
+    first = student.piece("sglang", events[:2], request(), 8)
+    last = student.piece("sglang", events[2:], request(), 5)
+    assert (first.token_ids, last.token_ids, last.stop_id) == ([304, 305, 306], [], STOP)
+    assert student.piece("sglang", [sglang(ids if repeats else [], 4)], request(), 4) is None
 
 
 def test_events_that_arrive_together_are_one_piece(student):
     events = [answer(token_ids=[304], finish_reason=None), {"choices": []}, answer(token_ids=[305, STOP, 306])]
-    piece = student.piece(events, request(), 8)
+    piece = student.piece(IDS, events, request(), 8)
     assert (list(piece.token_ids), piece.stop_id) == ([304, 305], STOP)
-    assert student.piece([{"choices": []}, answer(token_ids=[], finish_reason="stop")], request(), 8) is None
+    assert student.piece(IDS, [{"choices": []}, answer(token_ids=[], finish_reason="stop")], request(), 8) is None
     with pytest.raises(AnswerError, match="sent 2 tokens, 1 were asked for"):
-        student.piece([answer(token_ids=[304, 305])], request(), 1)
+        student.piece(IDS, [answer(token_ids=[304, 305])], request(), 1)
 
 
 # --- what the server says
@@ -262,9 +321,9 @@ ERRORS = {
 @pytest.mark.parametrize(("given", "status"), ERRORS.values(), ids=ERRORS)
 def test_an_error_object_under_status_200_is_an_error_with_its_words(given, status):
     with pytest.raises(AnswerError, match=LIMIT) as caught:
-        api.parse(json.dumps(given))
+        api.parse(json.dumps(given).encode())
     assert caught.value.status == status and LIMIT in caught.value.words
-    assert LIMIT in api.server_words(json.dumps(given))
+    assert LIMIT in api.server_words(json.dumps(given).encode())
 
 
 def test_an_error_inside_a_choice_is_found_too(student):
@@ -274,13 +333,13 @@ def test_an_error_inside_a_choice_is_found_too(student):
 
 
 def test_an_empty_error_is_none():
-    assert api.parse('{"error": null, "choices": []}') == {"error": None, "choices": []}
+    assert api.parse(b'{"error": null, "choices": []}') == {"error": None, "choices": []}
 
 
 @pytest.mark.parametrize("text", ["<html>busy</html>", '{"choices": [{"token_ids": [1, 2', "", "[" * 100_000])
 def test_what_is_not_json_is_shown(text):
     with pytest.raises(AnswerError, match="not JSON") as caught:
-        api.parse(text)
+        api.parse(text.encode())
     assert text[:10] in str(caught.value) and len(str(caught.value)) < 400
 
 
@@ -296,7 +355,7 @@ def test_what_is_not_json_is_shown(text):
     ],
 )
 def test_the_words_of_an_error_body_are_its_message_or_its_beginning(text, words):
-    assert api.server_words(text) == words
+    assert api.server_words(text.encode()) == words
 
 
 # --- what servers tell of themselves

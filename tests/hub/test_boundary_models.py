@@ -135,6 +135,7 @@ def test_the_card_tells_what_was_measured(folder):
     assert results["test segments", "Character F1 of style"] == round(report["test"]["char_f1"], 4)
     assert results["test segments", "Span F1 of style (a)"] == round(report["test"]["by_family"]["a"]["span"]["f1"], 4)
     told = yaml.safe_load(card.content.split("---")[1])
+    assert told["widget"][0]["text"].startswith("Okay, so")
     assert told["model-index"][0]["name"] == "tiny" and told["pipeline_tag"] == "token-classification"
     assert (told["license"], told["datasets"], told["library_name"]) == ("mit", ["ada/spans"], "transformers")
     body = " ".join(card.text.split())

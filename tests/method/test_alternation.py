@@ -22,6 +22,7 @@ from tests.rules import (
     both,
     by_all_ids,
     by_first_letter,
+    by_first_letter_of,
     ids_of,
     is_style_word,
     never_style,
@@ -51,8 +52,10 @@ TURNS = [
 
 
 def boundary_kinds():
-    """Each kind of rule, as (rule, label_shift)."""
-    return st.sampled_from([(by_first_letter, 0), (by_all_ids, 0), (after_comma, 1), (by_all_ids, 1)])
+    """Each kind of rule, with its convention."""
+    conventions = [{}, {"label_shift": 1}, {"lookahead": 1}, {"lookahead": 3}]
+    rules = [(by_first_letter, {}), (after_comma, {"label_shift": 1}), *((by_all_ids, one) for one in conventions)]
+    return st.sampled_from(rules)
 
 
 # --- taking turns
@@ -131,7 +134,7 @@ def simple_scripts(names):
     return st.lists(st.tuples(st.sampled_from(names), simple_words).map("".join), max_size=4)
 
 
-@pytest.mark.parametrize("label_shift", [0, 1])
+@pytest.mark.parametrize(("label_shift", "lookahead"), [(0, 0), (1, 0), (0, 1), (0, 3)])
 @settings(max_examples=60)
 @given(
     teacher=simple_scripts([" Tea", " bet,"]),
@@ -139,7 +142,7 @@ def simple_scripts(names):
     kinds=st.tuples(*[st.sampled_from(KINDS)] * 3),
     k=st.sampled_from(CHUNKS),
 )
-def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, teacher, student, kinds, k):
+def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, lookahead, teacher, student, kinds, k):
     student = [text.lstrip() if index == 0 else text for index, text in enumerate(student)]
 
     def is_style(before, word):
@@ -150,7 +153,12 @@ def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, teacher, stu
     row = write(
         scripted(teacher, kinds[0]),
         scripted(student, kinds[1]),
-        both(after_comma if label_shift else by_first_letter, kinds[2], label_shift=label_shift),
+        both(
+            after_comma if label_shift else by_first_letter_of(lookahead),
+            kinds[2],
+            label_shift=label_shift,
+            lookahead=lookahead,
+        ),
         chunk_tokens=k,
     )
     assert spans(row) == simulate(teacher, student, is_style)
@@ -447,7 +455,7 @@ def rough_scripts(names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("label_shift", [0, 1])
+@pytest.mark.parametrize("convention", [{}, {"label_shift": 1}, {"lookahead": 1}, {"lookahead": 3}], ids=str)
 @pytest.mark.parametrize("pair", PAIRS)
 @settings(max_examples=25)
 @given(
@@ -458,12 +466,12 @@ def rough_scripts(names):
     window=st.sampled_from([2, 8, 200]),
     budget=st.one_of(st.just(100_000), st.integers(1, 40)),
 )
-def test_scripted_rows_do_not_depend_on_k(label_shift, pair, teacher, student, reader, rule, window, budget):
+def test_scripted_rows_do_not_depend_on_k(convention, pair, teacher, student, reader, rule, window, budget):
     rows = [
         write(
             scripted(teacher, pair[0]),
             scripted(student, pair[1]),
-            both(rule, reader, label_shift=label_shift, window=window),
+            both(rule, reader, **convention, window=window),
             chunk_tokens=k,
             max_thinking_tokens=budget,
         )
@@ -501,12 +509,12 @@ def test_greedy_models_write_the_same_row_for_any_k(pair, kinds, weights, bounda
     alphabets = [
         kinds.draw(st.lists(st.sampled_from(whole_characters(kind)), min_size=8, max_size=40)) for kind in pair
     ]
-    rule, label_shift = boundary
+    rule, convention = boundary
 
     def row(k):
         row = write(
             *(GreedyModel(kind, weights, alphabet) for kind, alphabet in zip(pair, alphabets, strict=True)),
-            both(rule, reader, label_shift=label_shift),
+            both(rule, reader, **convention),
             chunk_tokens=k,
             max_thinking_tokens=budget,
             max_answer_tokens=1,

@@ -55,6 +55,12 @@ def test_roles_and_order_are_kept():
     ]
 
 
+@pytest.mark.parametrize("answer", [{"role": "assistant", "content": "two"}, {"from": "gpt", "value": "<think>"}])
+def test_the_answer_that_a_chat_of_others_ends_in_is_left_out_and_told(answer):
+    with pytest.warns(UserWarning, match="column 'prompt' end in an answer of the assistant: it is left out"):
+        assert read([USER, answer]).row_key == read([USER]).row_key
+
+
 REFUSED = [
     (None, "None (NoneType) is not a prompt"),
     ("", "message 0, by 'user', is empty"),
@@ -64,7 +70,7 @@ REFUSED = [
     (["What is 1+1?"], "message 0 is 'What is 1+1?' (str)"),
     ([{"content": "You are kind."}, USER], "message 0 has no role, only 'content'"),
     ([USER, {"role": None, "content": "Hi"}], "message 1 has no role"),
-    ([USER, {"role": "assistant", "content": "two"}], "the last message is by 'assistant'"),
+    ([{"role": "assistant", "content": "two"}], "the last message is by 'assistant'"),
     ([{"role": "half \ud83d", "content": "Hi"}, USER], "the role of message 0 has half of a surrogate pair"),
     ([{"role": "user", "content": [{"text": ["Hi"]}]}], "message 0 has a part whose text is ['Hi'] (list)"),
     ([{"role": "user", "content": [TEXT, 7]}], "message 0 has a part whose text is 7 (int)"),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tessy_hf.text.traces import thinking
+from tessy_hf.errors import DatasetError
+from tessy_hf.text.traces import read, thinking
 
 HARMONY = (
     "<|channel|>analysis<|message|>We need 3 + 4.<|end|><|start|>assistant<|channel|>commentary<|message|>call"
@@ -49,3 +50,56 @@ HARMONY = (
 )
 def test_thinking(row, expected):
     assert thinking(row) == expected
+
+
+MESSAGES = [{"role": "user", "content": "What is 3 + 4?"}]
+SAID = {"from": "gpt", "value": "<think>\nOkay, so 7.\n</think>\n\n7"}
+THEIRS = {
+    "TESSY": {"id_ddm": "0", "dialogs": [*MESSAGES, {"role": "assistant", "content": SAID["value"]}]},
+    "OpenThoughts3": {"conversations": [{"from": "human", "value": "What is 3 + 4?"}, SAID]},
+    "OpenThoughts-114k": {
+        "system": "Think.",
+        "conversations": [
+            {"from": "user", "value": "What is 3 + 4?"},
+            {
+                "from": "assistant",
+                "value": "<|begin_of_thought|>\n\nOkay, so 7.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n7"
+                "\n\n<|end_of_solution|>",
+            },
+        ],
+    },
+    "OpenThoughts metadata": {
+        "problem": "What is 3 + 4?",
+        "deepseek_reasoning": "Okay, so 7.",
+        "deepseek_solution": "7",
+        "ground_truth_solution": "seven",
+    },
+    "Llama-Nemotron": {"input": MESSAGES, "output": SAID["value"], "reasoning": "on", "system_prompt": "Think."},
+    "Nemotron": {"messages": [*MESSAGES, {"role": "assistant", "content": SAID["value"]}], "reasoning": "on"},
+    "OpenR1-Math": {"problem": "What is 3 + 4?", "answer": "seven", "generations": ["", SAID["value"], "8"]},
+    "Open-R1": {"prompt": "?", "messages": [*MESSAGES, {"role": "assistant", "content": SAID["value"]}]},
+    "columns": {"question": "What is 3 + 4?", "reasoning": "Okay, so 7.", "solution": "7"},
+    "key": {"messages": [*MESSAGES, {"role": "assistant", "reasoning_content": "Okay, so 7.", "content": "7"}]},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "3 + 4?"}]},
+            {"role": "assistant", "content": SAID["value"]},
+        ]
+    },
+    "thinking beside a chat": {
+        "messages": [*MESSAGES, {"role": "assistant", "content": "Okay, so 7.7"}],
+        "thinking": "Okay, so 7.",
+    },
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_others_released_is_read(name):
+    trace = read(THEIRS[name])
+    assert (trace.question, trace.thinking, trace.answer) == ("What is 3 + 4?", "Okay, so 7.", "7")
+
+
+def test_rows_of_an_unknown_format_get_the_list_of_known_ones():
+    with pytest.raises(DatasetError, match=r"columns id, blob, .*no known format.*dialogs \(TESSY\).*Nemo"):
+        read({"id": 1, "blob": "?"})
+    assert read({"messages": MESSAGES, "thinking": "", "answer": None}).question == "What is 3 + 4?"  # a failed row

@@ -1,0 +1,84 @@
+"""The script for rented machines: its shards become one release, whichever job ends last."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+
+from tessy_hf import demo
+from tests.hub_server import HubServer, clients_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "recipes" / "jobs" / "synthesize.py"
+
+VLLM = f"""#!{sys.executable}
+import http.server, os, sys
+open(os.environ["SERVED"], "a").write(os.environ["CUDA_VISIBLE_DEVICES"] + " " + " ".join(sys.argv[1:]) + "\\n")
+port = int(sys.argv[sys.argv.index("--port") + 1])
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
+
+
+def job(hub, tmp_path, *words, **environment):
+    given = {**hub.environment(tmp_path / "home"), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], cwd=ROOT, env={**given, **environment}, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_two_jobs_make_one_release(tmp_path, monkeypatch):
+    with HubServer(tmp_path / "storage") as hub, clients_of(hub, tmp_path / "clients", monkeypatch):
+        demo.prompts(6, seed=8).push_to_hub("ada/prompts")
+        words = (str(ROOT / "recipes" / "miniature" / "tessy.yaml"), "ada/prompts", "ada/rows")
+        try:
+            code, printed = job(hub, tmp_path, *words, "--shard", "0/2")
+            assert code == 0 and "Other shards are not done yet" in printed, printed
+            assert ("datasets", "ada/rows") not in hub.repos and hub.repo("ada/rows-parts").private
+            code, printed = job(hub, tmp_path, *words, "--shard", "1/2")
+            assert code == 0 and "6 rows, 0 failed" in printed, printed
+        finally:
+            (ROOT / "rows.parquet").unlink(missing_ok=True)
+        rows = load_dataset("ada/rows", revision="v1.0.0", split="train")
+        assert sorted(rows["id"]) == sorted(demo.prompts(6, seed=8)["id"])
+
+
+def test_a_server_of_each_model_runs_while_rows_are_written(tmp_path, monkeypatch):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import synthesize
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    command = tmp_path / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(VLLM)
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SERVED", str(tmp_path / "served"))
+    from tests.engines.servers import free_ports
+
+    ports = free_ports(2)
+    recipe = {
+        author: {"engine": "server", "model": author, "options": {"base_url": f"http://127.0.0.1:{port}/v1"}}
+        for author, port in zip(("teacher", "student"), ports, strict=True)
+    }
+    given = synthesize.arguments(["r.yaml", "me/p", "me/r", "--teacher-gpus", "0,1", "--teacher-args", "--seed 3"])
+    with synthesize.served(recipe, given):
+        first, second = sorted((tmp_path / "served").read_text().splitlines())
+    local = f"--host 127.0.0.1 --port {ports[0]} --tensor-parallel-size 2"
+    assert first == f"0,1 serve teacher {local} --enable-scale-out --enable-prompt-tokens-details --seed 3"
+    assert second.startswith("1 serve student ")
+    command.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(SystemExit, match="ended with 3"), synthesize.served(recipe, given):
+        pass
