@@ -30,7 +30,7 @@ EXTERNAL = ("http://", "https://", "mailto:", "#")
 
 SECTIONS = {
     "Tutorials": ("tutorials", ["first-rows", "own-models", "verified-code", "train", "release"]),
-    "Guides": ("guides", ["large-runs", "servers", "serve", "clusters", "resume", "methods", "rules"]),
+    "Guides": ("guides", ["large-runs", "servers", "serve", "clusters", "hub", "resume", "methods", "rules"]),
     "Reference": ("reference", ["api", "settings", "columns", "command-line"]),
     "Explanation": ("explanation", ["method", "guarantees", "identity"]),
 }

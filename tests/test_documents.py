@@ -74,6 +74,17 @@ def check_command(words):
     root.commands[words[0]].make_context(words[0], words[1:])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_the_text_exist(page):
+    """Words such as `tessy plan --rows 8` within a sentence, where arguments are left out."""
+    commands = typer.main.get_command(app).commands
+    text = page.read_text(encoding="utf-8")
+    for name, words in re.findall(r"(?<!`)`tessy ([a-z][a-z-]*)([^`]*)`(?!`)", text):
+        assert name in commands, f"there is no `tessy {name}`"
+        known = {option for one in commands[name].params for option in [*one.opts, *one.secondary_opts]}
+        assert set(re.findall(r"--[a-z][a-z-]*", words)) <= known | {"--help"}, f"tessy {name}{words}"
+
+
 def test_each_column_is_in_the_reference():
     text = (ROOT / "docs" / "reference" / "columns.md").read_text(encoding="utf-8")
     assert [name for name in COLUMNS if f"`{name}`" not in text] == []

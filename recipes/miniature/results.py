@@ -15,8 +15,8 @@ from typing import Any
 MARK = "<!-- All below is written by reproduce.py. -->"
 LEVELS = {
     "M": "never saw the teacher's style",
-    "C": "saw the teacher's style in 2% of what it learnt from",
-    "B": "saw the teacher's style in 25% of what it learnt from",
+    "C": "saw the teacher's style in 2% of what it learned from",
+    "B": "saw the teacher's style in 25% of what it learned from",
 }
 WANTED = (10.0, 5.0)
 """By how many points tessy is to be above teacher-only, in-domain and out-of-domain."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError
-from tessy_hf.rows.columns import assistant_text, content_text, pieces
+from tessy_hf.rows.columns import content_text, pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +38,8 @@ SHARE_STEPS = 10_000
 ERRORS_KEPT = 500
 """How many kinds of error are counted separately; the rest counts as "other errors"."""
 
-SAMPLED, LONGEST_SAMPLE = 100, 2_000
-"""Rows of a batch that are looked at for a sample, and the most characters of one."""
+SAMPLED, LONGEST_SAMPLE = 100, 1_500
+"""Rows of a batch that are looked at for a sample, and about how many characters of it are shown."""
 
 Numbers = npt.NDArray[Any]
 
@@ -153,8 +153,8 @@ class Statistics:
         Shares are between 0 and 1 and lengths are in the student's tokens. What does not exist, such as the mean of no
         rows, is ``None``. Keys: ``rows``, ``finish_reasons``, ``failures``, ``methods``, ``run_fingerprints``,
         ``teacher_share`` (of a whole row, and of its thinking), ``tokens``, ``lengths``, ``spans`` (of the thinking,
-        by author), ``spans_per_row``, ``discarded``, ``position``, ``sample`` (the first short row that finished: its
-        ``prompt``, and its ``spans`` with ``author`` and ``text``).
+        by author), ``spans_per_row``, ``discarded``, ``position``, ``sample`` (of the first row that finished:
+        its ``prompt``, its first ``spans`` with ``author`` and ``text``, and how many ``more`` there are).
         """
         failed = self.counts["finish_reason"]["error"]
         return {
@@ -243,16 +243,21 @@ def share(part: float, whole: float) -> float | None:
 
 
 def _sample(table: pa.Table) -> dict[str, Any] | None:
-    """Return the first row that finished and is short enough to show."""
-    if "messages" not in table.column_names:
-        return None
-    for row in table.slice(0, SAMPLED).to_pylist():
-        cut = pieces(row)
+    """Return the beginning of the first row that finished."""
+    for at in range(min(table.num_rows, SAMPLED) if "messages" in table.column_names else 0):
+        [row] = table.slice(at, 1).to_pylist()
+        cut = [piece for piece in pieces(row) if piece.text.strip()]
         asked = [message["content"] for message in row["messages"] or () if message["role"] == "user"]
-        if row["finish_reason"] == "stop" and cut and asked and len(assistant_text(row)) <= LONGEST_SAMPLE:
-            spans = [{"author": piece.author, "text": piece.text} for piece in cut if piece.text.strip()]
-            return {"prompt": content_text(asked[-1])[:LONGEST_SAMPLE], "spans": spans}
+        if row["finish_reason"] == "stop" and cut and asked:
+            ends = list(accumulate(len(piece.text) for piece in cut))
+            shown = cut[: 1 + bisect_left(ends, LONGEST_SAMPLE)]
+            spans = [{"author": piece.author, "text": _shortened(piece.text)} for piece in shown]
+            return {"prompt": _shortened(content_text(asked[-1])), "spans": spans, "more": len(cut) - len(shown)}
     return None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " …"
 
 
 def _values(table: pa.Table, name: str) -> list[Any]:

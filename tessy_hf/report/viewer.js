@@ -662,6 +662,10 @@
     chips("reasons", index.reasons, (row) => index.reasons[index.reason[row]]);
     judged();
     listen();
+    const narrow = matchMedia("(max-width: 820px)"); // there the list comes first
+    const fold = () => { $("more").open = !narrow.matches; };
+    narrow.addEventListener("change", fold);
+    fold();
     await refresh();
     document.documentElement.dataset.ready = "yes";
   }

@@ -186,10 +186,11 @@ def test_no_field_is_left_unfilled(summary, given):
 
 def test_a_row_is_shown_by_author_and_nothing_in_it_is_markup():
     spans = [{"author": "student", "text": "okay | so\n# no heading"}, {"author": "teacher", "text": "<b>1 * 2</b>"}]
-    given = Statistics().summary() | {"sample": {"prompt": "[a](http://x)", "spans": spans}}
+    given = Statistics().summary() | {"sample": {"prompt": "[a](http://x)", "spans": spans, "more": 1234}}
     card = str(cards.dataset_card(given, manifest(), "me/data"))
     assert "🟧&nbsp;student | okay &#124; so<br>&#35; no heading |" in card.replace("&#128999;", "🟧")
     assert "teacher | &#60;b&#62;1 &#42; 2&#60;/b&#62; |" in card and "[a](http" not in card
+    assert "| … | 1,234 more spans |" in card
 
 
 def test_the_card_names_the_rule_of_who_writes_next(summary):

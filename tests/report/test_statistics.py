@@ -186,3 +186,11 @@ def test_a_tally_of_one_number():
         "count": 2, "total": 14, "mean": 7, "min": 7, "max": 7, "quantiles": dict.fromkeys(map(str, QUANTILES), 7)
     }  # fmt: skip
     assert tally.histogram([0, 7, 8]) == [0, 2]
+
+
+def test_the_sample_is_the_beginning_of_the_first_row_that_finished(rows):
+    finished = next(row for row in rows if row["finish_reason"] == "stop" and row["spans"])
+    sample = count(table(rows)).summary()["sample"]
+    assert sample["prompt"] == finished["messages"][-2]["content"] and sample["more"] == 0
+    assert "".join(span["text"] for span in sample["spans"]) == finished["thinking"] + finished["answer"]
+    assert count(table(rows.select([0]).map(lambda _: {"finish_reason": "error"}))).summary()["sample"] is None
