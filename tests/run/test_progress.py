@@ -66,7 +66,7 @@ def test_the_line_is_drawn_on_a_terminal_and_logged_once_a_minute_elsewhere(cloc
     datasets.enable_progress_bars()
     try:
         progress = Progress(meter_of(predictors=1.0), Window(64, 1000))
-        progress.expect(3)
+        progress.expect(3, 0)
         for _ in range(3):
             with progress.row():
                 clock.seconds += 25
