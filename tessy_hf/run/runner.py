@@ -117,7 +117,7 @@ class Run:
     def expect(self, rows: int | None, found: int | None = None) -> None:
         """Expect so many rows, and where a plan has told it, so many that are there already: it is not told again."""
         self._planned = self._planned or found is not None
-        self._progress.expect(rows, found or 0)
+        self._progress.expect(rows, found)
 
     @property
     def summary(self) -> Summary:
