@@ -1,4 +1,4 @@
-"""The shipped predictor is small and stock, reads two words beyond and no more, and as good on the held-out segments as its card says."""
+"""The shipped predictor is small and stock, reads two words beyond, and is as good as its card says."""
 
 from pathlib import Path
 
