@@ -67,8 +67,8 @@ PASSES = {"gpt-oss-120b": 1.3, "gpt-oss-20b": 1.2, "Qwen3-8B": 0.5}
 """How often a trace comes in one epoch of the language model, where not once."""
 JUDGED = 4_000_000
 """Characters of the traces that the teacher judges."""
-JUDGED_AGAIN = 2_800_000
-"""Characters that the second teacher judges."""
+JUDGED_AGAIN = 2_000_000
+"""Characters of them that the second teacher judges, too; the student then learns the mean of both."""
 JUDGED_BY_PRETRAINED = 800_000
 """Characters of the first that a pretrained teacher judges, too, where it takes part."""
 
@@ -158,6 +158,12 @@ def pick(traces: Sequence[Trace], characters: int, seed: int) -> list[Trace]:
     return chosen
 
 
+def prefix(traces: Sequence[Trace], characters: int) -> Sequence[Trace]:
+    """Return the first traces, with so many characters."""
+    sizes = np.cumsum([len(trace.text) for trace in traces])
+    return traces[: int(np.searchsorted(sizes, characters)) + 1]
+
+
 # --- all of it
 
 
@@ -185,8 +191,10 @@ def build(args: argparse.Namespace) -> Evaluation:
     train(student, STUDENT, segments_in, judged, vocabulary, random)
     again = Teacher(student.body)
     train(again, AGAIN, segments_in, (), vocabulary, random)
-    read = pick(traces, JUDGED_AGAIN, args.seed + 1)
-    train(student, SECOND, segments_in, judge(again, [trace.text for trace in read], vocabulary), vocabulary, random)
+    first = prefix(read, JUDGED_AGAIN)
+    more = judge(again, [trace.text for trace in first], vocabulary)
+    judged = [one.mixed(other.style) for one, other in zip(judged, more, strict=False)]
+    train(student, SECOND, segments_in, judged, vocabulary, random)
     for ahead in LOOKAHEADS:
         folder = args.out if ahead == LOOKAHEAD else args.work / f"lookahead-{ahead}"
         save(student, ahead, tokenizer, folder)
@@ -201,8 +209,7 @@ def also_judge(
     judged: Sequence[Judged], read: Sequence[Trace], segments: Sequence[Segment], args: argparse.Namespace
 ) -> list[Judged]:
     """Let a pretrained teacher judge the first of the traces, too; of two judgements the mean counts."""
-    sizes = np.cumsum([len(trace.text) for trace in read])
-    first = read[: int(np.searchsorted(sizes, JUDGED_BY_PRETRAINED)) + 1]
+    first = prefix(read, JUDGED_BY_PRETRAINED)
     teacher = PretrainedTeacher(args.pretrained).fit(segments, np.random.default_rng(args.seed))
     again = teacher.judge([trace.text for trace in first])
     return [*(one.mixed(style) for one, style in zip(judged, again, strict=False)), *judged[len(first) :]]
