@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import os
 import threading
 import weakref
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import PromptError
 from tessy_hf.manifest import RunRecord
@@ -80,6 +82,7 @@ class Run:
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
         teacher = teacher or student  # stands where one is expected, and is not asked
+        student = _share_predictor(teacher, student)
         self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
@@ -267,6 +270,15 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
+
+
+def _share_predictor(teacher: Speaker, student: Speaker) -> Speaker:
+    """Return the student, with the teacher's predictor if it has the same: loaded once, one batch for both."""
+    if not isinstance(student.boundary, BoundaryPredictor) or not student.boundary.same_as(teacher.boundary):
+        return student
+    student = copy.copy(student)
+    student.boundary = teacher.boundary
+    return student
 
 
 async def _report_stalls(meter: Meter, progress: Progress) -> None:
