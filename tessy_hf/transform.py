@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import uuid
 import warnings
 import weakref
@@ -23,9 +22,10 @@ from tessy_hf.engines.tokenizer_only import TokenizerOnly
 from tessy_hf.errors import DatasetError, SettingsError
 from tessy_hf.method.speaker import Model, Speaker, as_speaker
 from tessy_hf.rows import columns, datasets_internals, prompt_source
-from tessy_hf.rows.batch import Batch, Columns
+from tessy_hf.rows.batch import Columns
 from tessy_hf.rows.output import write_rows
 from tessy_hf.rows.tools import SOURCE_TOOLS, TOOLS
+from tessy_hf.run.batch_function import BatchFunction
 from tessy_hf.run.journal import Counts
 from tessy_hf.run.progress import Summary
 from tessy_hf.run.runner import RUNS, Run
@@ -42,24 +42,19 @@ TRANSFORMS: weakref.WeakSet[TessyTransform] = weakref.WeakSet()
 """Those in this process, so that rows that carry only a fingerprint find what wrote them."""
 
 
-class TessyTransform(functools.partial[Any]):
+class TessyTransform(BatchFunction):
     """Cooperative synthesis as a function for ``map(..., batched=True)``.
 
     Works on ``Dataset`` and ``IterableDataset``, in scripts, notebooks and with ``num_proc``. A rerun finds the
-    ``datasets`` cache, a changed setting or speaker does not. Engines live from the first batch to :meth:`close`.
-
-    It is a ``functools.partial``, the one kind of object in which ``datasets`` can find a coroutine function where no
-    event loop runs (scripts), and a plain one where one does (notebooks).
-
-    Until :meth:`close`, `datasets` converts streams that it writes by their declared features
-    (:mod:`tessy_hf.rows.datasets_internals`), so that their own ``push_to_hub()`` and ``to_parquet()`` work.
+    ``datasets`` cache, a changed setting or speaker does not. Engines live from the first batch to :meth:`close`; till
+    then `datasets` writes streams by their declared features (:mod:`tessy_hf.rows.datasets_internals`).
 
     Args:
         teacher: The strong model, writer of capability spans: a :class:`Speaker`, an engine, or a model's Hub id or
             folder, which ``transformers`` then runs in this process. ``student-only`` needs none.
         student: The model to be trained, writer of style spans and of the answer. Of ``teacher-only`` only its
             tokenizer is loaded.
-        **settings: See :class:`tessy_hf.settings.Settings`, for instance ``method``, ``prompt_column``, ``journal``.
+        **settings: See :class:`tessy_hf.settings.Settings`, for instance ``prompt_column`` and ``journal``.
 
     Raises:
         SettingsError: A setting is unknown or out of range, or an author or its boundary predictor is missing.
@@ -70,32 +65,24 @@ class TessyTransform(functools.partial[Any]):
     settings: Settings
     source: provenance.SourceRecord | None  # the prompts last asked about with features()
     _token: str
-    _async: bool
     _begun: str | None
     _expected: tuple[int | None, int | None]  # rows, and those found
     _asked: tuple[Speaker | None, Speaker]  # as far as the method uses them
 
     def __new__(cls, *, teacher: Model | None = None, student: Model, **settings: Unpack[GivenSettings]) -> Self:
         """Check the settings. Loads nothing."""
-        first = None if teacher is None else as_speaker(teacher)
-        return cls._make(first, as_speaker(student), Settings.check(**settings), uuid.uuid4().hex)
+        speakers = None if teacher is None else as_speaker(teacher), as_speaker(student)
+        return cls._make(*speakers, Settings.check(**settings), uuid.uuid4().hex)
 
     @classmethod
     def _make(
         cls, teacher: Speaker | None, student: Speaker, settings: Settings, token: str, source: Any = None
     ) -> Self:
-        if teacher is None and "teacher" in settings.authors:
-            raise SettingsError(
-                f"The method {settings.method!r} needs a teacher and got none. Pass for instance "
-                'teacher="Qwen/Qwen3-8B", or method="student-only".'
-            )
-        if settings.reads_predictors:
-            assert teacher is not None
-            teacher, student = _with_predictors(teacher, student)
-        self = super().__new__(cls, print)
+        teacher, student = _complete(teacher, student, settings)
+        self = cls._new()
         self.teacher, self.student, self.settings = teacher, student, settings
         self._asked, self._expected = _asked(teacher, student, settings), (None, None)
-        self.source, self._token, self._async, self._begun = source, token, False, None
+        self.source, self._token, self._begun = source, token, None
         TRANSFORMS.add(self)
         STREAMS.open(self)
         return self
@@ -117,18 +104,17 @@ class TessyTransform(functools.partial[Any]):
     @property
     def asked(self) -> dict[str, Speaker]:
         """The speakers that the method asks for text, by author, as far as it uses them."""
-        both = {"teacher": self._asked[0], "student": self._asked[1]}
-        return {name: one for name, one in both.items() if one is not None and name in self.settings.authors}
+        both = zip(("teacher", "student"), self._asked, strict=True)
+        return {name: one for name, one in both if one is not None and name in self.settings.authors}
 
     @property
     def run_fingerprint(self) -> str:
         """The hash of all that decides the rows. While engines are open it is that of the models they have loaded."""
-        run = RUNS.get(self._token)
-        return (run and run.fingerprint) or self._fingerprint()
+        return (self._token in RUNS and RUNS[self._token].fingerprint) or self._fingerprint()
 
     def _fingerprint(self) -> str:
-        teacher, student = self._asked
-        return self.settings.fingerprint({"teacher": teacher and teacher.identity, "student": student.identity})
+        both = zip(("teacher", "student"), self._asked, strict=True)
+        return self.settings.fingerprint({name: one and one.identity for name, one in both})
 
     def map(self, dataset: AnyDataset, **options: Any) -> Any:
         """Write an answer to each prompt: ``dataset.map(self, batched=True, features=self.features(dataset))``.
@@ -145,9 +131,7 @@ class TessyTransform(functools.partial[Any]):
         return dataset.map(self, **{"batched": True, "features": features, **options})
 
     def features(self, dataset: AnyDataset) -> Features:
-        """Return the schema of ``dataset.map(self, batched=True)``, for ``map(..., features=...)``.
-
-        Of a ``DatasetDict`` it is that of the first split: its ``map`` has one for all.
+        """Return the schema of ``dataset.map(self, batched=True)``, of a ``DatasetDict`` that of its first split.
 
         Raises:
             DatasetError: The prompt column is missing, or a column would be overwritten.
@@ -216,38 +200,22 @@ class TessyTransform(functools.partial[Any]):
 
     # --- being called
 
-    @property
-    def func(self) -> Any:
-        """What ``datasets`` inspects: a coroutine function, unless an event loop runs in this thread already."""
-        self._async = not _loop_is_running()
-        return _coroutine_function if self._async else _function
-
-    def __call__(self, batch: Any, /, *extra: Any) -> Any:
-        """Write the rows of a batch: return the new columns; inside an asynchronous ``map``, an awaitable of them.
-
-        Raises:
-            DatasetError: It is not a batch, or lacks a column.
-            TemplateError: A chat template would lose the thinking.
-            BoundaryError: A boundary predictor cannot be read.
-            EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
-        """
-        given = Batch.read(batch, extra)
-        layout = self.settings.prompt_column, self._asked[1].thinking_format.key
-        if not (self._async and _loop_is_running()):
-            return given.returned(self.submit(given.columns).result(), *layout)
-        return _later(given, self.run().submit(given.columns, asyncio.get_running_loop()), layout)
-
-    def submit(self, batch: Columns) -> Future[dict[str, list[Any]]]:
+    def submit(self, batch: Columns, caller: asyncio.AbstractEventLoop | None = None) -> Future[dict[str, list[Any]]]:
         """Hand over a batch of columns; return the future of the new ones. Rows enter the window in this order."""
-        return self.run().submit(batch, None)
+        return self.run().submit(batch, caller)
+
+    @property
+    def layout(self) -> tuple[str, str | None]:
+        """The column with the prompts, and the key for thinking in messages."""
+        return self.settings.prompt_column, self._asked[1].thinking_format.key
 
     def run(self) -> Run:
         """Return what is live; it is made at first use."""
         if self._token not in RUNS:
             self._begun = provenance.now()
             STREAMS.open(self)
-            RUNS[self._token] = Run(*self._asked, self.settings, self._fingerprint, self.record)
-            RUNS[self._token].expect(*self._expected)
+            RUNS[self._token] = run = Run(*self._asked, self.settings, self._fingerprint, self.record)
+            run.expect(*self._expected)
         return RUNS[self._token]
 
     def close(self) -> None:
@@ -285,6 +253,22 @@ def _asked(teacher: Speaker | None, student: Speaker, settings: Settings) -> tup
         if one is not None and not settings.reads_predictors:
             one.boundary = None
     return teacher if "teacher" in settings.authors else None, student
+
+
+def _complete(teacher: Speaker | None, student: Speaker, settings: Settings) -> tuple[Speaker | None, Speaker]:
+    """Return the speakers with all that a method needs of them.
+
+    Raises:
+        SettingsError: A teacher or a boundary predictor is missing.
+    """
+    if teacher is None and "teacher" in settings.authors:
+        raise SettingsError(
+            f"The method {settings.method!r} needs a teacher and got none. Pass for instance "
+            'teacher="Qwen/Qwen3-8B", or method="student-only".'
+        )
+    if teacher is not None and settings.reads_predictors:
+        return _with_predictors(teacher, student)
+    return teacher, student
 
 
 def _with_predictors(teacher: Speaker, student: Speaker) -> tuple[Speaker, Speaker]:
@@ -336,45 +320,6 @@ def _splits(dataset: Any) -> list[Any]:
 
 def _restore(cls: type[TessyTransform], *given: Any) -> TessyTransform:
     return cls._make(*given)
-
-
-async def _later(given: Batch, written: Future[dict[str, list[Any]]], layout: tuple[str, str | None]) -> Any:
-    # Not asyncio.wrap_future: it would keep the tasks of a stream that was dropped, which `datasets` leaves pending.
-    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    written.add_done_callback(functools.partial(_wake, weakref.ref(waiter)))
-    try:
-        await waiter
-        return given.returned(written.result(), *layout)
-    finally:
-        written.cancel()
-
-
-def _wake(waiter: weakref.ref[asyncio.Future[None]], written: Future[Any]) -> None:
-    if (waits := waiter()) is not None and not waits.get_loop().is_closed():
-        waits.get_loop().call_soon_threadsafe(_end, waits, written.cancelled())
-
-
-def _end(waiter: asyncio.Future[None], cancelled: bool) -> None:
-    if cancelled:
-        waiter.cancel()
-    elif not waiter.done():
-        waiter.set_result(None)
-
-
-async def _coroutine_function(batch: Batch) -> None:
-    """Stand where ``inspect.iscoroutinefunction`` looks."""
-
-
-def _function(batch: Batch) -> None:
-    """Stand where ``inspect.iscoroutinefunction`` looks."""
-
-
-def _loop_is_running() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 STREAMS = datasets_internals.TypedStreams(TessyTransform)

@@ -8,16 +8,15 @@ retries or sockets. Chat endpoints are never used: their reasoning parsers misla
 from __future__ import annotations
 
 import re
-from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import orjson
 
 from tessy_hf.engines.base import Completion, Request, Scores, derive_seed
+from tessy_hf.engines.encoded_prompt import EncodedPrompt
 from tessy_hf.engines.native_apis import NATIVE
 from tessy_hf.retries import first_words
 from tessy_hf.text.vocabulary import Vocabulary
@@ -72,25 +71,6 @@ class AnswerError(Exception):
     def __init__(self, message: str, status: int | None = None, words: str = "") -> None:
         super().__init__(message)
         self.status, self.words = status, words
-
-
-class EncodedPrompt:
-    """A row's token ids as a JSON list of which only the new end is encoded: rows grow by a span at a time."""
-
-    def __init__(self) -> None:
-        self._ids, self._json = array("i"), bytearray()  # a comma before each id
-
-    def update(self, ids: Sequence[int], head: bytes = b"", tail: bytes = b"") -> bytes:
-        """Return ``head``, the JSON of ``ids``, and ``tail``; only what follows the ids before is encoded."""
-        most = min(len(ids), len(self._ids))
-        differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
-        common = int(differ[0]) if differ.size else most
-        for _ in range(len(self._ids) - common):
-            del self._json[self._json.rfind(b",") :]
-        new = array("i", ids[common:])
-        self._ids[common:] = new
-        self._json += "".join(f",{i}" for i in new).encode()
-        return b"".join((head, b"[", memoryview(self._json)[1:], b"]", tail))
 
 
 class CompletionsAPI:

@@ -13,7 +13,6 @@ Keys are read from the environment at each start and are kept out of all that is
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
@@ -29,6 +28,7 @@ from tessy_hf.engines.completions_api import MEASURED, PROTOCOLS, Protocol
 from tessy_hf.engines.connections import Kind, ReplicaError
 from tessy_hf.engines.membership import Membership
 from tessy_hf.engines.model_files import ModelFiles
+from tessy_hf.engines.notices import Notices
 from tessy_hf.engines.replicas import Replicas
 from tessy_hf.engines.served import ServedModel
 from tessy_hf.engines.sessions import SESSION_HEADERS, check_names
@@ -43,11 +43,6 @@ T = TypeVar("T")
 MOST_REFUSALS = 10
 """So often in a row may one row find its server down or busy, for longer than ``retry_timeout``, while others are
 answered; then it is the row's fault."""
-
-FIRST_NOTICE, NEXT_NOTICE = 1.0, 10.0
-"""Seconds after which it is logged that servers are waited for, and between such messages."""
-
-logger = logging.getLogger(__name__)
 
 
 class ServerEngine:
@@ -240,7 +235,7 @@ class _Session:
         self._asking = 0  # rows
         self._failing: dict[str, float] = {}  # of these, what no server answers well, and since when
         self._good: Request | None = None  # the first that was answered
-        self._notices = _Notices(engine, self.replicas)
+        self._notices = Notices(engine.model, engine.retry_timeout, self.replicas)
         self._watching: asyncio.Task[None] | None = None
         self.ready = asyncio.ensure_future(self._start())
 
@@ -368,37 +363,6 @@ class _Session:
         if _kind(failures.error) not in ("down", "busy"):
             return self._policy.exhausted(failures)
         return self.replicas.given_up or failures.count >= MOST_REFUSALS and self._policy.exhausted(failures)
-
-
-class _Notices:
-    """Logs what a run waits for, once for all rows: after a second, then again and again."""
-
-    def __init__(self, engine: ServerEngine, replicas: Replicas) -> None:
-        self._engine, self._replicas, self._words = engine, replicas, ""
-        self._task: asyncio.Task[None] | None = None
-
-    def wait(self, words: str) -> None:
-        """Note that an answer is waited for, and why."""
-        self._words = words
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._log())
-
-    def stop(self) -> None:
-        """Log no more."""
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
-
-    async def _log(self) -> None:
-        begin, pause = time.monotonic(), FIRST_NOTICE
-        while True:
-            await asyncio.sleep(pause)
-            if self._replicas.answered_at > begin:
-                return
-            words = "%s: no answer for %.0f s. %s Giving up after %g s (retry_timeout)."
-            waited, most = time.monotonic() - begin, self._engine.retry_timeout
-            logger.warning(words, self._engine.model, waited, self._words, most)
-            pause = NEXT_NOTICE
 
 
 def _kind(error: BaseException) -> Kind | None:

@@ -55,7 +55,7 @@ class Asking:
     async def answer(self, max_tokens: int) -> Completion | None:
         """Return the final answer, of at most so many tokens; ``None`` where there is no room for one."""
         request = self._request("answer", max_tokens)
-        return request and self._count(await self._speaker.engine.complete(request))
+        return None if request is None else self._count(await self._speaker.engine.complete(request))
 
     async def close_stream(self) -> None:
         """Break the stream off, where there is one."""

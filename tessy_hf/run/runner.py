@@ -25,6 +25,7 @@ from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
 from tessy_hf.run.metering import Meter
+from tessy_hf.run.open_stores import OpenStores
 from tessy_hf.run.progress import Origin, Progress, Summary
 from tessy_hf.run.stores import other_runs, why_anew
 from tessy_hf.run.synthesis import Asked, Synthesis
@@ -152,11 +153,7 @@ class Run:
             self._progress.write(line)
         if stores.commits is not None:
             self._own(asyncio.create_task(stores.commits.sync_regularly()))
-        if self._starts_apart:
-            await asyncio.gather(self._teacher.start(), self._student.start())
-        else:
-            await self._teacher.start()
-            await self._student.start()
+        await _start(self._teacher, self._student, together=self._starts_apart)
         rules.check_engines(self._settings.needs, {"teacher": self._teacher, "student": self._student})
         self.window.open(self._teacher.engine, self._student.engine)
         described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
@@ -255,6 +252,14 @@ class Run:
         self.window.leave()
         if self._stores is not None and self._stores.outbox is not None:
             self._stores.outbox.hurry()
+
+
+async def _start(teacher: Speaker, student: Speaker, *, together: bool) -> None:
+    if together:
+        await asyncio.gather(teacher.start(), student.start())
+    else:
+        await teacher.start()
+        await student.start()
 
 
 async def _report_stalls(meter: Meter, progress: Progress) -> None:

@@ -16,8 +16,8 @@ from tessy_hf.engines.completions_api import (
     STREAMS,
     AnswerError,
     CompletionsAPI,
-    EncodedPrompt,
 )
+from tessy_hf.engines.encoded_prompt import EncodedPrompt
 from tests.engines.contract import TOKENIZER, VOCABULARY, request
 
 ALL = pytest.mark.parametrize("protocol", PROTOCOLS)
