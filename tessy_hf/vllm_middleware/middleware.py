@@ -121,11 +121,13 @@ class _Connection:
 
 
 async def generate(engine: Any, prompt: list[int], sampling: dict[str, Any], ask: Ask) -> AsyncGenerator[Piece, None]:
-    """Let vLLM's engine continue a prompt, by its public API."""
+    """Let vLLM's engine continue a prompt, by its public API, which would let one beyond the context wait for ever."""
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
+    if len(prompt) >= (most := engine.vllm_config.model_config.max_model_len):
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and the context of the model holds {most}")
     kind = RequestOutputKind.DELTA if ask.stream else RequestOutputKind.FINAL_ONLY
     seed = ask.seed if ask.seed >= 0 else None
     params = SamplingParams(**sampling, max_tokens=ask.max_tokens, seed=seed, detokenize=False, output_kind=kind)
