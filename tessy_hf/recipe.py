@@ -55,7 +55,7 @@ class _Boundary(BaseModel):
     style_label: int | None = None
     window: int | None = None
     device: str | None = None
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
     options: dict[str, Any] = Field(default_factory=dict)
 
 

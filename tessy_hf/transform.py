@@ -77,8 +77,8 @@ class TessyTransform(functools.partial[Any]):
 
     def __new__(cls, *, teacher: Model | None = None, student: Model, **settings: Unpack[GivenSettings]) -> Self:
         """Check the settings. Loads nothing."""
-        speakers = teacher if teacher is None else as_speaker(teacher), as_speaker(student)
-        return cls._make(*speakers, Settings.check(**settings), uuid.uuid4().hex)
+        first = None if teacher is None else as_speaker(teacher)
+        return cls._make(first, as_speaker(student), Settings.check(**settings), uuid.uuid4().hex)
 
     @classmethod
     def _make(

@@ -23,6 +23,7 @@ from tessy_hf.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from tessy_hf.boundary.server_reader import ServerReader
     from tessy_hf.boundary.vllm_reader import VLLMReader
 
 LabelShift = Literal[0, 1]
@@ -86,8 +87,10 @@ class BoundaryPredictor:
         style_label: The number of the label for style; required if the config's label names do not state it.
         window: The most tokens to read; by default the config's ``window``, else 200.
         device: Torch device; by default CUDA, then MPS, then CPU.
-        engine: ``transformers``, or ``vllm``, which computes only the new tokens of a window.
-        **options: For vLLM, passed to ``vllm.EngineArgs``, for instance ``gpu_memory_utilization=0.1``.
+        engine: ``transformers``; ``vllm``, which computes only the new tokens of a window; or ``server``, vLLM pooling
+            servers (``vllm serve MODEL --runner pooling``).
+        **options: For vLLM, passed to ``vllm.EngineArgs``, for instance ``gpu_memory_utilization=0.1``. For servers
+            ``base_url``, one or a list, and ``api_key_env``, ``timeout``, ``retry_timeout`` as of ``ServerEngine``.
 
     Raises:
         BoundaryError: The engine is unknown, or does not take options.
@@ -102,13 +105,14 @@ class BoundaryPredictor:
         style_label: int | None = None,
         window: int | None = None,
         device: str | None = None,
-        engine: Literal["transformers", "vllm"] = "transformers",
+        engine: Literal["transformers", "vllm", "server"] = "transformers",
         **options: Any,
     ) -> None:
-        if engine not in ("transformers", "vllm") or (options and engine != "vllm"):
+        allowed = {"transformers": not options, "vllm": True, "server": "base_url" in options}
+        if not allowed.get(engine):
             raise BoundaryError(
                 f"BoundaryPredictor got engine={engine!r} with the options {sorted(options)}. Expected is "
-                'engine="transformers" without options, or engine="vllm". Fix or remove them.'
+                'engine="transformers" without options, engine="vllm", or engine="server" with base_url. Fix them.'
             )
         self.model = str(model)
         self.revision = revision
@@ -177,11 +181,11 @@ class BoundaryPredictor:
         """Return, for each id of each window, the probability that its label says style.
 
         Raises:
-            BoundaryError: The predictor runs in vLLM, which does not return probabilities.
+            BoundaryError: The predictor runs in vLLM.
         """
         reader = self.live.reader
         if not isinstance(reader, TorchReader):
-            raise BoundaryError(f"{self!r} runs in vLLM, which returns no probabilities. Leave engine= out.")
+            raise BoundaryError(f"{self!r} runs in vLLM and has no probabilities here. Leave engine= out.")
         return reader.probabilities(windows)
 
     @property
@@ -208,6 +212,13 @@ class BoundaryPredictor:
     def vocabulary(self) -> Vocabulary:
         """The predictor's own vocabulary."""
         return self.live.vocabulary
+
+    def same_as(self, other: object) -> bool:
+        """Return whether another predictor, once loaded, is the same network run in the same way."""
+        if not isinstance(other, BoundaryPredictor) or {type(self), type(other)} != {BoundaryPredictor}:
+            return False  # a subclass may differ in what only it knows
+        run = (self._engine, self._device, self._options) == (other._engine, other._device, other._options)
+        return run and self.identity == other.identity
 
     async def labels(self, window: Sequence[int], since: int = 0) -> Sequence[bool]:
         """Return, for each token of ``window`` from index ``since`` on, whether its label says style.
@@ -248,9 +259,13 @@ class _Live:
             )
         self.vocabulary = Vocabulary(tokenizer, model)
         style = self.convention.style_label
-        self.reader: TorchReader | VLLMReader
+        self.reader: TorchReader | VLLMReader | ServerReader
         if network is not None:
-            self.reader = TorchReader(network, style, predictor._device)
+            self.reader = TorchReader(network, style, predictor._device, self.window)
+        elif predictor._engine == "server":
+            from tessy_hf.boundary.server_reader import ServerReader
+
+            self.reader = ServerReader(predictor.model, style, self.window, predictor._options)
         else:
             from tessy_hf.boundary.vllm_reader import VLLMReader
 

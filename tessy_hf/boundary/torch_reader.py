@@ -1,32 +1,28 @@
-"""Run a boundary predictor with torch, its calls batched: those that arrive during a forward pass form the next batch.
+"""Run a boundary predictor with torch, in batches.
 
 In: windows of token ids. Out: which of their tokens are style. Knows nothing of label conventions or texts.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tessy_hf.errors import BoundaryError
+from tessy_hf.boundary.batches import Batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_BATCH = 256
-"""The most windows in one forward pass."""
-
 
 class TorchReader:
-    """A loaded classifier with one worker thread; calls that arrive during a forward pass form the next batch."""
+    """A loaded classifier with one worker thread."""
 
-    def __init__(self, network: PreTrainedModel, style_label: int, device: str | None) -> None:
+    def __init__(self, network: PreTrainedModel, style_label: int, device: str | None, window: int) -> None:
         import torch
 
+        from tessy_hf.boundary.window_cache import WindowCache, can_cache
         from tessy_hf.engines.devices import pick_device, share_cores
 
         self._torch = torch
@@ -37,48 +33,17 @@ class TorchReader:
         self._network.config.use_cache = False
         causal = [module.is_causal for module in network.modules() if hasattr(module, "is_causal")]
         self._needs_mask = not (causal and all(causal))  # in a causal model no token sees the padding on its right
-        self._waiting: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]] = []
-        self._busy = False
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tessy-boundary", initializer=share_cores)
+        cached = self._device == "cpu" and not self._needs_mask and can_cache(network)  # a GPU reads them whole faster
+        self._cache = WindowCache(self._network, window) if cached else None
+        self._batches = Batches(lambda *batch: self.read(*batch), initializer=share_cores)
+        self.submit = self._batches.submit
 
-    async def submit(self, window: Sequence[int], since: int) -> Sequence[bool]:
-        """Return whether each token of ``window`` from ``since`` on is style."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Sequence[bool]] = loop.create_future()
-        self._waiting.append((window, future))
-        if not self._busy:
-            self._busy = True
-            loop.call_soon(self._next_batch, loop)  # after calls that are ready in this iteration of the loop
-        return (await future)[since:]
-
-    def _next_batch(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-        if not batch:
-            self._busy = False
-            return
-        forward = loop.run_in_executor(self._worker, self.read, [window for window, _ in batch])
-        forward.add_done_callback(lambda done: self._deliver(loop, batch, done))
-
-    def _deliver(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        batch: list[tuple[Sequence[int], asyncio.Future[Sequence[bool]]]],
-        done: asyncio.Future[list[list[bool]]],
-    ) -> None:
-        error = done.exception()
-        for index, (_, future) in enumerate(batch):
-            if future.done():
-                continue
-            if error is not None:
-                future.set_exception(BoundaryError(f"The boundary predictor failed: {error!r}."))
-            else:
-                future.set_result(done.result()[index])
-        self._next_batch(loop)
-
-    def read(self, windows: Sequence[Sequence[int]]) -> list[list[bool]]:
-        """Return, for each id of each window, whether its label says style."""
+    def read(self, windows: Sequence[Sequence[int]], since: Sequence[int]) -> list[list[bool]]:
+        """Return, for each id of each window from an index on, whether its label says style."""
+        if self._cache is not None:
+            return [[label == self._style_label for label in own] for own in self._cache.read(windows, since)]
         style = (self._logits(windows).argmax(-1) == self._style_label).cpu().tolist()
-        return [labels[: len(window)] for labels, window in zip(style, windows, strict=True)]
+        return [own[begin : len(window)] for own, begin, window in zip(style, since, windows, strict=True)]
 
     def probabilities(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return, for each id of each window, the probability that its label says style."""
@@ -98,4 +63,4 @@ class TorchReader:
 
     def close(self) -> None:
         """End the worker thread."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._batches.close()

@@ -131,8 +131,8 @@ def _show(evaluation: Any) -> None:
         box=None,
     )
     groups = {"all": evaluation.overall}
-    for named in (evaluation.by_domain, evaluation.by_family, evaluation.by_source_model):
-        groups |= named
+    groups |= {f"about {domain}": figures for domain, figures in evaluation.by_domain.items()}
+    groups |= {**evaluation.by_family, **evaluation.by_source_model}
     groups |= {f"begins as {author}": figures for author, figures in evaluation.by_author.items()}
     for name, figures in groups.items():
         low, high = figures.char_f1_interval

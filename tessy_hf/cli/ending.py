@@ -65,8 +65,11 @@ def tell_plan(transform: TessyTransform, counts: Counts) -> None:
     reused = f"{counts.done:,} of {sum(counts):,} rows are there already and are reused, " if counts.done else ""
     others = {"to continue": counts.to_continue, "failed before": counts.failed_before}
     more = "".join(f", {number:,} {what}" for what, number in others.items() if number)
-    place = f" (journal: {journal})" if (journal := _journal(transform)) else " (no journal: a rerun repeats them)"
-    say(f"{reused}{counts.to_do:,} rows to write{more}{place}")
+    places = {"journal": _journal(transform), "parts": transform.settings.parts}
+    kept = (
+        ", ".join(f"{name}: {place}" for name, place in places.items() if place) or "kept nowhere until all are done"
+    )
+    say(f"{reused}{counts.to_do:,} rows to write{more} ({kept})")
     if sum(counts) > counts.done:
         one_line_for_weights(transform)
 

@@ -79,9 +79,11 @@ class KVPool:
 
     Args:
         sample: A cache with one token of one row, which shows the shapes of each layer.
+        room: How many more tokens than it has a row is given room for, at least.
     """
 
-    def __init__(self, sample: Any) -> None:
+    def __init__(self, sample: Any, room: int = ROOM) -> None:
+        self._least_room = room
         tensors = _tensors(sample)
         self._shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in tensors]
         self._widths = [heads * size for heads, size in self._shapes]
@@ -146,7 +148,7 @@ class KVPool:
         """Return the entry of a row, with a capacity of at least ``tokens``."""
         kept = self._rows.setdefault(row.key, _Kept(array("i"), self._none))
         if len(kept.states) < tokens:
-            larger = self._none.new_empty((max(tokens + ROOM, tokens * 5 // 4), self._none.shape[1]))
+            larger = self._none.new_empty((max(tokens + self._least_room, tokens * 5 // 4), self._none.shape[1]))
             larger[: row.kept] = kept.states[: row.kept]
             kept.states = larger
         return kept

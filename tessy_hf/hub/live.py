@@ -178,9 +178,7 @@ class LiveCard:
             "total": self._total,
             "failed": known.failed + known.refused,
             "rate": 3600 * rate,
-            "left": None
-            if seconds is None
-            else cards.Markdown(str(timedelta(minutes=max(0, round(seconds / 60))))[:-3] + " h"),
+            "left": seconds is not None and cards.Markdown(str(timedelta(minutes=max(0, seconds // 60)))[:-3] + " h"),
             "teacher_share": known.teacher_share,
             "last_row": self._last_row,
             "now": _time(),
@@ -192,9 +190,9 @@ class LiveCard:
         """Make the branch what was released, its card too."""
 
         def same() -> None:
-            open_branch(self._repo, self.branch)
-            now = self._repo.files(self._repo.refs()[0][self.branch])
-            if operations := changes(now, self._repo.files(commit), source=commit):
+            head = self._repo.refs()[0].get(self.branch)
+            now = self._repo.files(head) if head is not None else {}
+            if head is not None and (operations := changes(now, self._repo.files(commit), source=commit)):
                 self._repo.commit(self.branch, operations, f"Release {self._tag}")
 
         self._attempt("show the release", same)

@@ -57,9 +57,10 @@ class Judge:
             return None
         followed = range(asked.start, min(asked.stop, len(chunk.words) - self.lookahead))
         first, *more = [*self._inputs(chunk, followed), *self._last_inputs(chunk, asked[len(followed) :])]
-        kinds = [await self._kinds(*first)]
-        if more:
-            kinds += await asyncio.gather(*(self._kinds(*one) for one in more))
+        if more:  # all at once, for one forward pass
+            kinds = await asyncio.gather(*(self._kinds(*one) for one in (first, *more)))
+        else:
+            kinds = [await self._kinds(*first)]
         return min((word for kind in kinds for word, style in kind.items() if style != self._own_kind), default=None)
 
     def _inputs(self, chunk: Chunk, asked: range) -> list[tuple[Preview, dict[int, int]]]:

@@ -11,8 +11,8 @@ from array import array
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from tessy_hf.engines.base import Completion, Request, derive_seed
 from tessy_hf.errors import PromptError, RequestError
+from tessy_hf.method.asking import Asking
 from tessy_hf.method.chunk import LOOKBACK, Chunk, Marks
 from tessy_hf.method.chunk_size import ChunkSizes
 from tessy_hf.method.limits import Limits, LoopDetector
@@ -21,7 +21,7 @@ from tessy_hf.method.rules import rule_of
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan
 from tessy_hf.text.transcript import TokenList, Transcript
-from tessy_hf.trajectory import Author, Ending, Part, Prompt, Trajectory
+from tessy_hf.trajectory import Author, Ending, Prompt, Trajectory
 
 Speakers = Mapping[Author, Speaker]
 Turns = dict[Author, "Turn"]
@@ -89,11 +89,11 @@ class Turn:
     def __init__(self, author: Author, speaker: Speaker, row: Row) -> None:
         self._author, self._speaker, self._row = author, speaker, row
         self._view = row.transcript.views[author]
-        self._stream: AsyncGenerator[Completion, None] | None = None
         self._rule = rule_of(row.plan)
         self._judge = self._rule.judge(author, row) if row.plan.alternates else None
+        self._asking = Asking(author, speaker, row, self._rule.needs(author) if self._judge is not None else ())
+        self.close_stream = self._asking.close_stream
         self._measured: tuple[list[float], list[float]] = [], []  # log-probabilities and entropies of its turn
-        self._candidate = 0
 
     @property
     def author(self) -> Author:
@@ -118,7 +118,7 @@ class Turn:
 
     async def go_on(self) -> Chunk:
         """Ask the author for more; see :meth:`write`."""
-        completion = await self._next_tokens()
+        completion = await self._asking.next_tokens()
         if completion is None:
             return Chunk(full=True)
         self._view.push(completion.token_ids)
@@ -136,11 +136,11 @@ class Turn:
     async def candidate(self, number: int, words: int) -> tuple[Chunk, array[int]]:
         """Write a turn of at least some words; return it and its tokens, which are taken back."""
         self._view.drop()
-        self._candidate = number
+        self._asking.candidate = number
         chunk, left = await self.go_on(), self._row.limits.tokens_left
         while not (chunk.closed or chunk.full or chunk.complete > words or self._view.tentative_tokens >= left):
             chunk = await self.go_on()
-        self._candidate, ids = 0, self._view.ids[self._view.committed :]
+        self._asking.candidate, ids = 0, self._view.ids[self._view.committed :]
         self._view.drop()
         await self.close_stream()
         return chunk, ids
@@ -149,54 +149,6 @@ class Turn:
         """Take a candidate's tokens as what the author wrote; others had ``dropped`` tokens."""
         self._view.push(ids)
         self._row.trajectory.discarded[self._author] += dropped
-
-    async def _next_tokens(self) -> Completion | None:
-        """Return the author's next tokens: of the stream that is its turn, or a chunk; ``None`` for a full context."""
-        if self._stream is not None:
-            piece = await anext(self._stream, None)
-            if piece is not None:
-                return self._count(piece)
-            await self.close_stream()  # it gave all that was asked for
-        plan, engine = self._row.plan, self._speaker.engine
-        k = self._row.chunk_sizes.next(self._author, self._view.turn_tokens)
-        streams = plan.alternates and plan.stream and engine.streams
-        left = self._row.limits.tokens_left - self._view.tentative_tokens
-        request = self._request("thinking", k if plan.alternates and not streams else max(left, k))
-        if request is None:
-            return None
-        if not streams:
-            return self._count(await engine.complete(request))
-        self._stream = engine.stream(request)
-        return await self._next_tokens()
-
-    def _request(self, part: Part, max_tokens: int) -> Request | None:
-        """Return what to ask of the engine; ``None`` where the context is full."""
-        ids, row = self._view.ids, self._row
-        room = min(max_tokens, self._speaker.engine.context_length - len(ids))
-        if room <= 0:
-            return None
-        needs = self._rule.needs(self._author) if part == "thinking" and self._judge is not None else ()
-        return Request(
-            row=row.prompt.key,
-            order=row.prompt.order,
-            part=part,
-            prompt_ids=ids,
-            max_tokens=room,
-            seed=derive_seed(row.prompt.seed, "turn", self._candidate) if self._candidate else row.prompt.seed,
-            stop_ids=self._speaker.end_ids if part == "thinking" else self._speaker.vocabulary.special_ids,
-            **row.plan.sampling[self._author]._asdict(),
-            logprobs="logprobs" in needs,
-            entropies="entropies" in needs,
-        )
-
-    def _count(self, completion: Completion) -> Completion:
-        if not len(completion.token_ids) and completion.stop_id is None:
-            raise RequestError(
-                f"Row {self._row.prompt.key!r}: the {self._author} {self._speaker.engine.model!r} wrote nothing and "
-                "gave no reason. At least one token was expected; look at the engine's log."
-            )
-        self._row.trajectory.generated[self._author] += len(completion.token_ids)
-        return completion
 
     # --- line 9
 
@@ -257,12 +209,6 @@ class Turn:
             self._row.transcript.commit(self._author, chunk.ends, chunk.end(aligned), text)
         return text
 
-    async def close_stream(self) -> None:
-        """Break the stream off, where there is one."""
-        if self._stream is not None:
-            stream, self._stream = self._stream, None
-            await stream.aclose()
-
     # --- lines 21, 22
 
     async def answer(self) -> tuple[str, Ending]:
@@ -287,16 +233,16 @@ class Turn:
         view.append(before)
         view.ids.extend(marker_ids)
         most = row.answer_tokens
-        request = self._request("answer", most)
-        if request is None:
+        room = speaker.engine.context_length - len(view.ids)
+        completion = await self._asking.answer(most)
+        if completion is None:
             return "", Ending("length", "context" if most > 0 else "answer")
-        completion = self._count(await speaker.engine.complete(request))
         text = self._as_answer(speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]))
         if completion.stop_id is not None:
             return text, Ending("stop")
         if LoopDetector().feed(text) is not None:
             return text, Ending("repetition")
-        return text, Ending("length", "answer" if request.max_tokens == most else "context")
+        return text, Ending("length", "answer" if most <= room else "context")
 
     def _as_answer(self, text: str) -> str:
         """Return an answer as the row has it: without white space around it, but for what parts it from the thinking.

@@ -10,7 +10,7 @@ import yaml
 from tessy_hf.errors import SettingsError
 from tessy_hf.report import figures, viewer
 from tessy_hf.report.html import drawn, render
-from tessy_hf.report.statistics import NEEDED, evenly, summarize
+from tessy_hf.report.statistics import evenly, summarize
 from tessy_hf.report.tables import Table, comparison, count, percent, tables
 from tessy_hf.rows.loading import short_names
 from tessy_hf.run.finished import open_rows
@@ -119,6 +119,6 @@ def _range(tally: dict[str, Any], written: Any) -> str:
 
 def _tables(summary: dict[str, Any], other: Dataset | None, names: list[str]) -> list[Table]:
     own = list(tables(summary).values())
-    if other is None or not set(NEEDED) <= set(other.column_names):
+    if other is None:
         return own
     return [comparison(names, [summary, summarize(other)]), *own]

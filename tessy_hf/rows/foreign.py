@@ -67,7 +67,7 @@ def _row(row: Mapping[str, Any], thinking_format: ThinkingFormat, vocabulary: Vo
         "answer": trace.answer,
         "spans": list(_spans(trace, message, vocabulary)) if vocabulary is not None else [],
         "candidates": [],
-        "finish_reason": "stop" if trace.answer else "length",
+        "finish_reason": "stop" if trace.answer else "length" if trace.thinking else None,
         **counts,
         **shares,
     }

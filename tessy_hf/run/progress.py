@@ -130,15 +130,18 @@ class Progress:
         self._meter, self._window = meter, window
         self.in_flight = 0
         self.summary = Summary()
-        self._written = self._before = self._found = 0
+        self._written = self._found = 0
+        self._before = 0, 0  # rows, and those written, before those that are expected now
         self._total: int | None = None
+        self._stays = True
         self._begin: float | None = None  # of the first row: models load before it
         self._said = 0.0
         self._bar: Any = None
 
-    def expect(self, total: int | None, found: int = 0) -> None:
-        """Expect so many rows from now on, of which so many need not be written."""
-        self._total, self._found, self._before = total, found, self.summary.rows
+    def expect(self, total: int | None, found: int | None = None) -> None:
+        """Expect so many rows from now on, of which so many need not be written, where a plan has told it."""
+        self._total, self._found, self._before = total, found or 0, (self.summary.rows, self._written)
+        self._stays = total is None or found is not None  # else it is below a bar of `datasets`, which stays
 
     @contextlib.contextmanager
     def row(self) -> Iterator[None]:
@@ -174,7 +177,8 @@ class Progress:
         width = min(WIDTH, shutil.get_terminal_size().columns)
         line = self.line(width - 1)
         if self._bar is None:
-            self._bar = tqdm(desc=line, total=self._total, initial=self._rows - 1, ncols=width, bar_format="{desc}")
+            shape = {"initial": self._rows - 1, "ncols": width, "bar_format": "{desc}", "leave": self._stays}
+            self._bar = tqdm(desc=line, total=self._total, **shape)
         self._bar.set_description_str(line, refresh=False)
         self._bar.update()
 
@@ -189,7 +193,7 @@ class Progress:
 
     @property
     def _rows(self) -> int:
-        return self.summary.rows - self._before
+        return self.summary.rows - self._before[0]
 
     def line(self, width: int = WIDTH) -> str:
         """Return the status in at most ``width`` characters, the bottleneck first; what matters less is left out."""
@@ -220,10 +224,11 @@ class Progress:
         """Say how long the rows that are to be written take at the speed of those that were."""
         if not self._total or not self._written:
             return ""
-        there = max(self._found, self._rows - self._written)
-        left = max(0, self._total - there - self._written)
-        hours, minutes = divmod(round(left * self._seconds / self._written / 60), 60)
-        return f"ETA {hours}h{minutes:02}m"
+        written = self._written - self._before[1]
+        left = max(0, self._total - max(self._found, self._rows - written) - written)
+        seconds = round(left * self._seconds / self._written)
+        minutes = seconds // 60
+        return f"ETA {f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{minutes}m{seconds % 60:02}s'}"
 
     def _bottleneck(self) -> str:
         """Name what the rows waited for longest."""

@@ -24,12 +24,9 @@ from tessy_hf.rows import columns, run_record
 from tessy_hf.rows.batch import Columns, rows_of
 from tessy_hf.rows.prompt import PromptReader, length
 from tessy_hf.rows.tools import TOOLS, are_shown, tool_columns
-from tessy_hf.run.commits import Commits
-from tessy_hf.run.journal import Counts, Journal
 from tessy_hf.run.metering import Meter
-from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin, Progress, Summary
-from tessy_hf.run.stores import journal_of, other_runs, shared_rows_of, why_anew
+from tessy_hf.run.stores import other_runs, why_anew
 from tessy_hf.run.synthesis import Asked, Synthesis
 from tessy_hf.run.window import Window
 from tessy_hf.settings import Settings
@@ -80,12 +77,11 @@ class Run:
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
         teacher = teacher or student  # stands where one is expected, and is not asked
-        self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
+        self._teacher, self._student = self.meter.speakers(teacher, student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
         self._progress = Progress(self.meter, self.window)
-        self._commits: Commits | None = None
-        self._outbox: Outbox | None = None
+        self._stores: OpenStores | None = None
         self._synthesis: Synthesis
         self._rows_begun = 0
         self._planned = self._warned = self._told_of_tools = False
@@ -117,7 +113,7 @@ class Run:
     def expect(self, rows: int | None, found: int | None = None) -> None:
         """Expect so many rows, and where a plan has told it, so many that are there already: it is not told again."""
         self._planned = self._planned or found is not None
-        self._progress.expect(rows, found or 0)
+        self._progress.expect(rows, found)
 
     @property
     def summary(self) -> Summary:
@@ -135,34 +131,27 @@ class Run:
 
     # --- start and end
 
-    async def _open_stores(self) -> None:
+    async def _open_stores(self) -> OpenStores:
         """Settle the fingerprint, under which rows are looked up from then on, and name the places where rows are."""
         for speaker in (self._teacher, self._student):
             if not getattr(speaker.engine, "identity_is_known", True):  # of a server that was down
                 await speaker.engine.start()
         settings, fingerprint = self._settings, await asyncio.to_thread(self._identify)
-        journal, shared = journal_of(settings, fingerprint), shared_rows_of(settings, fingerprint)
-        self._commits = Commits(journal) if journal is not None else None
-        half, has_room = (lambda: max(1, self.window.limit // 2)), (lambda: self.window.rows < self.window.limit)
-        self._outbox = Outbox(shared, half, has_room) if shared is not None else None
-        self._synthesis = Synthesis(
-            self._teacher, self._student, settings, fingerprint, self.meter, self._commits, self._outbox
-        )
+        self._stores = stores = OpenStores(settings, fingerprint, self.window)
+        made_of = self._teacher, self._student, settings, fingerprint, self.meter
+        self._synthesis = Synthesis(*made_of, stores.commits, stores.outbox)
         self.fingerprint = fingerprint
+        return stores
 
     async def _start(self) -> None:
         """Check what can be checked before anything heavy is loaded, then load it."""
         self._own(asyncio.create_task(_report_stalls(self.meter, self._progress)))
-        await self._open_stores()
+        stores = await self._open_stores()
         await asyncio.to_thread(self._synthesis.check)
-        if self._outbox is not None:
-            await asyncio.to_thread(self._outbox.shared.check)
-            await asyncio.to_thread(self._outbox.shared.refresh)
-            self._progress.write(f"{len(self._outbox.shared)} rows are there already (parts: {self._settings.parts}).")
-        if self._commits is not None:
-            if not self._planned:
-                self._progress.write(_begun(self._commits.journal, self.fingerprint))
-            self._own(asyncio.create_task(self._commits.sync_regularly()))
+        async for line in stores.check(plan_is_told=self._planned):
+            self._progress.write(line)
+        if stores.commits is not None:
+            self._own(asyncio.create_task(stores.commits.sync_regularly()))
         if self._starts_apart:
             await asyncio.gather(self._teacher.start(), self._student.start())
         else:
@@ -172,7 +161,7 @@ class Run:
         self.window.open(self._teacher.engine, self._student.engine)
         described = await asyncio.to_thread(self._record)  # reads files; all revisions are known now
         await asyncio.to_thread(run_record.remember, described)
-        _describe(described, self._commits, self._outbox, self._student)
+        stores.describe(described, self._student.thinking_format.key)
 
     async def _stop(self) -> None:
         own = list(self._tasks)  # not those of libraries, which end with the engines
@@ -180,10 +169,8 @@ class Run:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         self._progress.close()
-        if self._commits is not None:
-            self._commits.close()
-        if self._outbox is not None:
-            await self._outbox.close()
+        if self._stores is not None:
+            await self._stores.close()
         await asyncio.gather(self._teacher.close(), self._student.close())
 
     def _own(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any]:
@@ -236,8 +223,9 @@ class Run:
         """Give rows their places in the journal, and say once that ids are there with other prompts."""
         other_prompts: dict[str, str] = {}
         keys = [prompt.row_key for prompt in prompts]
-        if self._commits is not None and not self._planned:
-            for line in other_runs(self._commits.journal, self._record, keys):
+        commits = self._stores and self._stores.commits
+        if commits and not self._planned:
+            for line in other_runs(commits.journal, self._record, keys):
                 self._progress.write(line)
         self._planned = True
         self._synthesis.enroll(keys, other_prompts)
@@ -265,8 +253,8 @@ class Run:
     def _leave(self, _: asyncio.Task[Any]) -> None:
         """Give a row's place in the window to the next."""
         self.window.leave()
-        if self._outbox is not None:
-            self._outbox.hurry()
+        if self._stores is not None and self._stores.outbox is not None:
+            self._stores.outbox.hurry()
 
 
 async def _report_stalls(meter: Meter, progress: Progress) -> None:
@@ -281,29 +269,12 @@ async def _report_stalls(meter: Meter, progress: Progress) -> None:
             after *= 2
 
 
-def _begun(journal: Journal, fingerprint: str) -> str:
-    """Say what an earlier run left in the journal, and so what there is to do."""
-    done, to_continue, _, failed = journal.fingerprints().get(fingerprint) or Counts()
-    return (
-        f"{done} rows done, {to_continue} to continue, {failed} failed before, all others to do "
-        f"(journal: {journal.path})."
-    )
-
-
 def _read(reader: PromptReader, row: Mapping[str, Any], seed: int) -> Prompt | PromptError:
     try:
         prompt = reader.read(row)
     except PromptError as error:
         return error
     return replace(prompt, seed=derive_seed(seed, prompt.key))
-
-
-def _describe(record: RunRecord, commits: Commits | None, outbox: Outbox | None, student: Speaker) -> None:
-    """Keep the run's record beside its rows."""
-    if commits is not None:
-        commits.journal.describe(record.model_dump_json())
-    if outbox is not None:
-        outbox.shared.describe(columns.schema(student.thinking_format.key), record.model_dump_json())
 
 
 class _Pass:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from tessy_hf.run.shared_rows import SharedRows
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import RowKey
 
-NAMED_RUNS = 3
-"""Of how many other runs of its prompts a new run speaks."""
+LOOKED_AT, NAMED_RUNS = 20, 3
+"""In how many journals a new run looks for rows of its prompts, and of how many other runs it speaks."""
 
 ENDINGS = (".journal", ".sqlite", ".sqlite3", ".db")
 """How the names of files end that are looked at for journals."""
@@ -114,10 +114,11 @@ def other_runs(journal: JournalReader, record: Callable[[], RunRecord], keys: It
     if journal.path.exists() and journal.fingerprint in journal.fingerprints():
         return
     sample, named = list(islice(keys, SAMPLE)), 0
-    for path in find_journals(journal.path.parent, deep=False):
-        with suppress(JournalError):  # not the journal of this run
-            for run, counts in JournalReader(path, "").fingerprints().items():
-                reader = JournalReader(path, run, max_attempts=journal.max_attempts)
+    for path in find_journals(journal.path.parent, deep=False)[:LOOKED_AT]:
+        reader = JournalReader(path, "", max_attempts=journal.max_attempts)
+        with suppress(JournalError), closing(reader):  # it is not the journal of this run
+            for run, counts in reader.fingerprints().items():
+                reader.fingerprint = run
                 if counts.done and named < NAMED_RUNS and reader.plan(sample).done:
                     named += 1
                     why = _why(reader, record)

@@ -43,8 +43,9 @@ def opened(
             f"The method {transform.settings.method!r} chooses among candidates and cannot be served. One that writes "
             'one text is expected, such as "tessy"; pass --set method=tessy.'
         )
-    one = {"journal": None, "parts": None, "verifier": None, "best_of": None}
-    served = transform.with_settings(**one, id_column=None, prompt_column="messages")
+    served = transform.with_settings(
+        journal=None, parts=None, verifier=None, best_of=None, id_column=None, prompt_column="messages"
+    )
     with _bound(host, port) as listener, served:
         served.submit({"messages": []}).result()  # loads the models
         app = Endpoint(served, served.run(), name, max_waiting).app(closing=served.close)

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
-from tessy_hf.boundary import torch_reader
+from tessy_hf.boundary import batches
 from tessy_hf.boundary.predictor import KNOWN_CHECKPOINTS, BoundaryPredictor, Convention, window_start
 from tessy_hf.errors import BoundaryError
 from tests.rules import ids_of, vocabulary
@@ -245,10 +245,10 @@ def test_windows_read_together_get_the_labels_they_get_alone(checkpoint, load, m
     assert len({tuple(each) for each in alone}) > len(windows) // 2
     sizes = []
     read = predictor.live.reader.read
-    monkeypatch.setattr(predictor.live.reader, "read", lambda batch: sizes.append(len(batch)) or read(batch))
+    monkeypatch.setattr(predictor.live.reader, "read", lambda *batch: sizes.append(len(batch[0])) or read(*batch))
     assert labels(predictor, *windows) == alone
     assert sizes == [len(windows)]  # one forward pass for all that wait
-    monkeypatch.setattr(torch_reader, "MAX_BATCH", 7)
+    monkeypatch.setattr(batches, "MAX_BATCH", 7)
     sizes.clear()
     assert labels(predictor, *windows) == alone
     assert sum(sizes) == len(windows) and max(sizes) == 7

@@ -1,4 +1,4 @@
-"""The shipped predictor is small, stock and causal, and as good on the held-out segments as its card says."""
+"""The shipped predictor is small and stock, reads two words beyond, and is as good as its card says."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import tessy_hf
 from tessy_hf.boundary.predictor import SHIPPED, BoundaryPredictor
 from tessy_hf.boundary_training.metrics import evaluate
 from tessy_hf.boundary_training.segments import read_segments
+from tessy_hf.text.vocabulary import words
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +36,8 @@ def test_it_fits_into_ten_megabytes():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10_000_000
 
 
-def test_it_is_the_default_and_looks_back_only(found):
-    assert (found.model, found.label_shift, found.causal) == (SHIPPED, 0, True)
+def test_it_is_the_default_and_reads_two_words_beyond(found):
+    assert (found.model, found.label_shift, found.lookahead, found.causal) == (SHIPPED, 0, 2, True)
 
 
 def test_the_figures_on_the_held_out_segments_are_those_of_the_card(found, card):
@@ -46,23 +47,14 @@ def test_the_figures_on_the_held_out_segments_are_those_of_the_card(found, card)
         assert stated[f"Span F1 of style{group}"] == pytest.approx(of.span.f1, abs=0.005)
         within = of.boundary_words.within_1
         assert stated[f"First boundary within one word{group}"] == pytest.approx(within, abs=1.01 / of.segments)
-    assert len(stated) == 3 * (1 + len(found.by_family)) == 9
+    assert len(stated) == 3 * (1 + len(found.by_family)) == 15
 
 
 def test_it_loads_as_a_stock_token_classifier():
-    tag = pipeline("token-classification", model=str(FOLDER), aggregation_strategy="simple", device="cpu")
-    found = tag("Okay, let me think. The capital of France is Paris. Wait, is that right?")
-    style = [group["word"].strip() for group in found if group["entity_group"] == "style"]
-    assert "Okay" in style[0] and not any("Paris" in text for text in style)
-    assert any(text.startswith("Wait") for text in style)
-
-
-def test_plain_counting_of_a_stock_pipelines_spans_gives_the_figure_of_the_card(found):
-    tag = pipeline("token-classification", model=str(FOLDER), aggregation_strategy="simple", device="cpu")
-    right = counted = 0
-    for segment in read_segments(HELD_OUT):
-        marked = {i for start, end in segment.spans for i in range(start, end)}
-        spans = [(g["start"], g["end"]) for g in tag(segment.text) if g["entity_group"] == "style"]
-        said = {i for start, end in spans for i in range(start, end)}
-        right, counted = right + len(said & marked), counted + len(said) + len(marked)
-    assert 2 * right / counted == pytest.approx(found.char_f1, abs=0.004)
+    tag = pipeline("token-classification", model=str(FOLDER), device="cpu")
+    text = "Okay, let me think. The capital of France is Paris. Wait, is that right? I am not sure."
+    found = {token["start"]: token["entity"] for token in tag(text)}
+    begins = [end - len(text[start:end].lstrip()) for start, end in words(text)]
+    about = {text[start:].split()[0]: found[later] for start, later in zip(begins, begins[2:], strict=False)}
+    assert (about["Okay,"], about["let"], about["Wait,"]) == ("style",) * 3
+    assert (about["capital"], about["France"], about["Paris."]) == ("capability",) * 3

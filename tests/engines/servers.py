@@ -11,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections import deque
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
+import numpy as np
 import psutil
 
 from tessy_hf import demo
@@ -160,6 +162,7 @@ class FakeServer:
         models: What `/v1/models` says.
         tokenize: Turns text into ids, as `/tokenize` shows them; ``None`` where there is no such path.
         usage: What it says of the tokens of a request, if anything.
+        classify: Turns a window of ids into logits, as vLLM's `/pooling` shows them; ``None`` where there is none.
         at: The host and port to listen at; by default any free port.
         tls: An ``ssl.SSLContext``, for a server behind https.
     """
@@ -173,13 +176,14 @@ class FakeServer:
         models=None,
         tokenize="own",
         usage=None,
+        classify=None,
         at=("127.0.0.1", 0),
         tls=None,
     ):
         self.ways, self.faults, self.paths = ways, deque(faults), paths or {}
         self.models = [{"id": "student", "max_model_len": 2048}] if models is None else models
         self.tokenize = VOCABULARY.encode_template if tokenize == "own" else tokenize
-        self.usage = usage
+        self.usage, self.classify = usage, classify
         self.requests, self.connections, self.accepted = [], set(), 0
         self.closing, self.dying = threading.Event(), False
         self.lock = threading.Lock()
@@ -302,6 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply({"tokens": fake.tokenize(body["prompt"])})
         elif self.path == "/inference/v1/generate" and "generate" in fake.ways:
             self._choose(body, _continue(body["token_ids"], body["sampling_params"], exact=True))
+        elif self.path == "/pooling" and fake.classify is not None:
+            logits = [np.asarray(fake.classify(window), "<f4") for window in body["input"]]
+            data = [{"index": i, "data": b64encode(one.tobytes()).decode()} for i, one in enumerate(logits)]
+            self.reply({"object": "list", "model": body["model"], "data": data[::-1]})
         elif self.path == "/generate" and "sglang" in fake.ways:
             self._sglang(body)
         elif self.path == "/completion" and "llama.cpp" in fake.ways:

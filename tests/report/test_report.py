@@ -83,13 +83,11 @@ def test_a_dataset_on_the_hub_is_read_at_its_version(tessy, tmp_path, rows):
 def test_what_cannot_be_read_is_told(tessy, tmp_path, rows):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     Dataset.from_dict({"question": ["a"]}).to_parquet(tmp_path / "prompts.parquet")
-    Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]}).to_parquet(tmp_path / "chats.parquet")
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
     for source, told in [
         ("none.parquet", "'none.parquet' cannot be read: there is no such file"),
         (tmp_path / "bad.parquet", "cannot be read"),
-        (tmp_path / "prompts.parquet", "no column 'messages'"),
-        (tmp_path / "chats.parquet", "The rows have no spans"),
+        (tmp_path / "prompts.parquet", "columns question, which are of no known format"),
     ]:
         with pytest.raises(DatasetError, match=told):
             write_report(str(source), tmp_path / "r.html")
@@ -110,7 +108,7 @@ def test_rows_of_other_origin_can_stand_beside(tmp_path, rows):
     rows.to_parquet(tmp_path / "b.parquet")
     write_report(str(tmp_path / "a.parquet"), tmp_path / "s.html", against=str(tmp_path / "b.parquet"))
     pages = [(tmp_path / name).read_text(encoding="utf-8") for name in ("r.html", "s.html")]
-    assert ["<h2>Side by side</h2>" in page for page in pages] == [False, True]
+    assert all("<h2>Side by side</h2>" in page for page in pages)
 
 
 def test_pieces_lie_end_to_end_over_the_text(rows):

@@ -57,6 +57,8 @@ def test_the_line_begins_with_the_bottleneck_and_leaves_out_what_matters_less(cl
     assert progress.line(62) == f"teacher-bound  21,001/80,000 26%  {eta}  8 tok/s  1 failed"
     assert progress.line(53) == f"teacher-bound  21,001/80,000 26%  {eta}  1 failed"
     assert progress.line(45) == "teacher-bound  21,001/80,000 26%  1 failed"
+    progress.expect(1_001)  # the next dataset
+    assert progress.line().startswith("teacher-bound  0/1,001 0%  ETA 8m20s")
 
 
 @pytest.mark.parametrize("drawn", [True, False])
@@ -66,7 +68,7 @@ def test_the_line_is_drawn_on_a_terminal_and_logged_once_a_minute_elsewhere(cloc
     datasets.enable_progress_bars()
     try:
         progress = Progress(meter_of(predictors=1.0), Window(64, 1000))
-        progress.expect(3)
+        progress.expect(3, 0)
         for _ in range(3):
             with progress.row():
                 clock.seconds += 25
