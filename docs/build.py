@@ -105,6 +105,7 @@ def settings_page() -> str:
     for name, field in Settings.model_fields.items():
         words = plain(field.description or "")
         kind = names.sub(lambda found: TYPES[found[1]], str(documented[name].annotation))
+        kind = re.sub(r"Annotated\[Any, .*\]|^Any$", "name | mapping | function", kind)
         lines += [f"## `{name}`", "", f"`{kind}`, by default `{field.default!r}`", "", words, ""]
     return "\n".join(lines)
 
