@@ -95,7 +95,7 @@ class LiveCard:
         self.summary = Summary()
         self._preview: deque[dict[str, Any]] = deque(maxlen=PREVIEW_ROWS)
         self._begun, self._last_row = time.monotonic(), ""
-        self._over, self._lock = threading.Event(), threading.Lock()
+        self._over, self._lock, self._following = threading.Event(), threading.Lock(), False
         self._thread = threading.Thread(target=self._keep_showing, name="tessy-live", daemon=True)
 
     @property
@@ -132,7 +132,8 @@ class LiveCard:
 
     def _keep_showing(self) -> None:
         while not self._over.wait(60 * self._live.minutes):
-            self.show("running")
+            if not self._following:
+                self.show("running")
 
     def show(self, state: str) -> None:
         """Bring the card up to date, in one commit on each branch."""
@@ -200,7 +201,7 @@ class LiveCard:
     # --- a journal that a run is writing
 
     def follow(self, now: Rows, rows: Callable[[int], Rows], wait: Callable[[float], Any] = time.sleep) -> None:
-        """Wait until a journal has a row for each of its prompts, counting them.
+        """Wait until a journal has a row for each of its prompts, and show them as they come.
 
         Args:
             now: The journal's rows.
@@ -217,6 +218,8 @@ class LiveCard:
                     seen.add(key)
                     self.add({"key": key.id, **row}, found=first)
             self._total = self._live.rows or (now.count or 0) + now.unfinished
+            self._following = bool(now.unfinished)
+            self.show("running")
             if not now.unfinished:
                 return
             wait(60 * self._live.minutes)

@@ -238,15 +238,17 @@ def test_a_journal_is_followed_until_each_prompt_has_its_row(hub, tmp_path):
         return Rows(journal, None, attempts, prompts=given)
 
     def wait(seconds):
-        waits.append((seconds, card.summary.rows, card.summary.found))
+        waits.append((seconds, card.summary.rows, card.summary.found, card_of(hub)[1]["rows done"]))
         write(9 if len(waits) > 1 else 6)
 
     repo = Repository(REPO, tmp_path)
     repo.reach(None)
     with LiveCard(repo, "v1.0.0", Live(5), rows(1).features) as card:
         card.follow(rows(1), rows, wait)
-        card.show("running")
-    assert waits == [(300, 4, 4), (300, 6, 4)] and card_of(hub)[1]["rows done"] == "9 of 9 (100.0%)"
+    assert (
+        waits == [(300, 4, 4, "4 of 9 (44.4%)"), (300, 6, 4, "6 of 9 (66.7%)")]
+        and card_of(hub)[1]["rows done"] == "9 of 9 (100.0%)"
+    )
 
 
 def test_a_complete_journal_is_pushed_live_by_the_command(hub, tessy, tmp_path):  # noqa: F811
