@@ -11,8 +11,7 @@ whole traces for it:
 2. a small language model on the traces, its embeddings begun with those of a pretrained model;
 3. the teacher, the language model under a layer that reads both ways, learns from the marked segments and judges the
    traces;
-4. the student, the language model under one layer for each look-ahead, learns from both;
-5. a second teacher, made from the student, learns and judges in the same way, and the student goes on with that.
+4. the student, the language model under one layer for each look-ahead, learns from both.
 
 The problems of `held_out_problems.txt` take part in none of it.
 """
@@ -67,15 +66,11 @@ PASSES = {"gpt-oss-120b": 1.3, "gpt-oss-20b": 1.2, "Qwen3-8B": 0.5}
 """How often a trace comes in one epoch of the language model, where not once."""
 JUDGED = 4_000_000
 """Characters of the traces that the teacher judges."""
-JUDGED_AGAIN = 2_000_000
-"""Characters of them that the second teacher judges, too; the student then learns the mean of both."""
 JUDGED_BY_PRETRAINED = 800_000
 """Characters of the first that a pretrained teacher judges, too, where it takes part."""
 
 TEACHER = Stretch(epochs=6, rate=4e-4, head_rate=2e-3)
 STUDENT = Stretch(epochs=1, rate=1e-3, head_rate=2e-3, copies=3, batch=24)
-AGAIN = Stretch(epochs=5, rate=4e-4, head_rate=2e-3)
-SECOND = Stretch(epochs=1, rate=6e-4, head_rate=6e-4, copies=2, batch=24)
 
 
 @dataclass(frozen=True)
@@ -189,12 +184,6 @@ def build(args: argparse.Namespace) -> Evaluation:
     if args.pretrained_teacher:
         judged = also_judge(judged, read, segments_in, args)
     train(student, STUDENT, segments_in, judged, vocabulary, random)
-    again = Teacher(student.body)
-    train(again, AGAIN, segments_in, (), vocabulary, random)
-    first = prefix(read, JUDGED_AGAIN)
-    more = judge(again, [trace.text for trace in first], vocabulary)
-    judged = [one.mixed(other.style) for one, other in zip(judged, more, strict=False)]
-    train(student, SECOND, segments_in, judged, vocabulary, random)
     for ahead in LOOKAHEADS:
         folder = args.out if ahead == LOOKAHEAD else args.work / f"lookahead-{ahead}"
         save(student, ahead, tokenizer, folder)
