@@ -95,16 +95,6 @@ class Turn:
         self._measured: tuple[list[float], list[float]] = [], []  # log-probabilities and entropies of its turn
         self._candidate = 0
 
-    @property
-    def author(self) -> Author:
-        """Whose turns these are."""
-        return self._author
-
-    @property
-    def row(self) -> Row:
-        """What it shares with the other author."""
-        return self._row
-
     # --- line 8
 
     async def write(self) -> Chunk:
@@ -114,7 +104,7 @@ class Turn:
             RequestError: The engine failed for good.
             EngineDeadError: The engine is gone.
         """
-        return await (self._rule.write(self) if self._judge is not None else self.go_on())
+        return await (self._rule.write(self, self._author, self._row) if self._judge is not None else self.go_on())
 
     async def go_on(self) -> Chunk:
         """Ask the author for more; see :meth:`write`."""
@@ -134,7 +124,7 @@ class Turn:
 
     async def candidate(self, number: int, words: int) -> tuple[Chunk, array[int]]:
         """Write a turn of at least some words; return it and its tokens, which are taken back."""
-        self._view.drop()
+        self._row.trajectory.discarded[self._author] += self._view.drop()
         self._candidate = number
         chunk, left = await self.go_on(), self._row.limits.tokens_left
         while not (chunk.closed or chunk.full or chunk.complete > words or self._view.tentative_tokens >= left):
@@ -174,7 +164,7 @@ class Turn:
         room = min(max_tokens, self._speaker.engine.context_length - len(ids))
         if room <= 0:
             return None
-        needs = self._rule.needs(self._author) if part == "thinking" and self._judge is not None else ()
+        needs = self._rule.needs(self._author) if part == "thinking" and row.plan.alternates else ()
         return Request(
             row=row.prompt.key,
             order=row.prompt.order,
@@ -270,7 +260,7 @@ class Turn:
             EngineDeadError: The engine is gone.
         """
         row = self._row
-        text, ending = ("", Ending("stop")) if row.trajectory.whole else await self._final_answer()
+        text, ending = ("", Ending("stop")) if row.trajectory.whole else await _final_answer(self)
         if not text and not row.trajectory.spans:
             raise RequestError(
                 f"Row {row.prompt.key!r}: the {self._author} {self._speaker.engine.model!r} ended at once: it wrote "
@@ -278,29 +268,31 @@ class Turn:
             )
         return text, ending
 
-    async def _final_answer(self) -> tuple[str, Ending]:
-        speaker, view, row = self._speaker, self._view, self._row
-        before, marker_ids = speaker.closing
-        view.append(before)
-        view.ids.extend(marker_ids)
-        request = self._request("answer", row.plan.max_answer_tokens)
-        if request is None:
-            return "", Ending("length", "context")
-        completion = self._count(await speaker.engine.complete(request))
-        text = self._as_answer(speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]))
-        if completion.stop_id is not None:
-            return text, Ending("stop")
-        if LoopDetector().feed(text) is not None:
-            return text, Ending("repetition")
-        return text, Ending("length", "answer" if request.max_tokens == row.plan.max_answer_tokens else "context")
 
-    def _as_answer(self, text: str) -> str:
-        """Return an answer as the row has it: without white space around it, but for what parts it from the thinking.
+async def _final_answer(turn: Turn) -> tuple[str, Ending]:
+    speaker, view, row = turn._speaker, turn._view, turn._row
+    before, marker_ids = speaker.closing
+    view.append(before)
+    view.ids.extend(marker_ids)
+    request = turn._request("answer", row.plan.max_answer_tokens)
+    if request is None:
+        return "", Ending("length", "context")
+    completion = turn._count(await speaker.engine.complete(request))
+    text = _as_answer(speaker.vocabulary.decode(completion.token_ids, view.ids[-1:]), speaker, row)
+    if completion.stop_id is not None:
+        return text, Ending("stop")
+    if LoopDetector().feed(text) is not None:
+        return text, Ending("repetition")
+    return text, Ending("length", "answer" if request.max_tokens == row.plan.max_answer_tokens else "context")
 
-        A row that marks its thinking has that in the mark.
-        """
-        answer = text.strip()
-        if not answer or self._row.row_thinks or not self._row.trajectory.spans:
-            return answer
-        own = text[: len(text) - len(text.lstrip())]
-        return ("\n\n" if self._speaker.thinking_format.thinks else own) + answer
+
+def _as_answer(text: str, speaker: Speaker, row: Row) -> str:
+    """Return an answer as the row has it: without white space around it, but for what parts it from the thinking.
+
+    A row that marks its thinking has that in the mark.
+    """
+    answer = text.strip()
+    if not answer or row.row_thinks or not row.trajectory.spans:
+        return answer
+    own = text[: len(text) - len(text.lstrip())]
+    return ("\n\n" if speaker.thinking_format.thinks else own) + answer

@@ -85,8 +85,7 @@ class Run:
         self._commits: Commits | None = None
         self._outbox: Outbox | None = None
         self._synthesis: Synthesis
-        self._rows_begun = 0
-        self._warned = self._told_of_tools = False
+        self._rows_begun, self._warned, self._told_of_tools = 0, False, False
         self._started: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._passes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pass] = weakref.WeakKeyDictionary()
