@@ -277,7 +277,8 @@ def test_a_row_broken_off_anywhere_resumes_as_if_it_was_not(rule, pair):
     for seed in range(0, 40, 8):
         points.clear()
         whole = row(seed)
-        for kept, state in [each for each in points if len(each[0]) > 1]:
+        later = [each for each in points if len(each[0]) > 1]
+        for kept, state in later[:: max(1, len(later) // 6)]:
             again = row(seed, Trajectory.resume(whole.key, whole.seed, kept, state))
             assert (again.spans, again.finish_reason) == (whole.spans, whole.finish_reason)
             resumed += 1
