@@ -302,6 +302,21 @@ def test_recipes_without_predictors_are_accepted_by_rules_that_need_none(recwarn
     assert made.record().settings["switch"] == {"name": "every", "words": 4}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES[1:4], ids=str)
+def test_greedy_rows_do_not_depend_on_the_rows_beside_them(rule):
+    prompts = demo.prompts(12, seed=4)
+
+    def written(**settings):
+        with demo.transform(switch=rule, temperature=0, journal=None, **settings) as made:
+            rows = prompts.map(made, batched=True, load_from_cache_file=False)
+            return [(row["messages"], row["spans"], row["finish_reason"]) for row in rows]
+
+    alone = written(rows_in_flight=1, chunk_tokens=7)
+    assert written(rows_in_flight=12) == written(rows_in_flight=5, stream=True) == alone
+    assert {span["author"] for _, spans, _ in alone for span in spans} == {"teacher", "student"}
+
+
 def cut(row):
     return [(piece.author, piece.text) for piece in pieces(row) if piece.part == "thinking"]
 
