@@ -8,7 +8,10 @@ import yaml
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.transformers import TransformersEngine
 from tessy_hf.errors import SettingsError
+from tessy_hf.method.rules.entropy import Entropy
+from tessy_hf.method.rules.every import Every
 from tessy_hf.recipe import ENGINES, read
+from tessy_hf.settings import Settings
 from tessy_hf.text.thinking_format import NONE, ThinkingFormat
 
 RECIPE = """
@@ -166,3 +169,12 @@ def test_a_misspelled_author_is_told_with_the_right_name(recipe):
 def test_a_predictor_that_is_only_named_can_be_described_further(recipe):
     student = read(recipe(), ["student.boundary.label_shift=1"])[1]
     assert student.boundary.identity == BoundaryPredictor("me/boundary-student", label_shift=1).identity
+
+
+def test_the_rule_of_who_writes_next_is_read_and_needs_no_predictors(recipe):
+    bare = recipe(("teacher", "boundary", ...), ("student", "boundary", ...), ("switch", {"entropy": 1.5}))
+    teacher, student, settings = read(bare)
+    assert teacher.boundary is student.boundary is None
+    assert Settings.check(**settings).switch == Entropy(threshold=1.5)
+    *_, changed = read(recipe(), ["switch.every=4"])
+    assert Settings.check(**changed).switch == Every(words=4)

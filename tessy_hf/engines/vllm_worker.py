@@ -133,9 +133,13 @@ def _output(output: Any) -> Output:
 
 
 def _prompt_scores(output: Any, cached: int) -> dict[str, Any]:
-    """Return log-probabilities and ranks of the prompt's ids after the first uncached one; vLLM has no others."""
-    new = list(output.prompt_logprobs)[cached + 1 :]
-    told = [entry[token] for entry, token in zip(new, output.prompt_token_ids[cached + 1 :], strict=True)]
+    """Return log-probabilities and ranks of the prompt's ids after the first uncached one; vLLM has no others.
+
+    What it lists before them, on some devices, is memory that nobody wrote.
+    """
+    ids = output.prompt_token_ids[cached + 1 :]
+    new = list(output.prompt_logprobs)[len(output.prompt_logprobs) - len(ids) :]
+    told = [entry[token] for entry, token in zip(new, ids, strict=True)]
     return {"logprobs": [one.logprob for one in told], "ranks": [one.rank for one in told]}
 
 

@@ -91,19 +91,9 @@ class Turn:
         self._view = row.transcript.views[author]
         self._rule = rule_of(row.plan)
         self._judge = self._rule.judge(author, row) if row.plan.alternates else None
-        self._asking = Asking(author, speaker, row, self._rule.needs(author) if self._judge is not None else ())
+        self._asking = Asking(author, speaker, row, self._rule.needs(author) if row.plan.alternates else ())
         self.close_stream = self._asking.close_stream
         self._measured: tuple[list[float], list[float]] = [], []  # log-probabilities and entropies of its turn
-
-    @property
-    def author(self) -> Author:
-        """Whose turns these are."""
-        return self._author
-
-    @property
-    def row(self) -> Row:
-        """What it shares with the other author."""
-        return self._row
 
     # --- line 8
 
@@ -114,7 +104,7 @@ class Turn:
             RequestError: The engine failed for good.
             EngineDeadError: The engine is gone.
         """
-        return await (self._rule.write(self) if self._judge is not None else self.go_on())
+        return await (self._rule.write(self, self._author, self._row) if self._judge is not None else self.go_on())
 
     async def go_on(self) -> Chunk:
         """Ask the author for more; see :meth:`write`."""
@@ -135,7 +125,7 @@ class Turn:
 
     async def candidate(self, number: int, words: int) -> tuple[Chunk, array[int]]:
         """Write a turn of at least some words; return it and its tokens, which are taken back."""
-        self._view.drop()
+        self._row.trajectory.discarded[self._author] += self._view.drop()
         self._asking.candidate = number
         chunk, left = await self.go_on(), self._row.limits.tokens_left
         while not (chunk.closed or chunk.full or chunk.complete > words or self._view.tentative_tokens >= left):

@@ -101,7 +101,7 @@ class Rule(BaseModel):
         """Return whether the other author is to write this word."""
         raise NotImplementedError
 
-    async def write(self, turn: Turn) -> Chunk:
+    async def write(self, turn: Turn, author: Author, row: Row) -> Chunk:
         """Let an author write on; return all of its text that is not settled yet."""
         return await turn.go_on()
 

@@ -10,6 +10,7 @@ from tessy_hf.engines.base import Measure
 from tessy_hf.errors import SettingsError
 from tessy_hf.method.chunk import Chunk
 from tessy_hf.method.likelihood import Likelihood
+from tessy_hf.method.row import Row
 from tessy_hf.method.rules.every import Count, Every
 from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Author
@@ -44,11 +45,11 @@ class Likeliest(Every):
                 "same. Pass a higher temperature, for instance temperature=0.6, or another rule."
             )
 
-    async def write(self, turn: Turn) -> Chunk:
+    async def write(self, turn: Turn, author: Author, row: Row) -> Chunk:
         """Let the teacher write its turn several times; return the candidate that the student finds likeliest."""
-        if turn.author == "student":
+        if author == "student":
             return await turn.go_on()
-        words, likelihood = self.turn_words(turn.author), Likelihood(turn.row)
+        words, likelihood = self.turn_words(author), Likelihood(row)
         tried = [await turn.candidate(number, words) for number in range(self.candidates)]
         means = [await likelihood.mean(chunk, min(words, chunk.complete)) for chunk, _ in tried]
         chunk, ids = tried[means.index(max(means))]
