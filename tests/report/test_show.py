@@ -42,16 +42,14 @@ so [bold]4[/].
 """
 
 
-def test_without_colors_the_teachers_text_stands_in_guillemets(monkeypatch):
+def test_without_colors_the_teachers_text_stands_in_guillemets():
     assert printed(row()) == PLAIN + "\n"
     assert repr(show(row())) == PLAIN.rstrip("\n")
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "«2 & 3 = 4»" in printed(row(), force_terminal=True)
+    assert "«2 & 3 = 4»" in printed(row(), force_terminal=True, no_color=True)  # as NO_COLOR sets it
 
 
-def test_a_terminal_shows_the_authors_by_color(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    text = printed(row(), force_terminal=True, color_system="truecolor")
+def test_a_terminal_shows_the_authors_by_color():
+    text = printed(row(), force_terminal=True, color_system="truecolor", no_color=False)
     assert "«" not in text and re.search(r"\x1b\[30;[\d;]+m2 & 3 = 4\x1b\[0m", text)
 
 
