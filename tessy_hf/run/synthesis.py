@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tessy_hf.errors import PromptError, RequestError
@@ -19,6 +19,7 @@ from tessy_hf.plan import Plan
 from tessy_hf.retries import RetryPolicy
 from tessy_hf.rows import columns
 from tessy_hf.run.commits import Commits
+from tessy_hf.run.live_answer import with_live_answer
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.outbox import Outbox
 from tessy_hf.run.progress import Origin
@@ -34,10 +35,11 @@ BUSY_SECONDS = 0.2
 
 
 class Asked(NamedTuple):
-    """A row that is asked for by itself: how to write it, and who is told of each piece as it is kept."""
+    """A row that is asked for by itself: how to write it, and who is told of each piece, and of its growing answer."""
 
     plan: Plan
     watch: methods.Record
+    tell: Callable[[str], None] | None = None
 
 
 class Synthesis:
@@ -59,6 +61,8 @@ class Synthesis:
         asked: Asked | None = None,
     ) -> None:
         self._asked = asked
+        if asked is not None and asked.tell is not None:
+            teacher, student = (with_live_answer(speaker, asked.tell) for speaker in (teacher, student))
         self._teacher, self._student, self._settings, self._fingerprint = teacher, student, settings, fingerprint
         self._meter, self._commits, self._outbox = meter, commits, outbox
         self._verifier = verifiers.build(settings.verifier)

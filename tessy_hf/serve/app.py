@@ -28,7 +28,7 @@ from tessy_hf.errors import EngineDeadError, PromptError, SettingsError
 from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run.synthesis import Asked as Row
 from tessy_hf.serve.protocol import Asked, ChatRequest, CompletionRequest, Reply, Stops
-from tessy_hf.trajectory import Draft, Prompt, Span
+from tessy_hf.trajectory import Author, Draft, Prompt, Span
 
 if TYPE_CHECKING:
     from tessy_hf.run.runner import Run
@@ -117,26 +117,23 @@ class Endpoint:
         if self._requests >= self._run.window.limit + self._max_waiting:
             told = f"{self._requests} requests are being answered or wait. Try again later."
             raise HTTPException(429, told, {"Retry-After": "1"})
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Span | None]()
-
-        def watch(_: Draft, piece: Span | None) -> None:
-            if piece is not None and piece.text:
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        def done(_: Written) -> None:
-            self._requests -= 1
-            pieces.put_nowait(None)
-
-        written = self._run.write(prompt, Row(plan, watch))
+        answer = Answer(reply, Stops(asked.stops), plan.answer, self._student.thinking_format.thinks)
+        tell = answer.tell if asked.stream and answer.thinks else None
+        written = self._run.write(prompt, Row(plan, answer.watch, tell))
         self._requests += 1
-        written.add_done_callback(lambda written: loop.call_soon_threadsafe(done, written))
-        answer = Answer(written, pieces, reply, Stops(asked.stops), self._student.thinking_format.thinks)
+        answer.begin(written, self._done)
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             events = self._events(request, answer, usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         async with self._connected(request, written):
             return JSONResponse(await answer.whole())
+
+    def _done(self, written: Written) -> None:
+        """Count a row as done, and remember that an engine is gone."""
+        self._requests -= 1
+        if not written.cancelled() and isinstance(error := written.exception(), EngineDeadError):
+            self._dead = str(error)
 
     def _open(self, asked: Any, chat: bool) -> tuple[Prompt, Reply]:
         """Read a prompt; a request without a seed gets one of its own.
@@ -161,7 +158,7 @@ class Endpoint:
 
     @asynccontextmanager
     async def _connected(self, request: Request, written: Written) -> AsyncGenerator[None]:
-        """Stop the row when the client goes away, and remember that an engine is gone."""
+        """Stop the row when the client goes away."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -174,29 +171,46 @@ class Endpoint:
         finally:
             watching.cancel()
             written.cancel()
-            if (
-                written.done()
-                and not written.cancelled()
-                and isinstance(error := written.exception(), EngineDeadError)
-            ):
-                self._dead = str(error)
 
 
 class Answer:
     """One row as the bodies of its response.
 
     Args:
-        written: The row to be.
-        pieces: Its pieces as they are kept; ``None`` behind the last.
         reply: Makes the bodies.
         stops: Ends the answer.
+        author: Who writes the answer.
         thinks: Whether the row's format marks the thinking; else all of the text is the answer.
     """
 
-    def __init__(
-        self, written: Written, pieces: asyncio.Queue[Span | None], reply: Reply, stops: Stops, thinks: bool
-    ) -> None:
-        self.written, self._pieces, self._reply, self._stops, self._thinks = written, pieces, reply, stops, thinks
+    written: Written
+
+    def __init__(self, reply: Reply, stops: Stops, author: Author, thinks: bool) -> None:
+        self._reply, self._stops, self._author, self.thinks = reply, stops, author, thinks
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[Span | None] = asyncio.Queue()  # kept thinking, or the answer so far; None: all
+
+    def begin(self, written: Written, done: Callable[[Written], None]) -> None:
+        """Follow a row; call ``done`` on this loop when it has ended."""
+
+        def end(written: Written) -> None:
+            self._loop.call_soon_threadsafe(done, written)
+            self._put(None)
+
+        self.written = written
+        written.add_done_callback(end)
+
+    def watch(self, _: Draft, piece: Span | None) -> None:
+        """Take a piece that was kept; called on the run's thread, as :meth:`tell` is."""
+        if piece is not None and piece.text:
+            self._put(piece)
+
+    def tell(self, text: str) -> None:
+        """Take the answer so far."""
+        self._put(Span(self._author, "answer", text))
+
+    def _put(self, piece: Span | None) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def whole(self) -> dict[str, Any]:
         """Return the one body of a response that is not a stream.
@@ -217,11 +231,14 @@ class Answer:
         if reply.chat:
             yield reply.begin()
         while (piece := await self._pieces.get()) is not None:
-            seen += 0 if self._thinks else len(piece.text)
-            shown = piece.text if self._thinks else stops.feed(piece.text)
+            part = "reasoning_content" if self.thinks and piece.part == "thinking" else "content"
+            shown = piece.text
+            if part == "content":
+                new = piece.text[seen:] if piece.part == "answer" else piece.text
+                seen, shown = seen + len(new), stops.feed(new)
             length += len(shown)
             if shown:
-                yield reply.piece("reasoning_content" if self._thinks else "content", shown, piece.author)
+                yield reply.piece(part, shown, piece.author)
         row, _, text = await self._row()
         rest = stops.feed(text[seen:], last=True)
         if rest:
@@ -243,7 +260,7 @@ class Answer:
         if row["finish_reason"] == "error":
             raise HTTPException(400 if origin == "refused" else 500, row["error"])
         thinking, answer = row["thinking"], row["answer"]
-        return (row, thinking, answer) if self._thinks else (row, "", thinking + answer)
+        return (row, thinking, answer) if self.thinks else (row, "", thinking + answer)
 
 
 TYPES = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -11,6 +11,7 @@ from urllib.request import urlopen
 import pytest
 
 from tessy_hf import ScriptedEngine, Speaker, TessyTransform, demo
+from tessy_hf.engines import transformers
 from tessy_hf.engines.scripted import Script
 from tessy_hf.errors import EngineDeadError
 
@@ -19,6 +20,7 @@ pytest.importorskip("uvicorn", reason='pip install "tessy-hf[serve]"')
 from tests.serve.running import running  # noqa: E402
 
 PROMPTS = demo.prompts(4)["prompt"]
+ANSWER = "the answer is 5 ."
 WHOLE = 'okay so it is "2" . and then "3" . okay that is all'
 
 
@@ -117,7 +119,7 @@ class Gated(ScriptedEngine):
     """Writes only while the gate is open."""
 
     def __init__(self, **options):
-        super().__init__(lambda row: Script(WHOLE, "the answer is 5 ."), **options)
+        super().__init__(lambda row: Script(WHOLE, ANSWER), **options)
         self.gate, self.asked, self.released = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
 
     async def complete(self, request):
@@ -142,6 +144,17 @@ def gated():
             yield engine, url
         finally:
             engine.gate.set()
+
+
+@pytest.mark.slow
+def test_an_answer_streams_as_it_is_written(pair, rows, monkeypatch):
+    monkeypatch.setattr(transformers, "PIECE_TOKENS", 2)
+    whole = rows["greedy"][0]["answer"]
+    for stop, answer in ((None, whole), ("swer is", whole.partition("swer is")[0])):
+        chunks = list(ask(pair, PROMPTS[0], temperature=0, stream=True, stop=stop))
+        pieces = [text for chunk in chunks if (text := chunk.choices[0].delta.content)]
+        assert "".join(pieces) == answer and (stop or len(pieces) > 1)
+        assert "".join(span["text"] for span in chunks[-1].tessy["spans"]).endswith(answer)
 
 
 REFUSED = {
@@ -178,7 +191,7 @@ def test_a_full_server_says_so_and_waiting_requests_are_answered(gated):
             refused.result()
         assert error.value.response.headers["retry-after"] == "1"
         texts = [one.result().choices[0].message.content for one in asked if one is not refused]
-    assert texts == ["the answer is 5 ."] * 2
+    assert texts == [ANSWER] * 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -190,7 +203,7 @@ def test_a_client_that_goes_away_stops_its_row(gated, stream):
         assert engine.asked.acquire(timeout=60)
     assert engine.released.acquire(timeout=60)
     engine.gate.set()
-    assert ask(url, "calc 2").choices[0].message.content == "the answer is 5 ."
+    assert ask(url, "calc 2").choices[0].message.content == ANSWER
 
 
 def test_an_engine_that_is_gone_is_told_by_every_way():
