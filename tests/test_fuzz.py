@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 
-import httpx2
 import pytest
 import yaml
 from hypothesis import example, given, settings
@@ -17,6 +16,7 @@ from tessy_hf.engines.server import ServerEngine
 from tessy_hf.errors import EngineDeadError, RequestError, TessyError
 from tessy_hf.retries import RetryPolicy
 from tests.engines.contract import VOCABULARY, request
+from tests.engines.servers import FakeServer
 from tests.test_recipe import RECIPE
 
 NUMBERS = st.one_of(st.integers(), st.integers(-2, 300), st.sampled_from([10**30, math.nan, math.inf]), st.floats())
@@ -97,49 +97,40 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-class Pieces(httpx2.AsyncByteStream):
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    async def __aiter__(self):
-        for piece in self.pieces:
-            yield piece
-
-
 class Answering:
-    """Started engines, one for each protocol, whose server answers what it is told to, without a socket."""
+    """Started engines, one for each protocol, whose server answers what it is told to."""
 
-    def __init__(self):
-        self.next, self.asked = None, 0
-        self.engines = {protocol: engine_by(protocol) for protocol in PROTOCOLS}
+    def __init__(self, server):
+        self.next, self.asked, self.server = None, 0, server
+        self.engines = {protocol: engine_by(protocol, server.url) for protocol in PROTOCOLS}
 
-    def handle(self, asked):
-        if self.next is not None:
-            self.asked += 1
-            status, headers, pieces = self.next
-            return httpx2.Response(status, headers=headers, stream=Pieces(pieces))
-        if asked.url.path == "/v1/models":
-            return httpx2.Response(200, json={"data": [{"id": "student", "max_model_len": 2048}]})
-        if asked.url.path in ("/inference/v1/generate", "/v1/completions"):
-            return httpx2.Response(
-                200, json={"choices": [{"token_ids": [5], "text": "okay", "finish_reason": "length"}]}
-            )
-        return httpx2.Response(404, json={})
+    def answer(self, handler, body):
+        if self.next is None:
+            return handler.reply({"choices": [{"token_ids": [5], "text": "okay", "finish_reason": "length"}]})
+        self.asked += 1
+        status, headers, pieces = self.next
+        handler.send_response(status)
+        for name, said in headers.items():
+            handler.send_header(name, said)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        for piece in pieces:
+            handler.wfile.write(piece)
+            handler.wfile.flush()
 
 
-def engine_by(protocol):
+def engine_by(protocol, url):
     class Engine(ServerEngine):
         protocols = (protocol,)
 
-    return Engine("student", base_url="http://server/v1", tokenizer=str(demo.STUDENT), timeout=5.0, retry_timeout=0.0)
+    return Engine("student", base_url=url, tokenizer=str(demo.STUDENT), timeout=5.0, retry_timeout=0.0)
 
 
 @pytest.fixture(scope="module")
 def answering():
-    with pytest.MonkeyPatch.context() as patch:
-        server, client = Answering(), httpx2.AsyncClient
-        transport = httpx2.MockTransport(server.handle)
-        patch.setattr(httpx2, "AsyncClient", lambda **options: client(**options, transport=transport))
+    with pytest.MonkeyPatch.context() as patch, FakeServer() as fake:
+        server = Answering(fake)
+        fake.paths = dict.fromkeys(("/inference/v1/generate", "/v1/completions"), server.answer)
         patch.setattr(replicas, "BACKOFF", RetryPolicy(first_pause=0.0))  # or most answers would not be asked for
         patch.setattr(retries, "LONGEST_ASKED_PAUSE", 0.0)
         loop = asyncio.new_event_loop()

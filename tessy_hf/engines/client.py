@@ -15,6 +15,7 @@ from tessy_hf.engines import completions_api as api
 from tessy_hf.engines.base import Completion, Request
 from tessy_hf.engines.completions_api import STREAMS, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
+from tessy_hf.engines.deltas import Deltas
 from tessy_hf.engines.replicas import Service
 from tessy_hf.engines.sessions import SessionHeaders
 from tessy_hf.errors import EngineDeadError, EngineError, RequestError
@@ -60,35 +61,46 @@ class Client:
         self._api = CompletionsAPI(model, tokenizer)
         self.roots: dict[str, str] = {}
         self._connections = Connections(read_key(api_key_env), timeout)
+        self._deltas = Deltas(self._connections)
         self._sessions = SessionHeaders(session_headers)
-        self.close = self._connections.close
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._deltas.close()
+        await self._connections.close()
 
     def release(self, row: str) -> None:
         """Forget what is kept for a row."""
         self._api.release(row)
+        self._deltas.release(row)
         self._sessions.release(row)
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
         url = api.address(server, protocol)
-        text = await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
         with self._reading(server, url):
-            return self._api.completion(protocol, api.parse(text), request)
+            if protocol == "deltas":
+                async with aclosing(self._deltas.answers(server, request, stream=False)) as batches:
+                    (answer,) = await anext(batches)
+            else:
+                answer = api.parse(
+                    await self._send(server, "POST", url, self._api.body(protocol, request), request.row)
+                )
+            return self._api.completion(protocol, answer, request)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
         url, left = api.address(server, protocol), request.max_tokens
-        body = self._api.body(protocol, request, stream=True)
-        headers = self._sessions.of(server, request.row)
-        async with self._connections.request(server, "POST", url, body, headers) as reply:
-            self._sessions.keep(server, request.row, reply.headers, reply.cookies)
-            if reply.status != 200:
-                raise self._refusal(server, url, reply.status, await reply.text(), reply.headers)
-            async with aclosing(reply.events()) as batches:
-                async for events in batches:
-                    with self._reading(server, url):
-                        piece = self._api.piece(protocol, list(map(api.parse, events)), request, left)
-                    if piece is None:
+        by_delta = protocol == "deltas"
+        answers = (
+            self._deltas.answers(server, request, stream=True)
+            if by_delta
+            else self._events(server, url, protocol, request)
+        )
+        async with aclosing(answers) as batches:
+            with self._reading(server, url):
+                async for batch in batches:
+                    if (piece := self._api.piece(protocol, batch, request, left)) is None:
                         continue
                     left -= len(piece.token_ids)
                     yield piece
@@ -96,6 +108,20 @@ class Client:
                         return
         if left:
             raise ReplicaError(f"The server at {server} ended its stream early.", "lost")
+
+    async def _events(
+        self, server: str, url: str, protocol: Protocol, request: Request
+    ) -> AsyncGenerator[list[Any], None]:
+        """Yield the events of a stream by HTTP, those that arrive at once in one list."""
+        body = self._api.body(protocol, request, stream=True)
+        headers = self._sessions.of(server, request.row)
+        async with self._connections.request(server, "POST", url, body, headers) as reply:
+            self._sessions.keep(server, request.row, reply.headers, reply.cookies)
+            if reply.status != 200:
+                raise self._refusal(server, url, reply.status, await reply.content(), reply.headers)
+            async with aclosing(reply.events()) as batches:
+                async for events in batches:
+                    yield [api.parse(event) for event in events]
 
     async def inspect(self, server: str) -> Service:
         """Find out what a server offers."""
@@ -141,30 +167,32 @@ class Client:
                 await self.complete(server, protocol, self._api.probe())
                 return protocol
             except (ReplicaError, EngineError) as error:  # some gateways answer 401 to paths they do not know
-                if _is_transient(error) or protocol == self._protocols[-1]:
+                if protocol == self._protocols[-1] or protocol != "deltas" and _is_transient(error):
                     raise
         raise AssertionError("an engine has protocols")
 
     async def _cache_tokens(self, server: str) -> int | None:
         try:
-            return api.cache_tokens(await self._send(server, "GET", _root(server) + "/metrics"))
+            return api.cache_tokens(
+                (await self._send(server, "GET", _root(server) + "/metrics")).decode(errors="replace")
+            )
         except (ReplicaError, EngineError):
             return None
 
     async def _json(self, server: str, method: str, url: str, content: bytes | None = None) -> Any:
-        text = await self._send(server, method, url, content)
+        answer = await self._send(server, method, url, content)
         with self._reading(server, url):
-            return api.parse(text)
+            return api.parse(answer)
 
-    async def _send(self, server: str, method: str, url: str, content: bytes | None = None, row: str = "") -> str:
+    async def _send(self, server: str, method: str, url: str, content: bytes | None = None, row: str = "") -> bytes:
         headers = self._sessions.of(server, row) if row else {}
         async with self._connections.request(server, method, url, content, headers) as reply:
-            text = await reply.text()
+            answer = await reply.content()
             if row:
                 self._sessions.keep(server, row, reply.headers, reply.cookies)
             if reply.status != 200:
-                raise self._refusal(server, url, reply.status, text, reply.headers)
-            return text
+                raise self._refusal(server, url, reply.status, answer, reply.headers)
+            return answer
 
     @contextmanager
     def _reading(self, server: str, url: str) -> Iterator[None]:
@@ -173,12 +201,12 @@ class Client:
             yield
         except AnswerError as error:
             if error.status is not None:
-                raise self._refusal(server, url, error.status, error.words, {}) from error
+                raise self._refusal(server, url, error.status, error.words.encode(), {}) from error
             raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
 
-    def _refusal(self, server: str, url: str, status: int, text: str, headers: Mapping[str, str]) -> Exception:
+    def _refusal(self, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:
         """Return what a status other than 200 means: for the server, for the row, or for the run."""
-        words = api.server_words(text)
+        words = api.server_words(answer)
         if status in KEY_STATUSES:
             return EngineDeadError(
                 f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "

@@ -7,7 +7,6 @@ retries or sockets. Chat endpoints are never used: their reasoning parsers misla
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import OrderedDict
@@ -16,6 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
+import orjson
 
 from tessy_hf.engines.base import Completion, Request, derive_seed
 from tessy_hf.engines.native_apis import NATIVE
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Protocol = Literal["generate", "sglang", "llama.cpp", "ids", "ids-to-text", "text"]
+Protocol = Literal["deltas", "generate", "sglang", "llama.cpp", "ids", "ids-to-text", "text"]
 PROTOCOLS: tuple[Protocol, ...] = (
     "generate",  # ids in and out by `/inference/v1/generate`: vLLM started with --enable-scale-out
     "sglang",  # ids in and out by SGLang's own `/generate`
@@ -35,9 +35,9 @@ PROTOCOLS: tuple[Protocol, ...] = (
     "ids-to-text",  # ids in, text out by `/v1/completions`: servers that take ids, as OpenAI's own do
     "text",  # text in and out by `/v1/completions`: the rest, such as `transformers serve`
 )
-"""How a server can be asked to continue a text, best first."""
+"""How a server can be asked by HTTP to continue a text, best first; ``deltas`` is for :mod:`.deltas`."""
 
-EXACT: frozenset[Protocol] = frozenset({"generate", "sglang", "llama.cpp", "ids"})
+EXACT: frozenset[Protocol] = frozenset({"deltas", "generate", "sglang", "llama.cpp", "ids"})
 """Protocols with ids in and out."""
 
 STREAMS = EXACT - {"llama.cpp"}
@@ -56,8 +56,7 @@ _STOPPED = frozenset({"stop", "eos", "eos_token", "stop_token", "stop_sequence",
 _OUT_OF_TOKENS = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "model_length", "limit"})
 """What servers write as ``finish_reason``: OpenAI, TGI, Together, Mistral, Cohere, Anthropic and llama.cpp."""
 
-_sorted_ids = lru_cache(maxsize=64)(sorted)
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell but no text can hold
+_ECHO = b'"prompt_token_ids":'
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 
 
@@ -78,8 +77,8 @@ class EncodedPrompt:
     def __init__(self) -> None:
         self._ids, self._json = array("i"), bytearray()  # a comma before each id
 
-    def update(self, ids: Sequence[int]) -> bytes:
-        """Return the JSON of ``ids``, reusing that of the longest common prefix with the ids before."""
+    def update(self, ids: Sequence[int], head: bytes = b"", tail: bytes = b"") -> bytes:
+        """Return ``head``, the JSON of ``ids``, and ``tail``; only what follows the ids before is encoded."""
         most = min(len(ids), len(self._ids))
         differ = np.flatnonzero(np.asarray(self._ids)[:most] != np.asarray(ids)[:most])
         common = int(differ[0]) if differ.size else most
@@ -88,7 +87,7 @@ class EncodedPrompt:
         new = array("i", ids[common:])
         self._ids[common:] = new
         self._json += "".join(f",{i}" for i in new).encode()
-        return b"".join((b"[", memoryview(self._json)[1:], b"]"))
+        return b"".join((head, b"[", memoryview(self._json)[1:], b"]", tail))
 
 
 class CompletionsAPI:
@@ -111,16 +110,11 @@ class CompletionsAPI:
 
     def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
-        options: dict[str, Any] = {
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            **request.set_sampling,
-        }
+        options = {"max_tokens": request.max_tokens, **_sampling(request)}
         if request.temperature:
-            options["seed"] = derive_seed(request.seed, len(request.prompt_ids)) % 2**31
+            options["seed"] = seed(request)
         if protocol in EXACT:
-            options["stop_token_ids"] = _sorted_ids(request.stop_ids)
+            options["stop_token_ids"] = _encoded_ids(request.stop_ids)
         elif stops := self._stop_texts(request.stop_ids)[:MOST_STOP_TEXTS]:
             options["stop"] = stops
         native = NATIVE.get(protocol)
@@ -133,9 +127,11 @@ class CompletionsAPI:
         if stream:
             options["stream"] = True
         name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
-        prompt = self._text_prompt(request) if protocol == "text" else self._id_prompt(request)
-        head = json.dumps({"model": self._model})[:-1].encode()
-        return b"".join((head, b', "', name, b'": ', prompt, b", ", json.dumps(options)[1:].encode()))
+        head = b"".join((orjson.dumps({"model": self._model})[:-1], b',"', name, b'":'))
+        tail = b"," + orjson.dumps(options)[1:]
+        if protocol == "text":
+            return b"".join((head, self._text_prompt(request), tail))
+        return self._id_prompt(request, head, tail)
 
     def release(self, row: str) -> None:
         """Forget a row's encoded prompt."""
@@ -149,20 +145,20 @@ class CompletionsAPI:
     def tokenize_body(self) -> bytes:
         """Return the body that asks vLLM's `/tokenize` for the tokens of :data:`PROBE` and the template's markers."""
         body = {"model": self._model, "prompt": self._probe_text, "add_special_tokens": False}
-        return json.dumps(body).encode()
+        return orjson.dumps(body)
 
-    def _id_prompt(self, request: Request) -> bytes:
+    def _id_prompt(self, request: Request, head: bytes, tail: bytes) -> bytes:
         prompt = self._prompts.get(request.row) or self._prompts.setdefault(request.row, EncodedPrompt())
         self._prompts.move_to_end(request.row)
         if len(self._prompts) > MOST_ROWS:
             self._prompts.popitem(last=False)
-        return prompt.update(request.prompt_ids)
+        return prompt.update(request.prompt_ids, head, tail)
 
     def _text_prompt(self, request: Request) -> bytes:
         """Return the prompt as text, without what the server's tokenizer puts before each text."""
         ids, prefix = list(request.prompt_ids), self._prefix
         own = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
-        return json.dumps(self._vocabulary.decode(own)).encode()
+        return orjson.dumps(self._vocabulary.decode(own))
 
     def _decode_stops(self, stop_ids: frozenset[int]) -> list[str]:
         """Return the stop ids as text, the end of thinking first. A server knows its own end of sequence."""
@@ -215,7 +211,7 @@ class CompletionsAPI:
 
     def _text_ids(self, choice: Mapping[str, Any], request: Request, most: int) -> tuple[list[int], int | None]:
         text, reason = choice.get("text"), _reason(choice)
-        if not isinstance(text, str) or _SURROGATE.search(text) or reason not in _STOPPED | _OUT_OF_TOKENS:
+        if not isinstance(text, str) or reason not in _STOPPED | _OUT_OF_TOKENS:
             shown = first_words(str(choice.get("finish_reason")))
             raise AnswerError(f"answered without text (finish_reason {shown!r})")
         found = [at for at in map(text.find, self._stop_texts(request.stop_ids)) if at >= 0]  # some send what stopped
@@ -230,20 +226,48 @@ class CompletionsAPI:
         return ids, int(eos) if eos is not None else min(request.stop_ids, default=None)
 
 
-def parse(text: str) -> Any:
-    """Parse the text of an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send."""
+def sampling(request: Request) -> bytes:
+    """Return the JSON of what vLLM is told of a request's sampling, but for what differs from request to request."""
+    return orjson.dumps({**_sampling(request), "stop_token_ids": _encoded_ids(request.stop_ids)})
+
+
+def seed(request: Request) -> int:
+    """Return the seed of a request, which depends on the row and the place in it; -1 where it is greedy."""
+    return derive_seed(request.seed, len(request.prompt_ids)) % 2**31 if request.temperature else -1
+
+
+def _sampling(request: Request) -> dict[str, Any]:
+    return {"temperature": request.temperature, "top_p": request.top_p, **request.set_sampling}
+
+
+@lru_cache(maxsize=64)
+def _encoded_ids(ids: frozenset[int]) -> orjson.Fragment:
+    """Return ids as JSON, in order."""
+    return orjson.Fragment(orjson.dumps(sorted(ids)))
+
+
+def parse(content: bytes) -> Any:
+    """Parse an answer or event that is not an ``error`` object, as OpenRouter and llama.cpp send.
+
+    The prompt that vLLM sends back is left out.
+    """
     try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AnswerError(f"answered with something that is not JSON: {first_words(text)!r}") from error
+        if (at := content.find(_ECHO)) >= 0 and (end := content.find(b"]", at)) > 0:  # its ids alone, or null
+            value = content[at + len(_ECHO) : end].strip()
+            content = content[:at] + _ECHO + b"[" + content[end:] if value.startswith(b"[") else content
+        answer = orjson.loads(content)
+    except ValueError as error:
+        shown = first_words(content[:1000].decode(errors="replace"))
+        raise AnswerError(f"answered with something that is not JSON: {shown!r}") from error
     _check(answer)
     return answer
 
 
-def server_words(text: str) -> str:
+def server_words(content: bytes) -> str:
     """Return what a server says in the body of an error, in one line: its message, else the first words."""
+    text = content.decode(errors="replace")
     try:
-        answer = parse(text)
+        answer = parse(content)
     except AnswerError as error:
         return error.words or first_words(text)
     found = [answer.get(key) for key in ("detail", "message")] if isinstance(answer, Mapping) else []
@@ -303,7 +327,7 @@ def _check(answer: Any) -> None:
     described = error if isinstance(error, Mapping) else {"message": error}
     codes = [str(of.get(key)) for of in (described, answer) for key in ("code", "status", "status_code")]
     status = next((int(code) for code in codes if re.fullmatch("[45][0-9][0-9]", code)), None)
-    words = first_words(str(described.get("message") or json.dumps(error)))
+    words = first_words(str(described.get("message") or orjson.dumps(error).decode()))
     raise AnswerError(f"answered with an error: {words!r}", status, words)
 
 

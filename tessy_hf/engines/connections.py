@@ -6,15 +6,17 @@ Knows no replicas' states, JSON or retries; what the network does wrong is told 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+import aiohttp
 import httpx2
 
 from tessy_hf.errors import EngineDeadError
@@ -25,12 +27,13 @@ Kind = Literal["down", "busy", "lost", "invalid"]
 CONNECT_SECONDS = 10.0
 """Most seconds to wait for a connection."""
 
-NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+KEEP_ALIVE_SECONDS = 3.0
+"""How long an idle connection is kept: uvicorn closes it after 5 s, and a request must not cross with that."""
 
-_LOGGERS = [
-    logging.getLogger(name)
-    for name in ("httpx2", *(f"httpcore2.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
-]
+HEARTBEAT_SECONDS = 120.0
+"""How often a WebSocket that rests is tried; a server that is busy has half of it to answer."""
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class ReplicaError(TransientError):
@@ -48,49 +51,51 @@ class ReplicaError(TransientError):
 class Reply:
     """An HTTP response whose body is still to be read."""
 
-    def __init__(self, connections: Connections, server: str, response: httpx2.Response) -> None:
-        response.encoding = "utf-8"  # as JSON is, whatever the server calls it
-        self.status: int = response.status_code
+    def __init__(self, connections: Connections, server: str, response: aiohttp.ClientResponse) -> None:
+        self.status: int = response.status
         self.headers: Mapping[str, str] = response.headers
-        self.cookies = response.headers.get_list("set-cookie")
+        self.cookies = response.headers.getall("Set-Cookie", [])
         self._connections, self._server, self._response = connections, server, response
 
-    async def text(self) -> str:
+    async def content(self) -> bytes:
         """Read the whole body."""
         async with self._connections.limits(self._server):
-            await self._response.aread()
-        return self._connections.redact(self._response.text)
+            return self._connections.redact(await self._response.read())
 
-    async def events(self) -> AsyncGenerator[list[str], None]:
+    async def events(self) -> AsyncGenerator[list[bytes], None]:
         """Yield the data of server-sent events, of those that arrive together in one list."""
-        texts, rest = self._response.aiter_text(), ""
+        rest = b""
         while True:
-            events: list[str] = []
+            events: list[bytes] = []
             async with self._connections.limits(self._server):
                 while not events:
-                    if (text := await anext(texts, None)) is None:
+                    if not (content := await self._response.content.readany()):
                         return
-                    *lines, rest = (rest + text).split("\n")
-                    data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
-                    events = [self._connections.redact(event) for event in data if event != "[DONE]"]
+                    *lines, rest = (rest + content).split(b"\n")
+                    data = [line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:")]
+                    events = [self._connections.redact(event) for event in data if event != b"[DONE]"]
             yield events
 
 
 class Connections:
-    """Connections to any number of servers, used by one event loop.
+    """Connections to any number of servers, used by one event loop, which must be running.
 
     Args:
-        key: Sent as a bearer token and kept out of all that is read, raised and logged; may be empty.
+        key: Sent as a bearer token and kept out of all that is read and raised; may be empty.
         timeout: Seconds until the headers of an answer, until its body, and between two pieces of a stream.
     """
 
     def __init__(self, key: str, timeout: float) -> None:
-        self._key, self._timeout = key, timeout
-        self._ssl = httpx2.create_ssl_context()
-        self._clients: list[httpx2.AsyncClient] = []
-        self._idle: list[httpx2.AsyncClient] = []
-        for logger in _LOGGERS if key else ():
-            logger.addFilter(self._redact_record)
+        self._key, self._timeout = key.encode(), timeout
+        self._proxy = lru_cache(maxsize=64)(_proxy)
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(CONNECT_SECONDS, timeout)),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS, ssl=httpx2.create_ssl_context()
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
 
     @asynccontextmanager
     async def request(
@@ -103,74 +108,73 @@ class Connections:
             EngineDeadError: The server's certificate is not trusted.
         """
         headers = headers if content is None else {"Content-Type": "application/json", **headers}
-        client = self._idle.pop() if self._idle else self._open()
+        async with self.limits(server):
+            response = await self._session.request(
+                method, url, data=content, headers=headers, allow_redirects=False, proxy=self._proxy(server)
+            )
         try:
-            async with self.limits(server):
-                request = client.build_request(method, url, content=content, headers=headers)
-                response = await client.send(request, stream=True)
-            try:
-                yield Reply(self, server, response)
-            finally:
-                await response.aclose()
+            yield Reply(self, server, response)
         finally:
-            self._idle.append(client)
+            response.close()  # a connection whose answer is read is used again
 
-    def redact(self, text: str) -> str:
-        """Return a text without the key: servers and proxies may send it back."""
-        return text.replace(self._key, "[key]") if self._key else text
+    async def websocket(self, server: str, url: str) -> aiohttp.ClientWebSocketResponse:
+        """Open a WebSocket.
+
+        Raises:
+            aiohttp.WSServerHandshakeError: The server refuses it.
+            ReplicaError: There is no server now.
+            EngineDeadError: The server's certificate is not trusted.
+        """
+        refused: aiohttp.WSServerHandshakeError | None = None
+        async with self.limits(server):
+            try:
+                return await self._session.ws_connect(
+                    url, proxy=self._proxy(server), heartbeat=HEARTBEAT_SECONDS, max_msg_size=0
+                )
+            except aiohttp.WSServerHandshakeError as error:
+                refused = error
+        raise refused
+
+    def redact(self, content: bytes) -> bytes:
+        """Return what arrived without the key: servers and proxies may send it back."""
+        return content.replace(self._key, b"[key]") if self._key else content
 
     async def close(self) -> None:
         """Close all connections."""
-        for client in self._clients:
-            await client.aclose()
-        for logger in _LOGGERS:
-            logger.removeFilter(self._redact_record)
-
-    def _open(self) -> httpx2.AsyncClient:
-        """Open a client for one request at a time: httpcore2 looks through all idle connections for each request."""
-        client = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx2.Timeout(self._timeout, connect=min(CONNECT_SECONDS, self._timeout)),
-            # uvicorn closes idle connections after 5 s: a request must not cross with that
-            limits=httpx2.Limits(max_keepalive_connections=None, keepalive_expiry=3.0),
-            verify=self._ssl,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # they would be those of another row
-        )
-        self._clients.append(client)
-        return client
+        await self._session.close()
 
     @asynccontextmanager
     async def limits(self, server: str) -> AsyncIterator[None]:
         """Limit the time of a step, and raise what goes wrong in it as errors of ours, in the library's own words."""
         try:
-            async with asyncio.timeout(self._timeout):  # httpx2's own limit is on each read
+            async with asyncio.timeout(self._timeout):
                 yield
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise self._unreachable(server, error) from error
-        except (TimeoutError, httpx2.TimeoutException) as error:
+        except TimeoutError as error:
             raise ReplicaError(f"The server at {server} did not answer within {self._timeout} s.", "lost") from error
-        except httpx2.RequestError as error:
+        except aiohttp.ClientError as error:
+            words = self.redact(own_words(error).encode()).decode()
             raise ReplicaError(
-                f"The server at {server} broke the connection off: {type(error).__name__}: {own_words(error)}.", "lost"
+                f"The server at {server} broke the connection off: {type(error).__name__}: {words}.", "lost"
             ) from error
 
-    def _unreachable(self, server: str, error: httpx2.TransportError) -> ReplicaError | EngineDeadError:
+    def _unreachable(self, server: str, error: aiohttp.ClientError) -> ReplicaError | EngineDeadError:
         words = own_words(error)
         if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes(error)):
             return EngineDeadError(
                 f"The certificate of the server at {server} is not trusted: {words}. Correct base_url, or name the "
                 "file of its certificate authority in the environment variable SSL_CERT_FILE."
             )
-        if isinstance(error, httpx2.ConnectTimeout):
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
             words = f"no connection within {min(CONNECT_SECONDS, self._timeout):g} s"
         return ReplicaError(f"The server at {server} cannot be reached: {words}.", "down")
 
-    def _redact_record(self, record: logging.LogRecord) -> bool:
-        """Take the key out of what the HTTP library logs: a server may send it back in its headers."""
-        message = record.getMessage()
-        if self._key in message:
-            record.msg, record.args = self.redact(message), ()
-        return True
+
+def _proxy(server: str) -> str | None:
+    """Return the proxy that the environment names for a server (``HTTPS_PROXY``, ``NO_PROXY``)."""
+    parts = urlsplit(server)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 def read_key(variable: str) -> str:

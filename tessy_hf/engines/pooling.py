@@ -114,13 +114,13 @@ class PoolingClient:
             response = self._http.request(method, url, json=body)
         except httpx2.TransportError as error:
             raise TransientError(f"The server at {server} did not answer: {own_words(error)}.") from error
-        text = response.text.replace(self._key, "[key]") if self._key else response.text
+        content = response.content.replace(self._key.encode(), b"[key]") if self._key else response.content
         if response.status_code != 200:
-            words = f"The server at {server} answered {response.status_code}: {api.server_words(text)!r}."
+            words = f"The server at {server} answered {response.status_code}: {api.server_words(content)!r}."
             if response.status_code in TRANSIENT_STATUSES:
                 raise TransientError(words, retry_after(response.headers))
             raise EngineDeadError(f"{words} A vLLM pooling server and a key in {self._key_name} are expected.")
         try:
-            return api.parse(text)
+            return api.parse(content)
         except api.AnswerError as error:
             raise TransientError(f"The server at {server} {error}.") from error

@@ -64,7 +64,7 @@ async def _ask(model: str, addresses: Addresses, api_key_env: str) -> str | None
             for server in await addresses.read():
                 with suppress(TessyError, TransientError, api.AnswerError):
                     async with connections.request(server, "GET", server + "/models") as reply:
-                        roots = api.roots(api.parse(await reply.text()))
+                        roots = api.roots(api.parse(await reply.content()))
                     if model in roots:
                         return roots[model]
     return None

@@ -76,7 +76,7 @@ class ServerEngine:
         SettingsError: An address or a header cannot be used.
     """
 
-    protocols: ClassVar[Sequence[Protocol]] = PROTOCOLS
+    protocols: ClassVar[Sequence[Protocol]] = ("deltas", *PROTOCOLS)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import time
 import traceback
 from array import array
 
-import httpx2
+import aiohttp
 import pytest
 from datasets import Dataset
 
@@ -16,8 +16,9 @@ from tessy_hf import Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines.completions_api import PROTOCOLS
 from tessy_hf.engines.server import ServerEngine
 from tessy_hf.errors import EngineDeadError, RequestError
-from tests.engines import servers, virtual_time
+from tests.engines import in_process, servers, virtual_time
 from tests.engines.contract import VOCABULARY, EngineContract, ModelContract, request
+from tests.engines.in_process import Answer
 from tests.engines.servers import FakeServer, status
 from tests.test_retries import in_seconds
 
@@ -277,15 +278,15 @@ class InProcess:
 
     def __init__(self, monkeypatch, answer):
         self.answer, self.times = answer, []
-        client, transport = httpx2.AsyncClient, httpx2.MockTransport(lambda asked: self.handle(asked))
-        monkeypatch.setattr(httpx2, "AsyncClient", lambda **options: client(**options, transport=transport))
+        monkeypatch.setattr(
+            aiohttp, "ClientSession", lambda **_: in_process.Session(lambda *asked: self.handle(*asked))
+        )
 
-    async def handle(self, asked):
-        if asked.url.path == "/v1/models":
-            return httpx2.Response(200, json={"data": [{"id": "student", "max_model_len": 2048}]})
-        if asked.url.path != "/inference/v1/generate":
-            return httpx2.Response(404)
-        body = httpx2.Response(200, content=asked.content).json()
+    async def handle(self, path, body):
+        if path == "/v1/models":
+            return Answer(200, {"data": [{"id": "student", "max_model_len": 2048}]})
+        if path != "/inference/v1/generate":
+            return Answer(404)
         code, headers = 200, {}
         if servers.THINK in body["token_ids"]:
             self.times.append(time.monotonic())
@@ -293,10 +294,10 @@ class InProcess:
             if code is None:
                 await asyncio.Event().wait()
         if code != 200:
-            return httpx2.Response(code, json={"error": {"message": "not now"}}, headers=headers)
+            return Answer(code, {"error": {"message": "not now"}}, headers)
         probe = [*VOCABULARY.encode("0 ").ids, servers.THINK]
         ids, reason = servers.go_on(body["token_ids"] if servers.THINK in body["token_ids"] else probe, 6)
-        return httpx2.Response(200, json={"choices": [{"token_ids": ids, "finish_reason": reason}]})
+        return Answer(200, {"choices": [{"token_ids": ids, "finish_reason": reason}]})
 
 
 def write(server, rows, **options):
@@ -458,17 +459,17 @@ def test_a_wait_of_a_moment_is_not_logged(monkeypatch, caplog):
 
 
 def test_a_server_that_is_not_up_is_named_soon(monkeypatch, caplog):
-    async def starting(asked):
+    async def starting(*asked):
         if time.monotonic() < 1000 + 20:
-            raise httpx2.ConnectError("Connection refused")
-        return await up(asked)
+            raise in_process.refused()
+        return await up(*asked)
 
     server = InProcess(monkeypatch, lambda _: (200, {}))
     up, server.handle = server.handle, starting
     write(server, 1)
     told = [record.getMessage() for record in caplog.records if "no answer for" in record.getMessage()]
     assert len(told) in (2, 3) and all(
-        "http://server/v1 cannot be reached: Connection refused" in text for text in told
+        "http://server/v1 cannot be reached: [Errno 111] Connection refused" in text for text in told
     )
     assert "no answer for 1 s" in told[0] and "after 120 s" in told[0]
 

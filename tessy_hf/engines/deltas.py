@@ -1,0 +1,201 @@
+"""Ask a vLLM server that runs :class:`tessy_hf.vllm_middleware.Deltas`: one WebSocket, and only the new end of a row.
+
+A request goes in; answers come out as `/inference/v1/generate` words them. All rows of a server share a connection, so
+that they stay with the server process that knows them; after a break all is sent once more. Knows no other servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from array import array
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+
+from tessy_hf.engines.base import Request
+from tessy_hf.engines.completions_api import MOST_ROWS, AnswerError, sampling, seed
+from tessy_hf.engines.connections import Connections, ReplicaError
+from tessy_hf.vllm_middleware import frames
+from tessy_hf.vllm_middleware.frames import HEAD, Ask, HashedIds, Piece
+
+REASONS = {frames.GOES_ON: None, frames.STOPPED: "stop", frames.OUT_OF_TOKENS: "length"}
+
+logger = logging.getLogger(__name__)
+
+
+class Deltas:
+    """The connections to all servers that are asked so, each opened when it is needed."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._channels: dict[str, asyncio.Future[_Channel]] = {}
+
+    async def answers(self, server: str, request: Request, *, stream: bool) -> AsyncGenerator[list[Any], None]:
+        """Yield what a server answers, those that arrive together in one list.
+
+        Raises:
+            ReplicaError: No answer arrived: kind ``down`` or ``lost``.
+            AnswerError: The server refuses the request, or WebSockets.
+        """
+        channel = await self._channel(server)
+        number = next(channel.numbers)
+        inbox = channel.inboxes[number] = asyncio.Queue[bytes | None]()
+        ended = False
+        try:
+            await channel.ask(request, number, stream)
+            while not ended:
+                async with self._connections.limits(server):
+                    arrived = [await inbox.get()]
+                while not inbox.empty():
+                    arrived.append(inbox.get_nowait())
+                if arrived[0] == HEAD.pack(frames.UNKNOWN, 0, number):
+                    await channel.ask_again(request, number, stream)
+                    continue
+                pieces = [_piece(server, frame) for frame in arrived]
+                ended = pieces[-1].ending != frames.GOES_ON
+                yield [_answer(piece, request) for piece in pieces]
+        except AnswerError:
+            ended = True
+            raise
+        finally:
+            del channel.inboxes[number]
+            if not ended:
+                await channel.cancel(number)
+
+    def release(self, row: str) -> None:
+        """Forget a row."""
+        for channel in self._open_channels():
+            channel.release(row)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for channel in self._open_channels():
+            await channel.close()
+
+    def _open_channels(self) -> list[_Channel]:
+        done = (each for each in self._channels.values() if each.done() and not each.cancelled())
+        return [each.result() for each in done if each.exception() is None]
+
+    async def _channel(self, server: str) -> _Channel:
+        opened = self._channels.get(server)
+        if opened is None or opened.done() and (opened.exception() or opened.result().reading.done()):
+            opened = self._channels[server] = asyncio.ensure_future(self._open(server))
+        return await asyncio.shield(opened)
+
+    async def _open(self, server: str) -> _Channel:
+        url = server.removesuffix("/v1") + frames.PATH
+        try:
+            return _Channel(server, await self._connections.websocket(server, url))
+        except aiohttp.WSServerHandshakeError as error:
+            raise AnswerError("refused a WebSocket", error.status, error.message) from error
+
+
+class _Channel:
+    """One connection: what the server knows by it, and who waits for an answer."""
+
+    def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.numbers, self.inboxes = itertools.count(), dict[int, asyncio.Queue[bytes | None]]()
+        self._server, self._socket = server, socket
+        self._slots: OrderedDict[str, tuple[int, HashedIds]] = OrderedDict()
+        self._free: list[int] = []
+        self._profiles: dict[tuple[Any, ...], int] = {}
+        self._resent = 0  # prompts that were sent whole again
+        self.reading = asyncio.create_task(self._read())
+
+    async def ask(self, request: Request, number: int, stream: bool) -> None:
+        """Send a request, of its prompt what the server does not have."""
+        of = (request.temperature, request.top_p, request.top_k, request.min_p, request.repetition_penalty)
+        profile = self._profiles.get((*of, request.stop_ids))
+        if profile is None:
+            profile = self._profiles[*of, request.stop_ids] = len(self._profiles)
+            await self._send(HEAD.pack(frames.PROFILE, profile, 0) + sampling(request))
+        slot, known = self._slot(request.row)
+        begin = known.common(request.prompt_ids)
+        new = array("i", request.prompt_ids[begin:])
+        known.replace(begin, new)
+        ask = Ask(
+            number,
+            profile,
+            request.max_tokens,
+            seed(request),
+            request.order,
+            stream,
+            slot,
+            begin,
+            known.checksum(),
+            new,
+        )
+        await self._send(ask.encode())
+
+    async def ask_again(self, request: Request, number: int, stream: bool) -> None:
+        """Send a request with its whole prompt, which the server has forgotten."""
+        self._resent += 1
+        if self._resent.bit_count() == 1:
+            logger.info("The server at %s has forgotten %d rows; they were sent again.", self._server, self._resent)
+        self._slot(request.row)[1].replace(0, ())
+        await self.ask(request, number, stream)
+
+    async def cancel(self, number: int) -> None:
+        """Take a request back."""
+        with suppress(ReplicaError):
+            await self._send(HEAD.pack(frames.CANCEL, 0, number))
+
+    def release(self, row: str) -> None:
+        """Let another row have a row's slot."""
+        if (slot := self._slots.pop(row, None)) is not None:
+            self._free.append(slot[0])
+
+    async def close(self) -> None:
+        self.reading.cancel()
+        await self._socket.close()
+
+    def _slot(self, row: str) -> tuple[int, HashedIds]:
+        if row not in self._slots:
+            if len(self._slots) >= MOST_ROWS:
+                self.release(next(iter(self._slots)))
+            self._slots[row] = (self._free.pop() if self._free else len(self._slots), HashedIds())
+        self._slots.move_to_end(row)
+        return self._slots[row]
+
+    async def _send(self, frame: bytes) -> None:
+        try:
+            await self._socket.send_bytes(frame)
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise _lost(self._server) from error
+
+    async def _read(self) -> None:
+        """Hand out what arrives; once the connection breaks, tell all who wait."""
+        try:
+            async for message in self._socket:
+                inbox = self.inboxes.get(HEAD.unpack_from(message.data)[2])
+                if inbox is not None:  # else it was taken back
+                    inbox.put_nowait(message.data)
+        finally:
+            for inbox in self.inboxes.values():
+                inbox.put_nowait(None)
+
+
+def _piece(server: str, frame: bytes | None) -> Piece:
+    if frame is None:
+        raise _lost(server)
+    kind, status, _ = HEAD.unpack_from(frame)
+    if kind == frames.ERROR:
+        words = frame[HEAD.size :].decode(errors="replace")
+        raise AnswerError(f"answered with an error: {words!r}", status, words)
+    return Piece.decode(frame)
+
+
+def _answer(piece: Piece, request: Request) -> dict[str, Any]:
+    """Return a piece as `/inference/v1/generate` words it."""
+    choice, tokens = {"token_ids": piece.ids, "finish_reason": REASONS.get(piece.ending)}, len(request.prompt_ids)
+    usage = {"prompt_tokens": tokens, "prompt_tokens_details": {"cached_tokens": tokens - piece.uncached}}
+    return {"choices": [choice], "usage": usage if piece.uncached >= 0 else None}
+
+
+def _lost(server: str) -> ReplicaError:
+    return ReplicaError(f"The server at {server} broke the connection off.", "lost")
