@@ -5,13 +5,14 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import aiohttp
+from multidict import CIMultiDict
 
 
 class Answer:
     """A response of a status, with JSON as its body."""
 
     def __init__(self, status, value=None, headers=None):
-        self.status, self.headers, self._value = status, headers or {}, value
+        self.status, self.headers, self._value = status, CIMultiDict(headers or {}), value
 
     async def read(self):
         return json.dumps(self._value).encode()
