@@ -44,6 +44,8 @@ MODES = {
     "vllm-stream-vllm-predictor": ("vllm", "vllm", True),
     "server-chunks": ("server", "transformers", False),
     "server-stream": ("server", "transformers", True),
+    "deltas-chunks": ("deltas", "transformers", False),
+    "deltas-stream": ("deltas", "transformers", True),
 }
 """By name: the engine, what runs the predictors, whether turns are streams."""
 
@@ -139,7 +141,10 @@ def engines(kind, urls, compiled=False):
         given = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": not compiled}
         return [VLLMEngine(model, **given) for model in (demo.TEACHER, demo.STUDENT)]
     models = {"teacher": demo.TEACHER, "student": demo.STUDENT}
-    return [ServerEngine(name, base_url=urls[name], tokenizer=str(model)) for name, model in models.items()]
+    found = [ServerEngine(name, base_url=urls[name], tokenizer=str(model)) for name, model in models.items()]
+    for engine in found:
+        engine.protocols = ("deltas",) if kind == "deltas" else ("generate",)
+    return found
 
 
 def make(mode, urls, arguments):
@@ -276,7 +281,7 @@ def paused(groups):
 
 def measure(mode, prompts, reference, urls, groups, arguments):
     """Measure one mode: bound, TESSY, TESSY with a predictor that costs nothing, in turns."""
-    figures, idle = [], [] if MODES[mode][0] == "server" else groups
+    figures, idle = [], [] if MODES[mode][0] in ("server", "deltas") else groups
     with make(mode, urls, arguments) as transform:
         rows, _ = tessy(transform, prompts)  # warms up
         wrong = sum(a != b for a, b in zip(texts(rows), reference or texts(rows), strict=True))
@@ -321,6 +326,8 @@ def servers(wanted, compiled):
         "priority",
         "--max-model-len",
         "1024",
+        "--middleware",
+        "tessy_hf.vllm_middleware.Deltas",
     )
     options += ("--no-enforce-eager",) if compiled else ()
     with tempfile.TemporaryDirectory() as logs:
@@ -349,7 +356,8 @@ def main():
     prompts = demo.prompts(arguments.rows, seed=77)
     results, reference = {}, None
     with servers(
-        arguments.lockstep or any(MODES[mode][0] == "server" for mode in arguments.modes), arguments.compile
+        arguments.lockstep or any(MODES[mode][0] in ("server", "deltas") for mode in arguments.modes),
+        arguments.compile,
     ) as (urls, groups):
         for mode in arguments.modes:
             reference, results[mode] = measure(mode, prompts, reference, urls, groups, arguments)

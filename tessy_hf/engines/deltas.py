@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -45,7 +46,7 @@ class Deltas:
         channel = await self._channel(server)
         number = next(channel.numbers)
         inbox = channel.inboxes[number] = asyncio.Queue[bytes | None]()
-        ended = False
+        at, resent, ended, unknown = 0, False, False, HEAD.pack(frames.UNKNOWN, 0, number)
         try:
             await channel.ask(request, number, stream)
             while not ended:
@@ -53,10 +54,17 @@ class Deltas:
                     arrived = [await inbox.get()]
                 while not inbox.empty():
                     arrived.append(inbox.get_nowait())
-                if arrived[0] == HEAD.pack(frames.UNKNOWN, 0, number):
+                if unknown in arrived:
+                    if resent:
+                        raise AnswerError("does not take a prompt that was sent whole")
                     await channel.ask_again(request, number, stream)
+                    resent = True
                     continue
                 pieces = [_piece(server, frame) for frame in arrived]
+                for piece in pieces:
+                    if piece.at != at % frames.AT:
+                        raise ReplicaError(f"The server at {server} left a piece of its answer out.", "lost")
+                    at += len(piece.ids)
                 ended = pieces[-1].ending != frames.GOES_ON
                 yield [_answer(piece, request) for piece in pieces]
         except AnswerError:
@@ -76,6 +84,8 @@ class Deltas:
         """Close all connections."""
         for channel in self._open_channels():
             await channel.close()
+        for opened in self._channels.values():
+            opened.cancel()
 
     def _open_channels(self) -> list[_Channel]:
         done = (each for each in self._channels.values() if each.done() and not each.cancelled())
@@ -171,10 +181,11 @@ class _Channel:
     async def _read(self) -> None:
         """Hand out what arrives; once the connection breaks, tell all who wait."""
         try:
-            async for message in self._socket:
-                inbox = self.inboxes.get(HEAD.unpack_from(message.data)[2])
+            while (message := await self._socket.receive()).type is aiohttp.WSMsgType.BINARY:
+                inbox = self.inboxes.get(HEAD.unpack_from(message.data.ljust(HEAD.size))[2])
                 if inbox is not None:  # else it was taken back
                     inbox.put_nowait(message.data)
+            await self._socket.close()
         finally:
             for inbox in self.inboxes.values():
                 inbox.put_nowait(None)
@@ -187,7 +198,10 @@ def _piece(server: str, frame: bytes | None) -> Piece:
     if kind == frames.ERROR:
         words = frame[HEAD.size :].decode(errors="replace")
         raise AnswerError(f"answered with an error: {words!r}", status, words)
-    return Piece.decode(frame)
+    try:
+        return Piece.decode(frame)
+    except (struct.error, ValueError) as error:
+        raise AnswerError(f"sent {len(frame)} bytes that are no answer") from error
 
 
 def _answer(piece: Piece, request: Request) -> dict[str, Any]:

@@ -33,6 +33,8 @@ ANSWER, UNKNOWN, ERROR = 0, 1, 2
 GOES_ON, STOPPED, OUT_OF_TOKENS = 0, 1, 2
 """Whether an answer goes on, ended by itself, or at ``max_tokens``."""
 
+AT = 1 << 16
+
 HEAD = struct.Struct("<BxHI")  # kind; profile or status; request
 _REQUEST = struct.Struct("<BBHIIIIqq8s")
 _ANSWER = struct.Struct("<BBHIi")
@@ -53,8 +55,8 @@ class HashedIds:
     def common(self, ids: Sequence[int]) -> int:
         """Return how many ids both begin with."""
         most = min(len(ids), len(self.ids))
-        differ = np.flatnonzero(np.asarray(self.ids)[:most] != np.asarray(ids)[:most])
-        return int(differ[0]) if differ.size else most
+        differ = np.asarray(self.ids)[:most] != np.asarray(ids)[:most]
+        return int(differ.argmax()) if differ.any() else most
 
     def checksum(self) -> bytes:
         """Return the checksum of all ids."""
@@ -62,6 +64,10 @@ class HashedIds:
         for begin in range((len(blocks) - 1) * BLOCK, len(self.ids) - BLOCK + 1, BLOCK):
             blocks.append(_hash(blocks[-1], self.ids[begin : begin + BLOCK]))
         return _hash(blocks[-1], self.ids[(len(blocks) - 1) * BLOCK :])
+
+
+def _bytes(ids: Sequence[int]) -> bytes:
+    return array("i", ids).tobytes()
 
 
 def _hash(before: bytes, ids: array[int]) -> bytes:
@@ -112,22 +118,31 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New tokens of a request: how it goes on or ended, and how much of the prompt was not cached (-1: not told)."""
+    """New tokens of a request.
+
+    Attributes:
+        number: The request.
+        ending: How it goes on or ended.
+        at: How many tokens of the answer came before, modulo 65,536: none is taken twice or left out.
+        uncached: How much of the prompt was not cached; -1 where that is not told.
+        ids: The tokens.
+    """
 
     number: int
     ending: int
+    at: int
     uncached: int
     ids: Sequence[int]
 
     def encode(self) -> bytes:
         """Return the frame."""
-        return _ANSWER.pack(ANSWER, self.ending, 0, self.number, self.uncached) + array("i", self.ids).tobytes()
+        return _ANSWER.pack(ANSWER, self.ending, self.at % AT, self.number, self.uncached) + _bytes(self.ids)
 
     @classmethod
     def decode(cls, frame: bytes) -> Piece:
         """Read a frame."""
-        _, ending, _, number, uncached = _ANSWER.unpack_from(frame)
-        return cls(number, ending, uncached, array("i", frame[_ANSWER.size :]).tolist())
+        _, ending, at, number, uncached = _ANSWER.unpack_from(frame)
+        return cls(number, ending, at, uncached, array("i", frame[_ANSWER.size :]).tolist())
 
 
 class Row:

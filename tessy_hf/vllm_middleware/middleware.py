@@ -94,6 +94,8 @@ class _Connection:
         elif kind == CANCEL:
             if (task := self._tasks.get(number)) is not None:
                 task.cancel()
+        elif number in self._tasks:
+            return  # it came twice
         elif (prompt := self._rows.prompt(self, ask := Ask.decode(frame))) is None:
             await self._reply(HEAD.pack(UNKNOWN, 0, number))
         else:
@@ -131,10 +133,12 @@ async def generate(engine: Any, prompt: list[int], sampling: dict[str, Any], ask
     outputs = engine.generate(
         tokens_input(prompt), params, f"deltas-{os.urandom(8).hex()}", priority=ask.priority if by_priority else 0
     )
+    at = 0
     async with aclosing(outputs):
         async for output in outputs:
             (choice,), cached = output.outputs, output.num_cached_tokens
             if choice.finish_reason not in (None, "stop", "length"):
                 raise RuntimeError(f"the engine ended the request: {choice.finish_reason}")
             ending = {None: GOES_ON, "stop": STOPPED, "length": OUT_OF_TOKENS}[choice.finish_reason]
-            yield Piece(ask.number, ending, -1 if cached is None else len(prompt) - cached, choice.token_ids)
+            yield Piece(ask.number, ending, at, -1 if cached is None else len(prompt) - cached, choice.token_ids)
+            at += len(choice.token_ids)

@@ -100,4 +100,4 @@ def test_a_prompt_that_was_handed_out_does_not_change():
 def test_frames_are_read_as_they_were_written():
     sent = Ask(2**31, 65535, 5, -1, -(2**40), True, 9, 0, b"12345678", array("i", [1, 150_000]))
     assert Ask.decode(sent.encode()) == sent
-    assert Piece.decode(Piece(3, 1, -1, [5, 6]).encode()) == Piece(3, 1, -1, [5, 6])
+    assert Piece.decode(Piece(3, 1, 9, -1, [5, 6]).encode()) == Piece(3, 1, 9, -1, [5, 6])

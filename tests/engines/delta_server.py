@@ -1,0 +1,105 @@
+"""A scripted server with the middleware's WebSocket: aiohttp carries it, a script writes instead of vLLM."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+from aiohttp import WSMsgType, web
+
+from tessy_hf.vllm_middleware.frames import GOES_ON, OUT_OF_TOKENS, PATH, STOPPED, Piece
+from tessy_hf.vllm_middleware.middleware import Endpoint
+from tests.engines.contract import VOCABULARY
+from tests.engines.servers import THINK, go_on
+
+
+class DeltaServer:
+    """Answers by deltas alone, with the text of :func:`tests.engines.servers.go_on`.
+
+    Args:
+        most_bytes: The memory for rows.
+        copies: Turns the number of a frame to a client into how often it is sent: 0 for a frame that is lost.
+        port: Where to listen; by default at any free port.
+
+    Attributes:
+        prompts: What the engine was asked to continue, rows only.
+        received: The lengths of the frames that came.
+    """
+
+    def __init__(self, *, most_bytes=1 << 30, copies=lambda number: 1, port=0):
+        self._endpoint, self._copies, self._sent = Endpoint(self._generate, most_bytes), copies, 0
+        self.prompts, self.received = [], []
+        self._loop, started = asyncio.new_event_loop(), threading.Event()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(port, started)))
+        self._thread.start()
+        started.wait()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
+        """Cut all connections and stop."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end.set)
+            self._thread.join()
+
+    async def _serve(self, port, started):
+        self._end, self._sockets = asyncio.Event(), set()
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get(PATH, self._socket)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await (site := web.TCPSite(runner, "127.0.0.1", port)).start()
+        self.port = site._server.sockets[0].getsockname()[1]
+        started.set()
+        await self._end.wait()
+        for transport in self._sockets:
+            transport.abort()
+        await runner.cleanup()
+
+    async def _models(self, _):
+        return web.json_response({"data": [{"id": "student", "max_model_len": 2048}]})
+
+    async def _socket(self, asked):
+        """Turn what aiohttp has into what ASGI calls it, and back."""
+        socket = web.WebSocketResponse(compress=False, max_msg_size=0)
+        await socket.prepare(asked)
+        self._sockets.add(asked.transport)
+        connect = iter([{"type": "websocket.connect"}])
+
+        async def receive():
+            if (first := next(connect, None)) is not None:
+                return first
+            message = await socket.receive()
+            if message.type is not WSMsgType.BINARY:
+                return {"type": "websocket.disconnect"}
+            self.received.append(len(message.data))
+            return {"type": "websocket.receive", "bytes": message.data}
+
+        async def send(message):
+            if message["type"] == "websocket.send":
+                self._sent += 1
+                for _ in range(self._copies(self._sent)):
+                    await socket.send_bytes(message["bytes"])
+
+        scope = {"type": "websocket", "app": SimpleNamespace(state=SimpleNamespace(engine_client=None))}
+        await self._endpoint(scope, receive, send)
+        return socket
+
+    async def _generate(self, engine, prompt, sampling, ask):
+        if THINK in prompt:
+            self.prompts.append(prompt)
+        else:  # an engine finds out how to ask
+            prompt = [*VOCABULARY.encode("0 ").ids, THINK]
+        ids, reason = go_on(prompt, ask.max_tokens)
+        pieces = [ids[at : at + 3] for at in range(0, len(ids), 3)] if ask.stream else [ids]
+        for number, piece in enumerate(pieces[:-1]):
+            yield Piece(ask.number, GOES_ON, 3 * number, -1, piece)
+            await asyncio.sleep(0.002)
+        yield Piece(
+            ask.number, STOPPED if reason == "stop" else OUT_OF_TOKENS, len(ids) - len(pieces[-1]), 3, pieces[-1]
+        )

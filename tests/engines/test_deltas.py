@@ -1,0 +1,236 @@
+"""Rows by deltas: with a scripted engine behind the middleware's WebSocket, and with vLLM where it is installed."""
+
+import asyncio
+import importlib.util
+import logging
+import os
+from array import array
+
+import aiohttp
+import pytest
+
+from tessy_hf import ServerEngine, demo
+from tessy_hf.errors import EngineDeadError
+from tessy_hf.vllm_middleware.frames import PATH
+from tests.engines import servers
+from tests.engines.contract import EngineContract, ModelContract, request
+from tests.engines.delta_server import DeltaServer
+from tests.engines.test_server import engine, expected, run, together
+
+
+class TestDeltas(EngineContract):
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def server(cls):
+        with DeltaServer() as cls.replica:
+            yield cls.replica
+
+    @classmethod
+    def make(cls):
+        return engine(cls.replica)
+
+    def test_is_asked_in_the_best_protocol_offered(self, ask, live):
+        (completion,) = ask(request(tokens=120))
+        assert live.servers == {self.replica.url: "deltas"} and completion.uncached_prompt_tokens == 3
+
+
+def written(live, rows=12, before_last=lambda: None):
+    """Write rows in three chunks each, with something cut off between them; return the texts."""
+
+    async def row(number, at):
+        ids, text = array("i", request(prompt=number).prompt_ids), []
+        for step in range(3):
+            asked = request(f"r{number}", ids=ids, tokens=9)
+            completion = await live.complete(asked)
+            assert list(completion.token_ids) == expected(asked)
+            text.append(list(completion.token_ids))
+            ids.extend(completion.token_ids[:-2])  # the rest is rolled back
+            if step == 1 and number == at:
+                before_last()
+        live.release(f"r{number}")
+        return text
+
+    async def session():
+        await live.start()
+        try:
+            return await together(row(number, rows // 2) for number in range(rows))
+        finally:
+            await live.close()
+
+    return asyncio.run(asyncio.wait_for(session(), 120))
+
+
+def test_only_what_is_new_is_sent():
+    ids = request().prompt_ids
+    long = ids[: ids.index(servers.THINK)] * 100 + ids
+    asked = [request(ids=array("i", [*long, *[300] * more]), tokens=1) for more in range(4)]
+
+    async def after_another(live):
+        return [await live.complete(each) for each in asked]
+
+    with DeltaServer() as server:
+        run(engine(server), then=after_another)
+        assert server.prompts == [list(each.prompt_ids) for each in asked]
+        assert server.received[-4] > 4 * len(long) and max(server.received[-3:]) < 60
+
+
+@pytest.mark.parametrize(
+    "copies",
+    [lambda number: number % 10 != 7, lambda number: 1 + (number % 3 == 0)],
+    ids=["every tenth answer is lost", "every third answer comes twice"],
+)
+def test_no_text_is_wrong_for_answers_that_are_lost_or_repeated(copies):
+    with DeltaServer(copies=copies) as server:
+        live = engine(server, timeout=0.3)
+        live.protocols = ("deltas",)
+        assert len(written(live)) == 12
+
+
+def test_rows_that_the_server_forgot_are_sent_again_and_that_is_told(caplog):
+    caplog.set_level(logging.INFO)
+    with DeltaServer(most_bytes=1) as server:
+        written(engine(server))
+    assert "has forgotten 1 rows; they were sent again" in caplog.text
+
+
+def test_a_server_that_is_started_anew_in_mid_run_gets_the_rows_again():
+    with DeltaServer() as first:
+        again = []
+
+        def restart():
+            first.kill()
+            again.append(DeltaServer(port=first.port))
+
+        try:
+            written(engine(first), before_last=restart)
+            assert again[0].prompts
+        finally:
+            for server in again:
+                server.kill()
+
+
+def test_clients_that_name_their_rows_alike_do_not_share_them():
+    async def both(live):
+        other = engine(server)
+        await other.start()
+        asked = [request("r", prompt=i % 7, tokens=9) for i in range(20)]
+        try:
+            return [await (other if i % 2 else live).complete(each) for i, each in enumerate(asked)]
+        finally:
+            await other.close()
+
+    with DeltaServer() as server:
+        completions = run(engine(server), then=both)
+        assert [list(c.token_ids) for c in completions] == [
+            expected(request("r", prompt=i % 7, tokens=9)) for i in range(20)
+        ]
+
+
+def test_what_the_engine_refuses_fails_the_row(monkeypatch):
+    with DeltaServer() as server:
+
+        async def refused(live):
+            async def generate(*_):
+                raise ValueError("the prompt is too long")
+                yield
+
+            monkeypatch.setattr(server._endpoint, "_generate", generate)
+            return await live.complete(request())
+
+        with pytest.raises(Exception, match="status 400.*the prompt is too long"):
+            run(engine(server), then=refused)
+
+
+# --- vLLM
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory):
+    """Start a vLLM server with the middleware and a key, at the same port each time. Yields how, and its address."""
+    port, running = servers.free_ports(1)[0], []
+    command, environment = servers.vllm(
+        "--middleware", "tessy_hf.vllm_middleware.Deltas", "--api-key", "key", "--port", str(port)
+    )
+
+    def start():
+        log = tmp_path_factory.mktemp("vllm") / "log"
+        running.append(servers.Process(command, {**environment, "PYTHONPATH": os.getcwd()}, log))
+        running[-1].wait_for(f"http://127.0.0.1:{port}/health")
+        return running[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", "key")
+        yield start, f"http://127.0.0.1:{port}/v1", start()
+    for process in running:
+        process.kill()
+
+
+def real(url, **options):
+    return ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT), retry_timeout=120.0, **options)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+class TestVLLMDeltas(ModelContract):
+    knows_its_cache = True
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def served(cls, vllm_server):
+        cls.start, cls.url, cls.process = vllm_server
+
+    @classmethod
+    def make(cls):
+        return real(cls.url)
+
+    def test_is_asked_by_deltas(self, live):
+        assert live.servers == {self.url: "deltas"}
+
+    @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer other"}], ids=["no key", "another key"])
+    def test_nobody_gets_in_without_the_key(self, headers):
+        async def connect():
+            async with aiohttp.ClientSession(headers=headers) as session:
+                await session.ws_connect(self.url.removesuffix("/v1") + PATH)
+
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            asyncio.run(connect())
+        assert caught.value.status in (401, 403)
+
+    def test_a_prompt_beyond_the_context_fails_its_row(self, ask):
+        with pytest.raises(Exception, match="status 400"):
+            ask(request(ids=[300] * 3000))
+
+    def test_rows_are_the_same_while_the_server_is_killed_and_started_anew(self):
+        healthy = greedy(self.url)
+        assert greedy(self.url, self.restart) == healthy
+
+    def restart(self):
+        self.process.kill()
+        type(self).process = self.start()
+
+
+def greedy(url, restart=lambda: None):
+    """Write rows in chunks, restarting the server in the midst."""
+
+    async def row(live, number):
+        ids, asked = array("i", request(prompt=number).prompt_ids), 0
+        while asked < 6:
+            completion, asked = await live.complete(request(f"r{number}", ids=ids, tokens=6)), asked + 1
+            ids.extend(completion.token_ids[:4])
+            if number == 5 and asked == 3:
+                await asyncio.get_running_loop().run_in_executor(None, restart)
+        return ids.tolist()
+
+    async def rows(live):
+        return await together(row(live, number) for number in range(12))
+
+    return run(real(url), then=rows)
+
+
+def test_without_the_middleware_another_protocol_is_found():
+    with servers.FakeServer() as server, pytest.raises(EngineDeadError, match="status 404|refused"):
+        live = engine(server)
+        live.protocols = ("deltas",)
+        run(live, request())
