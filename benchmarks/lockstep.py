@@ -92,7 +92,7 @@ class LockStep:
             row.closed = ended and cut == len(text)
             if cut < len(text):
                 row.turn, row.fresh = ("teacher" if author == "student" else "student"), True
-            if not row.closed and row.rounds * 3 > 10 * self._budget:
+            if not row.closed and (row.rounds * 3 > 10 * self._budget or len(row.text) > 8 * self._budget):
                 row.done = True
 
     def _cuts(self, author, texts):

@@ -193,6 +193,13 @@ class BoundaryPredictor:
         """The predictor's own vocabulary."""
         return self.live.vocabulary
 
+    def same_as(self, other: object) -> bool:
+        """Return whether another predictor, once loaded, is the same network run in the same way."""
+        if not isinstance(other, BoundaryPredictor) or type(self) is not type(other):
+            return False
+        run = (self._engine, self._device, self._options) == (other._engine, other._device, other._options)
+        return run and self.identity == other.identity
+
     async def labels(self, window: Sequence[int], since: int = 0) -> Sequence[bool]:
         """Return, for each token of ``window`` from index ``since`` on, whether its label says style.
 

@@ -31,13 +31,13 @@ class Qwen3Classifier:
     def __init__(self, network: PreTrainedModel) -> None:
         config: Any = network.config
         self._size, self._epsilon = config.head_dim, config.rms_norm_eps
-        self._heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        self._heads = config.num_attention_heads, config.num_key_value_heads
         turns = torch.arange(0, self._size, 2, dtype=torch.float32) / self._size
         self._frequencies = 1.0 / config.rope_parameters["rope_theta"] ** turns
         weights = network.state_dict()
         self._embedding, self._norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
         self._score = weights["score.weight"], weights.get("score.bias")
-        self._layers = [_layer(weights, f"model.layers.{i}.") for i in range(config.num_hidden_layers)]
+        self._layers = [_layer(weights, f"model.layers.{i}.", self._heads) for i in range(config.num_hidden_layers)]
 
     def __call__(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
@@ -59,11 +59,12 @@ class Qwen3Classifier:
     def _attention(
         self, x: torch.Tensor, layer: Weights, number: int, seen: torch.Tensor, turn: Any, cache: DynamicCache
     ) -> torch.Tensor:
-        projected = linear(x, layer["qkv"], layer.get("qkv_bias")).unflatten(-1, (-1, self._size))
-        q, k, v = projected.split(self._heads, 2)
-        q, k = self._rms(q, layer["self_attn.q_norm"]), self._rms(k, layer["self_attn.k_norm"])
-        k, v = cache.update(_rotate(k.transpose(1, 2), *turn), v.transpose(1, 2), number)
-        q = _rotate(q.transpose(1, 2), *turn)
+        heads: torch.Tensor = linear(x, layer["qkv"], layer.get("qkv_bias")).view(*x.shape[:2], -1, self._size)
+        qk, v = heads.transpose(1, 2).split((sum(self._heads), self._heads[1]), 1)
+        qk = rms_norm(qk, (self._size,), None, self._epsilon) * layer["qk_norm"]
+        first, second = qk.chunk(2, -1)
+        q, k = (qk * turn[0] + torch.cat((-second, first), -1) * turn[1]).split(self._heads, 1)
+        k, v = cache.update(k, v, number)
         read = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return linear(read.transpose(1, 2).flatten(2), layer["self_attn.o_proj"], layer.get("o_bias"))
 
@@ -86,18 +87,15 @@ def small_qwen3(network: PreTrainedModel) -> Qwen3Classifier | None:
     return made if differences.abs().max() < TOLERANCE else None
 
 
-def _layer(weights: Weights, prefix: str) -> Weights:
+def _layer(weights: Weights, prefix: str, heads: tuple[int, int]) -> Weights:
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     layer = {name.removesuffix(".weight"): weight for name, weight in own.items()}
     projections = [f"self_attn.{name}_proj" for name in "qkv"]
+    norms = [layer.pop(f"self_attn.{name}_norm").repeat(count, 1) for name, count in zip("qk", heads, strict=True)]
+    layer["qk_norm"] = torch.cat(norms)[:, None]
     layer["qkv"] = torch.cat([layer.pop(name) for name in projections])
     layer["gate_up"] = torch.cat([layer.pop(f"mlp.{name}_proj") for name in ("gate", "up")])
     if f"{projections[0]}.bias" in layer:
         layer["qkv_bias"] = torch.cat([layer.pop(f"{name}.bias") for name in projections])
         layer["o_bias"] = layer.pop("self_attn.o_proj.bias")
     return layer
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin

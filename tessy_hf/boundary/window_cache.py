@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -26,7 +26,7 @@ KEY_IDS = 24
 CACHE_BYTES = 2**30
 """Most memory for keys and values, those of one forward pass and those kept."""
 
-LEAST_WIDTH = 24
+LEAST_WIDTH = 32
 """A forward pass costs as much as reading about so many tokens more."""
 
 
@@ -39,7 +39,8 @@ class WindowCache:
     """
 
     def __init__(self, network: PreTrainedModel, window: int) -> None:
-        self._network, self._argument = network, cache_argument(type(network))
+        model_class: Any = type(network)
+        self._network, self._argument = network, cache_argument(model_class)
         self._small = small_qwen3(network)
         sample, zero = DynamicCache(), torch.zeros((1, 1), dtype=torch.long)
         self._labels(zero, zero + 1, zero, sample)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import os
 import threading
 import weakref
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import PromptError
 from tessy_hf.manifest import RunRecord
@@ -77,6 +79,9 @@ class Run:
         self._settings, self._identify, self._record = settings, identify, record
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
+        if isinstance(student.boundary, BoundaryPredictor) and student.boundary.same_as(teacher.boundary):
+            student = copy.copy(student)
+            student.boundary = teacher.boundary  # loaded once, and the calls of both form batches
         self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)

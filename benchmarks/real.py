@@ -1,0 +1,209 @@
+"""Real small models on a CPU: TESSY against its bound and the released protocol, and the client's cost by row length.
+
+SmolLM2-135M is teacher and student, on word problems, in one run (`speed.py` does so with miniature models, and says
+what bound and protocol are). `make test-real` fetches the model. Then a server without latency answers rows of some
+lengths, to see what the client alone costs::
+
+    python benchmarks/real.py --modes transformers vllm server deltas --rows 24
+    python benchmarks/real.py --modes --lengths 1000 10000 40000
+
+`vllm`, `server` and `deltas` need vLLM; `deltas` are servers with the middleware of :mod:`tessy_hf.vllm_middleware`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import multiprocessing
+import random
+import sys
+import tempfile
+import time
+from array import array
+from pathlib import Path
+
+from datasets import Dataset, disable_progress_bars
+from lockstep import LockStep
+from speed import Meter, MeteredPredictor, bound, tessy, texts
+from transformers import AutoModelForTokenClassification
+from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tessy_hf
+from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, TransformersEngine, VLLMEngine, demo
+from tessy_hf.boundary.predictor import SHIPPED
+from tests import real_models, real_pair
+from tests.engines.contract import request
+
+MODES = ("transformers", "vllm", "server", "deltas")
+AUTHORS = ("teacher", "student")
+SPAN = 14
+"""Tokens accepted in a request, as in runs of real models."""
+
+
+def prompts(count):
+    """Return word problems, repeated with other numbers."""
+    given = real_pair.prompts()["prompt"]
+    numbered = (f"{given[i % len(given)]} Then double it {i // len(given) + 2} times." for i in range(count))
+    return Dataset.from_list([{"id": str(i), "prompt": text} for i, text in enumerate(numbered)])
+
+
+# --- real models
+
+
+@contextlib.contextmanager
+def engines(mode, model):
+    """Yield teacher and student, and the addresses of servers by author."""
+    if mode == "transformers":
+        yield [TransformersEngine(model, dtype="bfloat16", context_length=1024) for _ in range(2)], {}
+    elif mode == "vllm":
+        yield [VLLMEngine(model, dtype="bfloat16", max_model_len=1024, enforce_eager=True) for _ in range(2)], {}
+    else:
+        from tests.engines.servers import processes, vllm
+
+        options = ["--enable-scale-out", "--max-model-len", "1024", "--dtype", "bfloat16"]
+        options += ["--middleware", "tessy_hf.vllm_middleware.Deltas"] if mode == "deltas" else []
+        described = [vllm(*options, "--served-model-name", author, model=model) for author in AUTHORS]
+        with (
+            tempfile.TemporaryDirectory() as logs,
+            processes(*described, logs=Path(logs), health="/health") as running,
+        ):
+            urls = dict(zip(AUTHORS, (url for url, _ in running), strict=True))
+            yield [ServerEngine(author, base_url=url, tokenizer=model) for author, url in urls.items()], urls
+
+
+def lockstep(data, urls, model, template, arguments):
+    """Return tokens per second of the released protocol."""
+    speakers = {name: Speaker(TransformersEngine(model), chat_template=template) for name in AUTHORS}
+    network = AutoModelForTokenClassification.from_pretrained(Path(tessy_hf.__file__).parent / "boundary" / "small")
+    classifier = network.eval(), BoundaryPredictor(SHIPPED).vocabulary
+    writer = LockStep(speakers, urls, dict.fromkeys(AUTHORS, classifier), arguments.tokens)
+    given = [(i, [{"role": "user", "content": prompt}]) for i, prompt in enumerate(data["prompt"])]
+    begin = time.perf_counter()
+    rows = asyncio.run(writer.write(given, arguments.in_flight))
+    return sum(row["teacher_tokens"] + row["student_tokens"] for row in rows) / (time.perf_counter() - begin)
+
+
+def measure(mode, data, arguments, reference):
+    """Return rows and figures of a mode: the bound before and after TESSY, since machines are shared."""
+    model, template = str(real_models.model("smollm2")), real_pair.transform().student.chat_template
+    settings = {"max_thinking_tokens": arguments.tokens, "max_answer_tokens": arguments.tokens // 4}
+    with engines(mode, model) as (pair, urls):
+        teacher, student = (
+            Speaker(Meter(engine), MeteredPredictor(SHIPPED), chat_template=template) for engine in pair
+        )
+        made = TessyTransform(
+            teacher=teacher, student=student, id_column="id", temperature=0, stream=arguments.stream, journal=None,
+            rows_in_flight=arguments.in_flight, **settings,
+        )  # fmt: skip
+        with made:
+            tessy(made, data.select(range(2)))  # warms up
+            rows, figures = tessy(made, data)
+            limits = [bound(made, data, range(len(rows)), rows, arguments.in_flight) for _ in range(2)]
+        if urls and arguments.lockstep:
+            released = lockstep(data, urls, model, template, arguments)
+            figures["times_released_protocol"] = figures["accepted_tokens_per_second"] / released
+    figures["bound_tokens_per_second"] = sum(limit for limit, _ in limits) / 2
+    figures["of_bound"] = figures["accepted_tokens_per_second"] / figures["bound_tokens_per_second"]
+    figures["of_bound_by_cpu"] = sum(cpu for _, cpu in limits) / 2 / figures["cpu_us_per_accepted"]
+    written = texts(rows)
+    figures["rows_as_the_first_mode"] = sum(a == b for a, b in zip(written, reference or written, strict=True))
+    return written, figures
+
+
+# --- the client alone
+
+
+def serve(connection, length):
+    """Answer each request with the same tokens, at once; count bytes of both directions."""
+    answer = json.dumps({"choices": [{"token_ids": [300] * SPAN, "finish_reason": "length"}]}).encode()
+    models = json.dumps({"data": [{"id": "student", "max_model_len": 1 << 20}]}).encode()
+    seen = 0
+
+    async def handle(reader, writer):
+        nonlocal seen
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = next(
+                    (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0
+                )
+                await reader.readexactly(size)
+                path = head.split(b" ", 2)[1]
+                known = {b"/v1/models": models, b"/inference/v1/generate": answer, b"/seen": str(seen).encode()}
+                content, status = known.get(path, b"{}"), b"200 OK" if path in known else b"404 Not Found"
+                reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(content), content)
+                seen += len(head) + size + len(reply)
+                writer.write(reply)
+
+    async def main():
+        server = await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 24)
+        connection.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+async def client_cost(url, length, requests, at_once):
+    """Return the client's processor microseconds a request, and the requests' bytes on the wire."""
+    import httpx2
+
+    engine = ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT))
+    await engine.start()
+    rows = [array("i", random.Random(row).choices(range(10, 200), k=length)) for row in range(at_once)]
+
+    async def one(row, count):
+        for _ in range(count):
+            rows[row].extend((await engine.complete(request(f"r{row}", ids=rows[row], tokens=SPAN))).token_ids)
+
+    async def all_rows(count):
+        await asyncio.gather(*(one(row, count) for row in range(at_once)))
+
+    await all_rows(1)  # the whole rows are encoded
+    before, begin = int(httpx2.get(url.removesuffix("/v1") + "/seen").text), time.process_time()
+    await all_rows(requests // at_once)
+    spent = time.process_time() - begin
+    sent = int(httpx2.get(url.removesuffix("/v1") + "/seen").text) - before
+    await engine.close()
+    done = requests // at_once * at_once
+    return {"client_us_per_request": 1e6 * spent / done, "bytes_per_accepted_token": sent / done / SPAN}
+
+
+def lengths(arguments):
+    """Yield the client's cost for rows of each length."""
+    for length in arguments.lengths:
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, length), daemon=True)
+        process.start()
+        url = f"http://127.0.0.1:{here.recv()}/v1"
+        yield length, asyncio.run(client_cost(url, length, arguments.requests, min(64, arguments.requests)))
+        process.terminate()
+
+
+def main():
+    """Print the figures as JSON, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES[:-1]))
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--in-flight", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=128, help="of thinking; a quarter of it for the answer")
+    parser.add_argument("--no-lockstep", dest="lockstep", action="store_false")
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1_000, 10_000, 40_000])
+    parser.add_argument("--requests", type=int, default=640)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    disable_progress_bars()
+    disable_progress_bar()
+    data, reference = prompts(arguments.rows), None
+    for mode in arguments.modes:
+        reference, figures = measure(mode, data, arguments, reference)
+        print(json.dumps({"mode": mode, **{name: round(value, 3) for name, value in figures.items()}}), flush=True)
+    for length, figures in lengths(arguments):
+        print(json.dumps({"tokens": length, **{name: round(value) for name, value in figures.items()}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
