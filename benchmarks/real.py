@@ -1,11 +1,9 @@
-"""Real small models on a CPU: TESSY against its bound and the released protocol, and the client's cost by row length.
+"""Real small models on a CPU: TESSY against its bound and the released protocol, by each engine.
 
 SmolLM2-135M is teacher and student, on word problems, in one run (`speed.py` does so with miniature models, and says
-what bound and protocol are). `make test-real` fetches the model. Then a server without latency answers rows of some
-lengths, to see what the client alone costs::
+what bound and protocol are). `make test-real` fetches the model::
 
     python benchmarks/real.py --modes transformers vllm server deltas --rows 24
-    python benchmarks/real.py --modes --lengths 1000 10000 40000
 
 `vllm`, `server` and `deltas` need vLLM; `deltas` are servers with the middleware of :mod:`tessy_hf.vllm_middleware`.
 """
@@ -15,12 +13,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import multiprocessing
-import random
 import sys
 import tempfile
 import time
-from array import array
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
@@ -32,15 +27,12 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tessy_hf
-from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, TransformersEngine, VLLMEngine, demo
+from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, TransformersEngine, VLLMEngine
 from tessy_hf.boundary.predictor import SHIPPED
 from tests import real_models, real_pair
-from tests.engines.contract import request
 
 MODES = ("transformers", "vllm", "server", "deltas")
 AUTHORS = ("teacher", "student")
-SPAN = 14
-"""Tokens accepted in a request, as in runs of real models."""
 
 
 def prompts(count):
@@ -113,75 +105,6 @@ def measure(mode, data, arguments, reference):
     return written, figures
 
 
-# --- the client alone
-
-
-def serve(connection, length):
-    """Answer each request with the same tokens, at once; count bytes of both directions."""
-    answer = json.dumps({"choices": [{"token_ids": [300] * SPAN, "finish_reason": "length"}]}).encode()
-    models = json.dumps({"data": [{"id": "student", "max_model_len": 1 << 20}]}).encode()
-    seen = 0
-
-    async def handle(reader, writer):
-        nonlocal seen
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                size = next(
-                    (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0
-                )
-                await reader.readexactly(size)
-                path = head.split(b" ", 2)[1]
-                known = {b"/v1/models": models, b"/inference/v1/generate": answer, b"/seen": str(seen).encode()}
-                content, status = known.get(path, b"{}"), b"200 OK" if path in known else b"404 Not Found"
-                reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(content), content)
-                seen += len(head) + size + len(reply)
-                writer.write(reply)
-
-    async def main():
-        server = await asyncio.start_server(handle, "127.0.0.1", 0, limit=1 << 24)
-        connection.send(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(main())
-
-
-async def client_cost(url, length, requests, at_once):
-    """Return the client's processor microseconds a request, and the requests' bytes on the wire."""
-    import httpx2
-
-    engine = ServerEngine("student", base_url=url, tokenizer=str(demo.STUDENT))
-    await engine.start()
-    rows = [array("i", random.Random(row).choices(range(10, 200), k=length)) for row in range(at_once)]
-
-    async def one(row, count):
-        for _ in range(count):
-            rows[row].extend((await engine.complete(request(f"r{row}", ids=rows[row], tokens=SPAN))).token_ids)
-
-    async def all_rows(count):
-        await asyncio.gather(*(one(row, count) for row in range(at_once)))
-
-    await all_rows(1)  # the whole rows are encoded
-    before, begin = int(httpx2.get(url.removesuffix("/v1") + "/seen").text), time.process_time()
-    await all_rows(requests // at_once)
-    spent = time.process_time() - begin
-    sent = int(httpx2.get(url.removesuffix("/v1") + "/seen").text) - before
-    await engine.close()
-    done = requests // at_once * at_once
-    return {"client_us_per_request": 1e6 * spent / done, "bytes_per_accepted_token": sent / done / SPAN}
-
-
-def lengths(arguments):
-    """Yield the client's cost for rows of each length."""
-    for length in arguments.lengths:
-        here, there = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, length), daemon=True)
-        process.start()
-        url = f"http://127.0.0.1:{here.recv()}/v1"
-        yield length, asyncio.run(client_cost(url, length, arguments.requests, min(64, arguments.requests)))
-        process.terminate()
-
-
 def main():
     """Print the figures as JSON, one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,18 +114,15 @@ def main():
     parser.add_argument("--tokens", type=int, default=128, help="of thinking; a quarter of it for the answer")
     parser.add_argument("--no-lockstep", dest="lockstep", action="store_false")
     parser.add_argument("--stream", action="store_true")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1_000, 10_000, 40_000])
-    parser.add_argument("--requests", type=int, default=640)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     disable_progress_bars()
     disable_progress_bar()
     data, reference = prompts(arguments.rows), None
     for mode in arguments.modes:
-        reference, figures = measure(mode, data, arguments, reference)
+        written, figures = measure(mode, data, arguments, reference)
+        reference = reference or written
         print(json.dumps({"mode": mode, **{name: round(value, 3) for name, value in figures.items()}}), flush=True)
-    for length, figures in lengths(arguments):
-        print(json.dumps({"tokens": length, **{name: round(value) for name, value in figures.items()}}), flush=True)
 
 
 if __name__ == "__main__":
