@@ -108,7 +108,7 @@ class CompletionsAPI:
 
     # --- bodies
 
-    def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
+    def body(self, protocol: Protocol, request: Request, *, stream: bool = False, priority: bool = False) -> bytes:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
         options = {"max_tokens": request.max_tokens, **_sampling(request)}
         if request.temperature:
@@ -126,6 +126,8 @@ class CompletionsAPI:
             options["return_token_ids"] = True
         if stream:
             options["stream"] = True
+        if priority:
+            options["priority"] = request.order  # lower is served first
         name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
         head = b"".join((orjson.dumps({"model": self._model})[:-1], b',"', name, b'":'))
         tail = b"," + orjson.dumps(options)[1:]
