@@ -60,10 +60,10 @@ class Qwen3Classifier:
         self, x: torch.Tensor, layer: Weights, number: int, seen: torch.Tensor, turn: Any, cache: DynamicCache
     ) -> torch.Tensor:
         heads: torch.Tensor = linear(x, layer["qkv"], layer.get("qkv_bias")).view(*x.shape[:2], -1, self._size)
-        qk, v = heads.transpose(1, 2).split((sum(self._heads), self._heads[1]), 1)
+        qk, v = torch.split(heads.transpose(1, 2), [sum(self._heads), self._heads[1]], 1)
         qk = rms_norm(qk, (self._size,), None, self._epsilon) * layer["qk_norm"]
         first, second = qk.chunk(2, -1)
-        q, k = (qk * turn[0] + torch.cat((-second, first), -1) * turn[1]).split(self._heads, 1)
+        q, k = torch.split(qk * turn[0] + torch.cat((-second, first), -1) * turn[1], self._heads, 1)
         k, v = cache.update(k, v, number)
         read = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return linear(read.transpose(1, 2).flatten(2), layer["self_attn.o_proj"], layer.get("o_bias"))

@@ -50,9 +50,10 @@ class Judge:
         if not asked:
             return None
         first, *more = self._inputs(chunk, asked)
-        kinds = [await self._kinds(*first)]
-        if more:
-            kinds += await asyncio.gather(*(self._kinds(*one) for one in more))
+        if more:  # all at once, for one forward pass
+            kinds = await asyncio.gather(*(self._kinds(*one) for one in (first, *more)))
+        else:
+            kinds = [await self._kinds(*first)]
         return min((word for kind in kinds for word, style in kind.items() if style != self._own_kind), default=None)
 
     def _inputs(self, chunk: Chunk, asked: range) -> list[tuple[Preview, dict[int, int]]]:
