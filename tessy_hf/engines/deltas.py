@@ -44,7 +44,7 @@ class Deltas:
             AnswerError: The server refuses the request, or WebSockets.
         """
         channel = await self._channel(server)
-        number = next(channel.numbers)
+        number = next(channel.numbers) % (1 << 32)
         inbox = channel.inboxes[number] = asyncio.Queue[bytes | None]()
         at, resent, ended, unknown = 0, False, False, HEAD.pack(frames.UNKNOWN, 0, number)
         try:
@@ -60,13 +60,14 @@ class Deltas:
                     await channel.ask_again(request, number, stream)
                     resent = True
                     continue
-                pieces = [_piece(server, frame) for frame in arrived]
-                for piece in pieces:
+                answers = []
+                while arrived and not ended:
+                    piece = _piece(server, arrived.pop(0))
                     if piece.at != at % frames.AT:
                         raise ReplicaError(f"The server at {server} left a piece of its answer out.", "lost")
-                    at += len(piece.ids)
-                ended = pieces[-1].ending != frames.GOES_ON
-                yield [_answer(piece, request) for piece in pieces]
+                    at, ended = at + len(piece.ids), piece.ending != frames.GOES_ON
+                    answers.append(_answer(piece, request))
+                yield answers
         except AnswerError:
             ended = True
             raise

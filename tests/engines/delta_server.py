@@ -23,11 +23,12 @@ class DeltaServer:
     Attributes:
         prompts: What the engine was asked to continue, rows only.
         received: The lengths of the frames that came.
+        refusal: Why the engine refuses all requests, if it does.
     """
 
     def __init__(self, *, most_bytes=1 << 30, copies=lambda number: 1, port=0):
         self._endpoint, self._copies, self._sent = Endpoint(self._generate, most_bytes), copies, 0
-        self.prompts, self.received = [], []
+        self.prompts, self.received, self.refusal = [], [], None
         self._loop, started = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(port, started)))
         self._thread.start()
@@ -91,6 +92,8 @@ class DeltaServer:
         return socket
 
     async def _generate(self, engine, prompt, sampling, ask):
+        if self.refusal is not None:
+            raise ValueError(self.refusal)
         if THINK in prompt:
             self.prompts.append(prompt)
         else:  # an engine finds out how to ask

@@ -30,6 +30,9 @@ class Session:
     async def request(self, method, url, *, data=None, **options):
         return await self._handle(urlsplit(url).path, None if data is None else json.loads(data))
 
+    async def ws_connect(self, url, **options):
+        raise aiohttp.WSServerHandshakeError(None, (), status=404, message="Not Found")
+
     async def close(self):
         pass
 

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from tessy_hf import ServerEngine, demo
-from tessy_hf.errors import EngineDeadError
+from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.vllm_middleware.frames import PATH
 from tests.engines import servers
 from tests.engines.contract import EngineContract, ModelContract, request
@@ -126,19 +126,13 @@ def test_clients_that_name_their_rows_alike_do_not_share_them():
         ]
 
 
-def test_what_the_engine_refuses_fails_the_row(monkeypatch):
-    with DeltaServer() as server:
+def test_what_the_engine_refuses_fails_the_row():
+    async def refused(live):
+        server.refusal = "the prompt is too long"
+        return await live.complete(request())
 
-        async def refused(live):
-            async def generate(*_):
-                raise ValueError("the prompt is too long")
-                yield
-
-            monkeypatch.setattr(server._endpoint, "_generate", generate)
-            return await live.complete(request())
-
-        with pytest.raises(Exception, match="status 400.*the prompt is too long"):
-            run(engine(server), then=refused)
+    with DeltaServer() as server, pytest.raises(RequestError, match="status 400.*the prompt is too long"):
+        run(engine(server), then=refused)
 
 
 # --- vLLM
@@ -199,7 +193,7 @@ class TestVLLMDeltas(ModelContract):
         assert caught.value.status in (401, 403)
 
     def test_a_prompt_beyond_the_context_fails_its_row(self, ask):
-        with pytest.raises(Exception, match="status 400"):
+        with pytest.raises(RequestError, match="status 400"):
             ask(request(ids=[300] * 3000))
 
     def test_rows_are_the_same_while_the_server_is_killed_and_started_anew(self):
