@@ -79,9 +79,7 @@ class Run:
         self._settings, self._identify, self._record = settings, identify, record
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
-        if isinstance(student.boundary, BoundaryPredictor) and student.boundary.same_as(teacher.boundary):
-            student = copy.copy(student)
-            student.boundary = teacher.boundary  # loaded once, and the calls of both form batches
+        student = _share_predictor(teacher, student)
         self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
@@ -257,6 +255,15 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
+
+
+def _share_predictor(teacher: Speaker, student: Speaker) -> Speaker:
+    """Return the student, with the teacher's predictor if it has the same: loaded once, one batch for both."""
+    if not isinstance(student.boundary, BoundaryPredictor) or not student.boundary.same_as(teacher.boundary):
+        return student
+    student = copy.copy(student)
+    student.boundary = teacher.boundary
+    return student
 
 
 async def _report_stalls(meter: Meter, progress: Progress) -> None:
