@@ -89,7 +89,13 @@ class Client:
                     (answer,) = await anext(batches)
             else:
                 answer = api.parse(
-                    await self._send(server, "POST", url, self._body(server, protocol, request), request.row)
+                    await self._send(
+                        server,
+                        "POST",
+                        url,
+                        self._api.body(protocol, request, priority=server in self._by_priority),
+                        request.row,
+                    )
                 )
             return self._api.completion(protocol, answer, request)
 
@@ -118,7 +124,7 @@ class Client:
         self, server: str, url: str, protocol: Protocol, request: Request
     ) -> AsyncGenerator[list[Any], None]:
         """Yield the events of a stream by HTTP, those that arrive at once in one list."""
-        body = self._body(server, protocol, request, stream=True)
+        body = self._api.body(protocol, request, stream=True, priority=server in self._by_priority)
         headers = self._sessions.of(server, request.row)
         async with self._connections.request(server, "POST", url, body, headers) as reply:
             self._sessions.keep(server, request.row, reply.headers, reply.cookies)
@@ -189,14 +195,10 @@ class Client:
                 if _is_transient(error):
                     raise
 
-    def _body(self, server: str, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
-        return self._api.body(protocol, request, stream=stream, priority=server in self._by_priority)
-
     async def _cache_tokens(self, server: str) -> int | None:
         try:
-            return api.cache_tokens(
-                (await self._send(server, "GET", _root(server) + "/metrics")).decode(errors="replace")
-            )
+            metrics = await self._send(server, "GET", _root(server) + "/metrics")
+            return api.cache_tokens(metrics.decode(errors="replace"))
         except (ReplicaError, EngineError):
             return None
 
