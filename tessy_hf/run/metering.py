@@ -117,6 +117,13 @@ class Meter:
         row = "" if oldest.row is None else f", row {oldest.row!r},"
         return f"{named}; the longest{row} since {now - oldest.begin:.0f} s"
 
+    def speakers(self, teacher: Speaker, student: Speaker) -> tuple[Speaker, Speaker]:
+        """Return metered copies; the same predictor is loaded once, so that the calls of both form batches."""
+        if isinstance(student.boundary, BoundaryPredictor) and student.boundary.same_as(teacher.boundary):
+            student = copy.copy(student)
+            student.boundary = teacher.boundary
+        return self.speaker("teacher", teacher), self.speaker("student", student)
+
     def speaker(self, author: Author, speaker: Speaker) -> Speaker:
         """Return a copy of a speaker whose engine and predictor are metered."""
         metered = copy.copy(speaker)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import copy
 import os
 import threading
 import weakref
@@ -16,7 +15,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import derive_seed
 from tessy_hf.errors import PromptError
 from tessy_hf.manifest import RunRecord
@@ -79,8 +77,7 @@ class Run:
         self._settings, self._identify, self._record = settings, identify, record
         self.fingerprint = ""
         self.meter = Meter(settings.request_timeout)
-        student = _share_predictor(teacher, student)
-        self._teacher, self._student = self.meter.speaker("teacher", teacher), self.meter.speaker("student", student)
+        self._teacher, self._student = self.meter.speakers(teacher, student)
         self._starts_apart = teacher.engine is not student.engine
         self.window = Window(settings.rows_in_flight, (settings.max_thinking_tokens + settings.max_answer_tokens) // 4)
         self._progress = Progress(self.meter, self.window)
@@ -255,15 +252,6 @@ class Run:
         self.window.leave()
         if self._outbox is not None:
             self._outbox.hurry()
-
-
-def _share_predictor(teacher: Speaker, student: Speaker) -> Speaker:
-    """Return the student, with the teacher's predictor if it has the same: loaded once, one batch for both."""
-    if not isinstance(student.boundary, BoundaryPredictor) or not student.boundary.same_as(teacher.boundary):
-        return student
-    student = copy.copy(student)
-    student.boundary = teacher.boundary
-    return student
 
 
 async def _report_stalls(meter: Meter, progress: Progress) -> None:
