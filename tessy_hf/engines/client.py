@@ -88,15 +88,8 @@ class Client:
                 async with aclosing(self._deltas.answers(server, request, stream=False)) as batches:
                     (answer,) = await anext(batches)
             else:
-                answer = api.parse(
-                    await self._send(
-                        server,
-                        "POST",
-                        url,
-                        self._api.body(protocol, request, priority=server in self._by_priority),
-                        request.row,
-                    )
-                )
+                body = self._api.body(protocol, request, priority=server in self._by_priority)
+                answer = api.parse(await self._send(server, "POST", url, body, request.row))
             return self._api.completion(protocol, answer, request)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
