@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
+from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Completion, Request
 from tessy_hf.engines.scripted import Script, ScriptedEngine
 from tessy_hf.errors import RequestError
@@ -205,3 +206,11 @@ def test_a_row_whose_engine_hangs_fails_in_time_and_the_others_do_not():
         rows = list(PROMPTS.map(hangs, batched=True, load_from_cache_file=False))
     assert [row["finish_reason"] for row in rows] == ["stop", "error"]
     assert "Row 'b' got nothing from the teacher 'slow' within 1 s" in rows[1]["error"]
+
+
+@pytest.mark.parametrize(("other", "shared"), [({}, True), ({"window": 64}, False), ({"device": "cpu"}, False)])
+def test_the_same_predictor_is_loaded_once_for_both_authors(other, shared):
+    given = Speaker(Slow(), BoundaryPredictor()), Speaker(Slow(), BoundaryPredictor(**other))
+    teacher, student = Meter().speakers(*given)
+    assert (student.boundary.files is teacher.boundary.files) == shared
+    assert given[1].boundary.files is not given[0].boundary.files, "the speakers that were given stay as they are"
