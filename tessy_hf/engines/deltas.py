@@ -1,7 +1,7 @@
 """Ask a vLLM server that runs :class:`tessy_hf.vllm_middleware.Deltas`: one WebSocket, and only the new end of a row.
 
-A request goes in; answers come out as `/inference/v1/generate` words them. All rows of a server share a connection, so
-that they stay with the server process that knows them; after a break all is sent once more. Knows no other servers.
+A request goes in; answers come out as `/inference/v1/generate` words them. A row keeps its connection, and so the
+server process that knows it; after a break all is sent once more. Knows no other servers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import struct
+import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -24,6 +25,9 @@ from tessy_hf.engines.connections import Connections, ReplicaError
 from tessy_hf.vllm_middleware import frames
 from tessy_hf.vllm_middleware.frames import HEAD, Ask, HashedIds, Piece
 
+CONNECTIONS = 4
+"""WebSockets to each server: a server of several processes (``--api-server-count``) takes each in one of them."""
+
 REASONS = {frames.GOES_ON: None, frames.STOPPED: "stop", frames.OUT_OF_TOKENS: "length"}
 
 logger = logging.getLogger(__name__)
@@ -34,7 +38,7 @@ class Deltas:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._channels: dict[str, asyncio.Future[_Channel]] = {}
+        self._channels: dict[tuple[str, int], asyncio.Future[_Channel]] = {}
 
     async def answers(self, server: str, request: Request, *, stream: bool) -> AsyncGenerator[list[Any], None]:
         """Yield what a server answers, those that arrive together in one list.
@@ -43,7 +47,7 @@ class Deltas:
             ReplicaError: No answer arrived: kind ``down`` or ``lost``.
             AnswerError: The server refuses the request, or WebSockets.
         """
-        channel = await self._channel(server)
+        channel = await self._channel(server, request.row)
         number = next(channel.numbers) % (1 << 32)
         inbox = channel.inboxes[number] = asyncio.Queue[bytes | None]()
         at, resent, ended, unknown = 0, False, False, HEAD.pack(frames.UNKNOWN, 0, number)
@@ -92,10 +96,11 @@ class Deltas:
         done = (each for each in self._channels.values() if each.done() and not each.cancelled())
         return [each.result() for each in done if each.exception() is None]
 
-    async def _channel(self, server: str) -> _Channel:
-        opened = self._channels.get(server)
+    async def _channel(self, server: str, row: str) -> _Channel:
+        key = server, zlib.crc32(row.encode("utf-8", "surrogatepass")) % CONNECTIONS
+        opened = self._channels.get(key)
         if opened is None or opened.done() and (opened.exception() or opened.result().reading.done()):
-            opened = self._channels[server] = asyncio.ensure_future(self._open(server))
+            opened = self._channels[key] = asyncio.ensure_future(self._open(server))
         return await asyncio.shield(opened)
 
     async def _open(self, server: str) -> _Channel:
@@ -147,7 +152,7 @@ class _Channel:
         """Send a request with its whole prompt, which the server has forgotten."""
         self._resent += 1
         if self._resent.bit_count() == 1:
-            logger.info("The server at %s has forgotten %d rows; they were sent again.", self._server, self._resent)
+            logger.info("The server at %s did not know %d prompts; they were sent again.", self._server, self._resent)
         self._slot(request.row)[1].replace(0, ())
         await self.ask(request, number, stream)
 

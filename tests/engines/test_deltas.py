@@ -90,7 +90,7 @@ def test_rows_that_the_server_forgot_are_sent_again_and_that_is_told(caplog):
     caplog.set_level(logging.INFO)
     with DeltaServer(most_bytes=1) as server:
         written(engine(server))
-    assert "has forgotten 1 rows; they were sent again" in caplog.text
+    assert "did not know 1 prompts; they were sent again" in caplog.text
 
 
 def test_a_server_that_is_started_anew_in_mid_run_gets_the_rows_again():
