@@ -63,7 +63,7 @@ class Qwen3Classifier:
         qk, v = torch.split(heads.transpose(1, 2), [sum(self._heads), self._heads[1]], 1)
         qk = rms_norm(qk, (self._size,), None, self._epsilon) * layer["qk_norm"]
         first, second = qk.chunk(2, -1)
-        q, k = torch.split(qk * turn[0] + torch.cat((-second, first), -1) * turn[1], self._heads, 1)
+        q, k = torch.split(qk * turn[0] + torch.cat((-second, first), -1) * turn[1], [*self._heads], 1)
         k, v = cache.update(k, v, number)
         read = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return linear(read.transpose(1, 2).flatten(2), layer["self_attn.o_proj"], layer.get("o_bias"))
