@@ -14,16 +14,20 @@ import subprocess
 import sys
 import time
 from array import array
+from functools import partial
+from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import aiohttp
-from aiohttp import WSMsgType, web
+from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`, which serves WebSockets here as well
 
 from tessy_hf import ServerEngine, demo
 from tessy_hf.engines.base import Request
 from tessy_hf.vllm_middleware.frames import OUT_OF_TOKENS, PATH, Piece
 from tessy_hf.vllm_middleware.middleware import Endpoint
+from tests.engines.delta_server import carry
 
 AT_ONCE, KEPT, ASKED = 64, 14, 20
 STOP_IDS = frozenset(range(500, 528))
@@ -46,31 +50,6 @@ async def by_http(asked):
     return web.json_response({"request_id": "x", "choices": [choice]})
 
 
-async def by_deltas(asked):
-    """Let the middleware's endpoint answer."""
-    socket = web.WebSocketResponse(compress=False, max_msg_size=0)
-    await socket.prepare(asked)
-    connect = iter([{"type": "websocket.connect"}])
-
-    async def receive():
-        if (first := next(connect, None)) is not None:
-            return first
-        message = await socket.receive()
-        return (
-            {"type": "websocket.receive", "bytes": message.data}
-            if message.type is WSMsgType.BINARY
-            else {"type": "websocket.disconnect"}
-        )
-
-    async def send(message):
-        if message["type"] == "websocket.send":
-            await socket.send_bytes(message["bytes"])
-
-    app = SimpleNamespace(state=SimpleNamespace(engine_client=None))
-    await Endpoint(answer, 1 << 30)({"type": "websocket", "app": app}, receive, send)
-    return socket
-
-
 async def serve():
     """Print a port behind which all bytes are counted; `/bytes` tells how many there were."""
     counted, app = 0, web.Application(client_max_size=1 << 30)
@@ -91,7 +70,7 @@ async def serve():
     app.router.add_get("/v1/models", lambda _: models())
     app.router.add_get("/bytes", lambda _: told())
     app.router.add_post("/inference/v1/generate", by_http)
-    app.router.add_get(PATH, by_deltas)
+    app.router.add_get(PATH, partial(carry, Endpoint(answer, 1 << 30)))
 
     async def models():
         return web.json_response({"data": [{"id": "student", "max_model_len": 1 << 20}]})

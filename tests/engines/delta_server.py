@@ -12,6 +12,35 @@ from tests.engines.contract import VOCABULARY
 from tests.engines.servers import THINK, go_on
 
 
+async def carry(endpoint, asked, received=None, copies=lambda: 1):
+    """Serve a WebSocket of aiohttp by an endpoint, which speaks ASGI.
+
+    ``received`` gets the lengths of the frames that came; ``copies`` says how often a frame to the client is sent.
+    """
+    socket = web.WebSocketResponse(compress=False, max_msg_size=0)
+    await socket.prepare(asked)
+    connect = iter([{"type": "websocket.connect"}])
+
+    async def receive():
+        if (first := next(connect, None)) is not None:
+            return first
+        message = await socket.receive()
+        if message.type is not WSMsgType.BINARY:
+            return {"type": "websocket.disconnect"}
+        if received is not None:
+            received.append(len(message.data))
+        return {"type": "websocket.receive", "bytes": message.data}
+
+    async def send(message):
+        if message["type"] == "websocket.send":
+            for _ in range(copies()):
+                await socket.send_bytes(message["bytes"])
+
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=None))
+    await endpoint({"type": "websocket", "app": app}, receive, send)
+    return socket
+
+
 class DeltaServer:
     """Answers by deltas alone, with the text of :func:`tests.engines.servers.go_on`.
 
@@ -66,30 +95,12 @@ class DeltaServer:
         return web.json_response({"data": [{"id": "student", "max_model_len": 2048}]})
 
     async def _socket(self, asked):
-        """Turn what aiohttp has into what ASGI calls it, and back."""
-        socket = web.WebSocketResponse(compress=False, max_msg_size=0)
-        await socket.prepare(asked)
         self._sockets.add(asked.transport)
-        connect = iter([{"type": "websocket.connect"}])
+        return await carry(self._endpoint, asked, self.received, self._next_copies)
 
-        async def receive():
-            if (first := next(connect, None)) is not None:
-                return first
-            message = await socket.receive()
-            if message.type is not WSMsgType.BINARY:
-                return {"type": "websocket.disconnect"}
-            self.received.append(len(message.data))
-            return {"type": "websocket.receive", "bytes": message.data}
-
-        async def send(message):
-            if message["type"] == "websocket.send":
-                self._sent += 1
-                for _ in range(self._copies(self._sent)):
-                    await socket.send_bytes(message["bytes"])
-
-        scope = {"type": "websocket", "app": SimpleNamespace(state=SimpleNamespace(engine_client=None))}
-        await self._endpoint(scope, receive, send)
-        return socket
+    def _next_copies(self):
+        self._sent += 1
+        return self._copies(self._sent)
 
     async def _generate(self, engine, prompt, sampling, ask):
         if self.refusal is not None:

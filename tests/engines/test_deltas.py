@@ -173,7 +173,8 @@ class TestVLLMDeltas(ModelContract):
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def served(cls, vllm_server):
-        cls.start, cls.url, cls.process = vllm_server
+        start, cls.url, cls.process = vllm_server
+        cls.start = staticmethod(start)
 
     @classmethod
     def make(cls):
