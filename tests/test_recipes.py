@@ -136,9 +136,8 @@ def test_a_server_is_listed_for_as_long_as_it_answers(tmp_path):
     task = run_script("servers.sh", servers, port, "me/model", "--dtype", "half", path=tmp_path, environment=given)
     wait_until(lambda: len(servers.read_text().splitlines()) == 2)
     assert servers.read_text() == f"http://other:8000/v1\nhttp://localhost:{port}/v1\n"
-    assert (
-        tmp_path / "asked"
-    ).read_text() == f"serve me/model --port {port} --enable-scale-out --enable-prompt-tokens-details --dtype half\n"
+    options = "--enable-scale-out --enable-prompt-tokens-details --scheduling-policy priority --dtype half"
+    assert (tmp_path / "asked").read_text() == f"serve me/model --port {port} {options}\n"
     task.terminate()
     assert task.wait(60) != 0 and servers.read_text() == "http://other:8000/v1\n"
     with pytest.raises(ConnectionRefusedError):

@@ -20,7 +20,8 @@ change() { # rewrites the list in one step, so that nobody reads half of it
   ) 9>"$list.lock"
 }
 
-vllm serve "$model" --port "$port" --enable-scale-out --enable-prompt-tokens-details "$@" &
+vllm serve "$model" --port "$port" --enable-scale-out --enable-prompt-tokens-details \
+  --scheduling-policy priority "$@" &
 server=$!
 trap 'change leave; sleep "${DRAIN_SECONDS:-60}"; kill "$server"' TERM INT
 trap 'change leave' EXIT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -29,6 +30,9 @@ DOWN_STATUSES = frozenset({502, 503, 504, *range(520, 529), 530})
 
 BUSY_STATUSES = frozenset({429, 529})
 """What servers answer that want fewer requests."""
+
+PRIORITIES = frozenset({"generate", "ids"})
+"""Protocols with a priority for each request, where the server schedules by it; deltas have one too."""
 
 KEY_STATUSES = frozenset({401, 402, 403})
 """What servers answer that do not know the key, or whose account is empty: so they will answer to all rows."""
@@ -60,6 +64,7 @@ class Client:
         self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
         self._api = CompletionsAPI(model, tokenizer)
         self.roots: dict[str, str] = {}
+        self._by_priority: set[str] = set()  # servers that take a request's priority
         self._connections = Connections(read_key(api_key_env), timeout)
         self._sessions = SessionHeaders(session_headers)
         self._deltas = Deltas(self._connections)
@@ -84,7 +89,7 @@ class Client:
                 async with aclosing(self._deltas.answers(server, request, stream=False)) as batches:
                     (answer,) = await anext(batches)
             else:
-                body = self._api.body(protocol, request)
+                body = self._api.body(protocol, request, priority=server in self._by_priority)
                 answer = api.parse(await self._send(server, "POST", url, body, request.row))
             return self._api.completion(protocol, answer, request)
 
@@ -122,7 +127,7 @@ class Client:
         self, server: str, url: str, protocol: Protocol, request: Request
     ) -> AsyncGenerator[list[Any], None]:
         """Yield the events of a stream by HTTP, those that arrive at once in one list."""
-        body = self._api.body(protocol, request, stream=True)
+        body = self._api.body(protocol, request, stream=True, priority=server in self._by_priority)
         headers = self._sessions.of(server, request.row)
         async with self._connections.request(server, "POST", url, body, headers) as reply:
             self._sessions.keep(server, request.row, reply.headers, reply.cookies)
@@ -137,6 +142,7 @@ class Client:
         length = await self._context_length(server)
         await self._check_tokenizer(server)
         protocol = await self._find_protocol(server)
+        await self._try_priority(server, protocol)
         return Service(protocol, protocol in STREAMS, length, await self._cache_tokens(server))
 
     async def _context_length(self, server: str) -> int:
@@ -180,11 +186,22 @@ class Client:
                     raise
         raise AssertionError("an engine has protocols")
 
+    async def _try_priority(self, server: str, protocol: Protocol) -> None:
+        """Find out whether a server takes priorities: vLLM refuses them without ``--scheduling-policy priority``."""
+        self._by_priority.discard(server)
+        if protocol in PRIORITIES:
+            self._by_priority.add(server)
+            try:
+                await self.complete(server, protocol, replace(self._api.probe(), order=1))
+            except (ReplicaError, EngineError) as error:
+                self._by_priority.discard(server)
+                if _is_transient(error):
+                    raise
+
     async def _cache_tokens(self, server: str) -> int | None:
         try:
-            return api.cache_tokens(
-                (await self._send(server, "GET", _root(server) + "/metrics")).decode(errors="replace")
-            )
+            metrics = await self._send(server, "GET", _root(server) + "/metrics")
+            return api.cache_tokens(metrics.decode(errors="replace"))
         except (ReplicaError, EngineError):
             return None
 

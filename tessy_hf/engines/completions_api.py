@@ -91,14 +91,14 @@ class CompletionsAPI:
 
     # --- bodies
 
-    def body(self, protocol: Protocol, request: Request, *, stream: bool = False) -> bytes:
+    def body(self, protocol: Protocol, request: Request, *, stream: bool = False, priority: bool = False) -> bytes:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
-        return self._asking(protocol, request, self._options(protocol, request), stream)
+        return self._asking(protocol, request, self._options(protocol, request), stream, priority)
 
     def score_body(self, protocol: Protocol, request: Request) -> bytes:
         """Return the body that asks for the log-probabilities of a prompt, with one new token."""
         options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        return self._asking(protocol, request, options, False)
+        return self._asking(protocol, request, options)
 
     def _options(self, protocol: Protocol, request: Request) -> dict[str, Any]:
         options = {"max_tokens": request.max_tokens, **_sampling(request)}
@@ -112,7 +112,14 @@ class CompletionsAPI:
             options["stop"] = stops
         return options
 
-    def _asking(self, protocol: Protocol, request: Request, options: dict[str, Any], stream: bool) -> bytes:
+    def _asking(
+        self,
+        protocol: Protocol,
+        request: Request,
+        options: dict[str, Any],
+        stream: bool = False,
+        priority: bool = False,
+    ) -> bytes:
         native = NATIVE.get(protocol)
         if native is not None:
             options = native.options(options, request, self._stop_texts(request.stop_ids))
@@ -122,6 +129,8 @@ class CompletionsAPI:
             options["return_token_ids"] = True
         if stream:
             options["stream"] = True
+        if priority:
+            options["priority"] = request.order  # lower is served first
         name = native.prompt if native else b"token_ids" if protocol == "generate" else b"prompt"
         head = b"".join((orjson.dumps({"model": self._model})[:-1], b',"', name, b'":'))
         tail = b"," + orjson.dumps(options)[1:]

@@ -114,8 +114,7 @@ class PoolingClient:
             response = self._http.request(method, url, json=body)
         except httpx2.TransportError as error:
             raise TransientError(f"The server at {server} did not answer: {own_words(error)}.") from error
-        key = self._key.encode()
-        content = response.content.replace(key, b"[key]") if key else response.content
+        content = response.content.replace(self._key.encode(), b"[key]") if self._key else response.content
         if response.status_code != 200:
             words = f"The server at {server} answered {response.status_code}: {api.server_words(content)!r}."
             if response.status_code in TRANSIENT_STATUSES:

@@ -236,6 +236,19 @@ def test_a_key_that_is_refused_ends_the_run_at_once(code):
         assert len(server.texts) == 1
 
 
+@pytest.mark.parametrize("ways", [("generate",), ("ids",)], ids=str)
+@pytest.mark.parametrize("taken", [True, False])
+def test_older_rows_come_first_where_the_server_schedules_by_priority(ways, taken):
+    def fcfs(handler, body):
+        (status(400, "priority scheduling is off") if body.get("priority") else servers._Handler.answer)(handler, body)
+
+    paths = {} if taken else dict.fromkeys(("/inference/v1/generate", "/v1/completions"), fcfs)
+    with FakeServer(ways=ways, paths=paths) as server:
+        run(engine(server), request("a", order=7), request("b", order=0))
+        sent = sorted(body.get("priority", -1) for _, body in server.texts)
+    assert sent == ([0, 7] if taken else [-1, -1])
+
+
 def test_what_was_not_in_the_cache_is_known_where_the_server_tells():
     told = {"prompt_tokens": 40, "prompt_tokens_details": {"cached_tokens": 32}}
     for usage, read in ((told, 8), (None, None)):
