@@ -302,6 +302,7 @@ class GivenSettings(TypedDict, total=False):
 
     preset: Literal["paper", "authors"] | None
     method: Method
+    switch: Any
     chunk_tokens: int | Literal["auto"] | dict[Author, int]
     stream: bool
     temperature: float | dict[Author, float]
@@ -316,6 +317,7 @@ class GivenSettings(TypedDict, total=False):
     id_column: str | None
     best_of: int | None
     verifier: Any
+    chosen_by: Literal["rsr"] | None
     system_prompt: str | None
     rows_in_flight: int | Literal["auto"]
     journal: str | os.PathLike[str] | None

@@ -231,7 +231,7 @@ def test_any_answer_comes_back_from_the_disk_and_is_counted(tmp_path_factory, da
     again = AnswerLog(path)
     again.close()
     assert [row["answer"] for row in again.rows.values()] == said
-    rows, counts = collect(again, AnnotationSettings(words=10))
+    rows, counts, _ = collect(again, AnnotationSettings(words=10))
     outcomes = ["failed" if answer is None else check(text, answer) for answer in said]
     assert counts == Counter(outcome if isinstance(outcome, str) else "accepted" for outcome in outcomes)
     assert len(rows) == counts.get("accepted", 0)
@@ -245,5 +245,5 @@ def test_a_segment_of_white_space_is_kept_as_it_is(tmp_path, aligned):
     told = {"answer": "[]", "finished": True, "error": None}
     answers.add(Drawn("t:0", " \n", aligned, "t", "p", "m", "f"), 0, **told)
     answers.close()
-    [row], counts = collect(answers, AnnotationSettings(words=10))
+    [row], counts, _ = collect(answers, AnnotationSettings(words=10))
     assert counts == {"accepted": 1} and row["text"] == " \n" and row["style_spans"] == []

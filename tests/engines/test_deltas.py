@@ -19,6 +19,8 @@ from tests.engines.test_server import engine, expected, run, together
 
 
 class TestDeltas(EngineContract):
+    measures = frozenset({"logprobs", "score"})
+
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def server(cls):
