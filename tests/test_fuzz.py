@@ -106,7 +106,8 @@ class Answering:
 
     def answer(self, handler, body):
         if self.next is None:
-            return handler.reply({"choices": [{"token_ids": [5], "text": "okay", "finish_reason": "length"}]})
+            choice = {"token_ids": [5], "text": "okay", "finish_reason": "length"}
+            return handler.reply({"choices": [choice], "output_ids": [5], "tokens": [5], "stop_type": "limit"})
         self.asked += 1
         status, headers, pieces = self.next
         handler.send_response(status)
@@ -130,7 +131,8 @@ def engine_by(protocol, url):
 def answering():
     with pytest.MonkeyPatch.context() as patch, FakeServer() as fake:
         server = Answering(fake)
-        fake.paths = dict.fromkeys(("/inference/v1/generate", "/v1/completions"), server.answer)
+        paths = "/inference/v1/generate", "/v1/completions", "/generate", "/completion"
+        fake.paths = dict.fromkeys(paths, server.answer)
         patch.setattr(replicas, "BACKOFF", RetryPolicy(first_pause=0.0))  # or most answers would not be asked for
         patch.setattr(retries, "LONGEST_ASKED_PAUSE", 0.0)
         loop = asyncio.new_event_loop()

@@ -231,6 +231,8 @@ def draw(path: Path, main: int) -> None:
 
     panels = {level: read_changes(path.read_text(), level, main) for level in LEVELS}
     panels = {level: lines for level, lines in panels.items() if lines}
+    if not panels:  # trial runs may have nothing to compare yet
+        return
     figure = Figure(
         figsize=(9, 0.27 * sum(map(len, panels.values())) + 0.62 * len(panels) + 0.5), layout="constrained"
     )

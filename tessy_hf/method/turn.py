@@ -93,6 +93,7 @@ class Turn:
         self._judge = self._rule.judge(author, row) if row.plan.alternates else None
         self._asking = Asking(author, speaker, row, self._rule.needs(author) if row.plan.alternates else ())
         self.close_stream = self._asking.close_stream
+        self._must_keep = False  # a word of the other kind, the turn's first; what follows is not read
         self._measured: tuple[list[float], list[float]] = [], []  # log-probabilities and entropies of its turn
 
     # --- line 8
@@ -148,7 +149,8 @@ class Turn:
             return None
         other = await self._judge.first_of_other_kind(chunk)
         empty = self._row.trajectory.turn_is_empty and self._rule.keeps_a_word
-        if other == 0 and empty:  # an author that took over keeps at least one word
+        self._must_keep = other == 0 and empty  # an author that took over keeps at least one word
+        if self._must_keep:
             if chunk.complete:
                 return 1
             self._judge.restart()  # judge it again when it is complete
@@ -157,7 +159,7 @@ class Turn:
 
     def limit(self, chunk: Chunk, boundary: int | None) -> tuple[int, Ending | None]:
         """Return how many words before the boundary the limits allow, and how the row ends if they end it."""
-        waits = self._judge is not None and self._judge.waits
+        waits = self._judge is not None and self._judge.waits and not self._must_keep
         return self._row.limits.apply(chunk, boundary, waits=waits)
 
     # --- lines 10, 11

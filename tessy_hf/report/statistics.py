@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError
+from tessy_hf.rows.batch import decoded
 from tessy_hf.rows.columns import content_text, pieces
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def share(part: float, whole: float) -> float | None:
 def _sample(table: pa.Table) -> dict[str, Any] | None:
     """Return the beginning of the first row that finished."""
     for at in range(min(table.num_rows, SAMPLED) if "messages" in table.column_names else 0):
-        [row] = table.slice(at, 1).to_pylist()
+        row = {name: values[0] for name, values in decoded(table.slice(at, 1)).items()}
         cut = [piece for piece in pieces(row) if piece.text.strip()]
         asked = [message["content"] for message in row["messages"] or () if message["role"] == "user"]
         if row["finish_reason"] == "stop" and cut and asked:

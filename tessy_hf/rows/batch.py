@@ -44,7 +44,7 @@ class Batch:
         if isinstance(given, Mapping) and not extra:
             return cls(given)
         if isinstance(given, pa.Table) and not extra:
-            return cls(_decoded(given), given)
+            return cls(decoded(given), given)
         if hasattr(given, "to_arrow") and not extra:  # Polars
             return cls.read(given.to_arrow())
         if hasattr(given, "to_dict") and not extra:  # pandas
@@ -73,7 +73,7 @@ class Batch:
         return table(rows, columns.finished(given, prompt_column, thinking_key))
 
 
-def _decoded(given: pa.Table) -> dict[str, list[Any]]:
+def decoded(given: pa.Table) -> dict[str, list[Any]]:
     """Return a table's columns as Python values, JSON as what it says."""
     from datasets import Features, Json
 

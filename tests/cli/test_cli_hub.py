@@ -32,7 +32,7 @@ def test_a_run_is_released_shown_and_made_again(hub, tessy, tmp_path):  # noqa: 
     assert "on main, in one commit" in printed and "ada/rows@v1.0.0 is released" in printed
 
     code, printed = tessy("show", "ada/rows@v1.0.0")
-    assert code == 0 and "tessy_hf/demo/models/teacher" in printed and "temperature=0.6" in printed
+    assert code == 0 and "demo:teacher" in printed and "temperature=0.6" in printed
     command = next(line for line in printed.splitlines() if line.startswith("tessy synthesize"))
     commit = hub.repo("ada/prompts").branches["main"]
     assert shlex.split(command) == ["tessy", "synthesize", "ada/rows@v1.0.0", f"ada/prompts@{commit}", "rows.parquet"]

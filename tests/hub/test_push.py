@@ -110,7 +110,7 @@ def test_a_stream_becomes_one_tagged_release(hub, monkeypatch):
         "finish_reasons": {"stop": 900, "error": 100},
         "runs": {transform.run_fingerprint: 1000},
     }
-    assert manifest.run.teacher.engine == "scripted" and manifest.run.source.fingerprint
+    assert manifest.run.student.engine == "scripted" and manifest.run.source.fingerprint
     card = hub.read(REPO, "v1.0.0", "README.md").decode()
     assert "license: apache-2.0" in card and "900" in card
     assert json.loads(hub.read(REPO, "v1.0.0", "tessy/default/train/statistics.json"))["rows"] == 1000
