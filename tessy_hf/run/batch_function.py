@@ -50,10 +50,10 @@ class BatchFunction(functools.partial[Any]):
             BoundaryError: A boundary predictor cannot be read.
             EngineDeadError: An engine is gone; finished rows are in the journal, where there is one.
         """
-        given = Batch.read(batch, extra)
+        given, layout = Batch.read(batch, extra), self.layout  # before the loop imports what this does
         if not (self._async and _loop_is_running()):
-            return given.returned(self.submit(given.columns).result(), *self.layout)
-        return _later(given, self.submit(given.columns, asyncio.get_running_loop()), self.layout)
+            return given.returned(self.submit(given.columns).result(), *layout)
+        return _later(given, self.submit(given.columns, asyncio.get_running_loop()), layout)
 
 
 async def _later(given: Batch, written: Future[dict[str, list[Any]]], layout: tuple[str, str | None]) -> Any:
