@@ -170,6 +170,7 @@ def real(url, **options):
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 class TestVLLMDeltas(ModelContract):
+    measures = frozenset({"logprobs", "score"})  # by the protocol beside it
     knows_its_cache = True
 
     @pytest.fixture(scope="class", autouse=True)
