@@ -872,7 +872,8 @@ class VLLMContract(ModelContract):
         return cls.engine("student", base_url=cls.urls, tokenizer=str(demo.STUDENT))
 
     def test_is_asked_in_the_best_protocol_offered(self, live):
-        assert live.servers == {url: self.engine.protocols[0] for url in self.urls}
+        best = next(one for one in self.engine.protocols if one != "deltas")  # these servers have no middleware
+        assert live.servers == {url: best for url in self.urls}
 
     def test_tells_how_much_of_a_prompt_was_not_in_the_cache(self, ask):
         ids = VOCABULARY.encode(" ".join([self.engine.__name__, *map(str, range(40))])).ids  # one for each class
