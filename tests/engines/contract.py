@@ -76,6 +76,7 @@ class EngineContract:
     streams = True
     knows_its_cache = False
     measures = frozenset()
+    fewest_pieces = 2  # of a stream of 120 tokens; of servers, what arrives at once is one piece
 
     @staticmethod
     def make():
@@ -171,7 +172,7 @@ class EngineContract:
         for pieces, whole in zip(streamed, ask(*requests), strict=True):
             assert [i for piece in pieces for i in piece.token_ids] == list(whole.token_ids)
             assert [piece.stop_id for piece in pieces] == [None] * (len(pieces) - 1) + [whole.stop_id]
-        assert len(streamed[2]) > 1
+        assert len(streamed[2]) >= self.fewest_pieces
 
     def test_a_row_goes_on_where_its_stream_was_broken_off(self, ask, stream):
         (whole,) = ask(request("whole", tokens=120))

@@ -172,6 +172,7 @@ def real(url, **options):
 class TestVLLMDeltas(ModelContract):
     measures = frozenset({"logprobs", "score"})  # by the protocol beside it
     knows_its_cache = True
+    fewest_pieces = 1
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

@@ -859,6 +859,7 @@ class TextOnly(ServerEngine):
 
 class VLLMContract(ModelContract):
     knows_its_cache = True
+    fewest_pieces = 1
     measures = MEASURES
     engine = ServerEngine
 
