@@ -6,6 +6,7 @@ The file's own words, before the mark, are kept. Knows nothing of how the units 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -221,6 +222,7 @@ def run_table(units: Units, scale: Mapping[str, int]) -> str:
 
 # --- the figure
 
+_CHANGE = re.compile(r"([+-]?[\d.]+)(?: ± ([\d.]+))?")
 COLORS = {"in-domain": "#0e8a66", "out-of-domain": "#7b4fc9"}
 
 
@@ -247,7 +249,8 @@ def draw(path: Path, main: int) -> None:
             look = {"color": color, "markersize": 7, "capsize": 2.5, "elinewidth": 1.2, "label": name}
             panel.errorbar(means, places, xerr=deviations, fmt="os"[at], **look)
         panel.set_yticks(range(len(lines)), [method for method, *_ in lines])
-        panel.get_yticklabels()[[method for method, *_ in lines].index("tessy")].set_fontweight("bold")
+        for label in panel.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() == "tessy" else "normal")
         panel.set_ylim(len(lines) - 0.45, -0.55)
         panel.set_title(f"The student {LEVELS[level]}", loc="left", fontsize=10.5, fontweight="bold")
         panel.tick_params(length=0)
@@ -266,9 +269,9 @@ def read_changes(text: str, level: str, main: int) -> list[tuple[str, tuple[floa
     lines = []
     for line in found.partition("\n## ")[0].splitlines():
         cells = [cell.strip(" *") for cell in line.split("|")]
-        changes = [cells[at].split(" ± ") for at in (3, 5)] if len(cells) > 5 else [[]]
-        if all(len(change) == 2 for change in changes):
-            one, other = ((float(mean), float(deviation)) for mean, deviation in changes)
+        changes = [_CHANGE.fullmatch(cells[at]) for at in (3, 5)] if len(cells) > 5 else [None]
+        if all(changes):
+            one, other = ((float(change[1]), float(change[2] or 0)) for change in changes)  # one student: no deviation
             lines.append((cells[1], one, other))
     return lines
 
