@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -61,7 +62,7 @@ class Client:
         session_headers: Sequence[str],
     ) -> None:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
-        self._api_key_env, self._context, self._protocols = api_key_env, context_length, protocols
+        self._context, self._protocols, self._refusal = context_length, protocols, partial(_refusal, api_key_env)
         self._api = CompletionsAPI(model, tokenizer)
         self.roots: dict[str, str] = {}
         self._by_priority: set[str] = set()  # servers that take a request's priority
@@ -230,22 +231,23 @@ class Client:
                 raise self._refusal(server, url, error.status, error.words.encode(), {}) from error
             raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
 
-    def _refusal(self, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:
-        """Return what a status other than 200 means: for the server, for the row, or for the run."""
-        words = api.server_words(answer)
-        if status in KEY_STATUSES:
-            return EngineDeadError(
-                f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "
-                f"that may use the model, into the environment variable {self._api_key_env}."
-            )
-        if status in TRANSIENT_STATUSES:
-            kind: Kind = "down" if status in DOWN_STATUSES else "busy" if status in BUSY_STATUSES else "invalid"
-            return ReplicaError(f"The server at {server} answered {status}: {words!r}.", kind, retry_after(headers))
-        return RequestError(
-            f"The server at {server} refused a request to {urlsplit(url).path} (status {status}): {words!r}. "
-            "An OpenAI-compatible completions server is expected; check base_url, which mostly ends in /v1, and the "
-            "server's log."
+
+def _refusal(key_env: str, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:
+    """Return what a status other than 200 means: for the server, for the row, or for the run."""
+    words = api.server_words(answer)
+    if status in KEY_STATUSES:
+        return EngineDeadError(
+            f"The server at {server} refuses the key (status {status}): {words!r}. Put a valid one, of an account "
+            f"that may use the model, into the environment variable {key_env}."
         )
+    if status in TRANSIENT_STATUSES:
+        kind: Kind = "down" if status in DOWN_STATUSES else "busy" if status in BUSY_STATUSES else "invalid"
+        return ReplicaError(f"The server at {server} answered {status}: {words!r}.", kind, retry_after(headers))
+    return RequestError(
+        f"The server at {server} refused a request to {urlsplit(url).path} (status {status}): {words!r}. "
+        "An OpenAI-compatible completions server is expected; check base_url, which mostly ends in /v1, and the "
+        "server's log."
+    )
 
 
 def _is_transient(error: Exception) -> bool:
