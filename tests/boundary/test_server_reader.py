@@ -79,6 +79,7 @@ def test_servers_that_are_gone_end_the_run():
     predictor.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "message"),
     [

@@ -53,6 +53,7 @@ def batches(seed):
         yield batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [network, llama], ids=["in few calls", "by transformers"])
 @pytest.mark.parametrize("kept_bytes", [2**30, 2**15], ids=["all is kept", "little is kept"])
 def test_labels_do_not_depend_on_what_was_read_before(made, kept_bytes, monkeypatch):

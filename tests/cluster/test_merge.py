@@ -89,6 +89,7 @@ def test_rows_that_are_there_twice_and_the_same_are_one(hosts):
     assert list(merged.rows()) == list(Merge(hosts, prompts(40)).rows())
 
 
+@pytest.mark.slow
 def test_what_a_row_had_cost_does_not_make_two_of_it(hosts, tmp_path):
     again = tmp_path / "again"
     rows_of(prompts(1), scripted(parts=str(again)))
@@ -96,6 +97,7 @@ def test_what_a_row_had_cost_does_not_make_two_of_it(hosts, tmp_path):
     assert Merge([*hosts, again], prompts(40)).report.duplicates == ["r0"]
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_twice_and_differ_are_refused_unless_one_is_to_be_taken(hosts, tmp_path):
     again = tmp_path / "again"
     rows_of(prompts(2), scripted(parts=str(again)))
@@ -137,6 +139,7 @@ def test_a_row_that_is_not_finished_in_a_journal_is_missing(tmp_path):
     assert Merge([path], prompts(3)).report.missing == ["r2"]
 
 
+@pytest.mark.slow
 def test_rows_of_several_runs_are_not_mixed(tmp_path):
     sources = []
     for temperature in (0.5, 0.6):

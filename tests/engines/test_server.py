@@ -677,6 +677,7 @@ def test_a_key_that_is_refused_is_told():
             options={"api_key_env": "MY_KEY"})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_server_that_is_still_starting_is_waited_for():
     loading = [status(503), servers.cut, servers.replying(b"starting"), status(500)]
 

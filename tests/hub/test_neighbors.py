@@ -100,12 +100,14 @@ def test_files_tell_the_columns_where_the_card_does_not(hub):
     refused(hub, "split 'test'.*not in the rows: q, n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["default", "other"])
 def test_a_configuration_of_a_folder_is_refused(hub, config):
     put(hub, {"configs": [{"config_name": config, "data_dir": "old"}]}, **{"old/a.parquet": parquet(finished(4))})
     refused(hub, rf"only data_dir='old' for the configuration '{config}'")
 
 
+@pytest.mark.slow
 def test_files_of_another_format_are_refused(hub):
     put(hub, {"configs": [listed("a.jsonl", "other")]}, **{"a.jsonl": b'{"q": "x"}\n'})
     refused(hub, r"a\.jsonl for the split 'train' of the configuration 'other'.*one format")
@@ -113,17 +115,20 @@ def test_files_of_another_format_are_refused(hub):
     load_all(other__train=1)
 
 
+@pytest.mark.slow
 def test_data_that_the_card_does_not_list_is_refused(hub):
     put(hub, None, **{"train.jsonl": b'{"q": "x"}\n'})
     refused(hub, r"data that its card does not list \(train\.jsonl\)")
     load_all(train=1)
 
 
+@pytest.mark.slow
 def test_a_second_default_is_refused(hub):
     put(hub, {"configs": [listed("a.parquet", "code", default=True)]}, **{"a.parquet": parquet(finished(4))})
     refused(hub, "'code' its default.*config_name='code'")
 
 
+@pytest.mark.slow
 def test_metadata_that_overrides_the_card_is_refused(hub):
     override = yaml.safe_dump({"configs": [listed("a.parquet")]}).encode()
     put(hub, {}, **{".huggingface.yaml": override, "a.parquet": parquet(finished(4))})
@@ -157,6 +162,7 @@ def test_a_card_that_cannot_be_read_is_refused(hub, card, match):
 # --- released
 
 
+@pytest.mark.slow
 def test_splits_that_no_card_counts_are_counted(hub):
     """`datasets` refuses to load a split that `dataset_info` does not list, once it lists any."""
     card = {
@@ -168,6 +174,7 @@ def test_splits_that_no_card_counts_are_counted(hub):
     load_all(default__train=7, default__test=8, other__train=8)
 
 
+@pytest.mark.slow
 def test_a_split_given_as_patterns_alone_is_kept(hub):
     put(
         hub,

@@ -259,6 +259,7 @@ def whole_words(kind):
     return [token for token, text in sorted(texts.items()) if text[:1] == " " and text[1:].isalpha()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [*RULES, {"name": "likeliest", "words": 3, "candidates": 3}], ids=str)
 @pytest.mark.parametrize("pair", PAIRS[:2])
 def test_a_row_broken_off_anywhere_resumes_as_if_it_was_not(rule, pair):

@@ -248,6 +248,7 @@ def test_foreign_text_stays_text(tmp_path):
     assert written.count("<figure") == 3 and written.endswith("</html>\n")
 
 
+@pytest.mark.slow
 def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
     rows = load_dataset("parquet", data_files=str(ROWS), split="train").select(range(8))
     rows.to_parquet(tmp_path / "tessy.parquet")

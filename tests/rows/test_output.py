@@ -60,6 +60,7 @@ def test_rows_and_their_record_come_back_from_a_file(tmp_path, name):
         assert back["seed"] == [row["seed"] for row in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("there", [False, True])
 def test_nothing_half_is_there_after_an_interrupt_or_a_full_disk(tmp_path, name, there):

@@ -199,6 +199,7 @@ def test_a_run_names_what_it_waits_for(monkeypatch, capfd):
             told += capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_row_whose_engine_hangs_fails_in_time_and_the_others_do_not():
     hangs = transform(lambda request: 60 if request.row == "b" else 0, request_timeout=1.0, max_attempts=1)
     with hangs:

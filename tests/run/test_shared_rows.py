@@ -73,6 +73,7 @@ def test_parts_of_another_run_are_refused(shared):
         other.plan(prompts(2))
 
 
+@pytest.mark.slow
 def test_rows_share_parts_while_there_is_more_to_do_and_none_waits_at_the_end(shared, monkeypatch):
     monkeypatch.setattr(outbox, "LONGEST_WAIT", 1e9)
     rows_of(prompts(200), scripted(parts=shared, rows_in_flight=16, latency=0.001), batch_size=50)
@@ -150,6 +151,7 @@ class Breaking(Flaky):
         MemoryFileSystem.pipe_file(self, path, value, mode, **kwargs)
 
 
+@pytest.mark.slow
 def test_storage_that_breaks_in_mid_run_ends_it_and_costs_no_row(tmp_path):
     fsspec.register_implementation("breaking", Breaking, clobber=True)
     given = {"parts": "breaking://run", "journal": str(tmp_path / "journal"), "rows_in_flight": 4}
@@ -172,6 +174,7 @@ def test_what_may_pass_is_tried_again():
     assert Flaky.attempts > 2
 
 
+@pytest.mark.slow
 def test_a_row_that_failed_is_tried_again_and_yields_to_one_that_did_not(shared):
     def fault(request):
         if request.row == "r1":
