@@ -107,7 +107,7 @@ def fit(
 
     try:
         import accelerate  # noqa: F401
-        from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+        from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
         from transformers.trainer_utils import get_last_checkpoint
     except ImportError as error:
         raise BoundaryError('Training needs accelerate. Run: pip install "tessy-hf[train]"') from error
@@ -133,35 +133,10 @@ def fit(
     judged = [encode(segment, vocabulary, *convention, end_id) for segment in validation]
     held_out = _Validation(validation, judged, vocabulary, *convention)
     style_weight = weight_of_style(examples, settings.style_weight)
-    steps = -(-len(examples) // settings.batch_size) * settings.epochs
     checkpoints = folder / "checkpoints" / _fingerprint(settings, examples)
-    cuda = torch.cuda.is_available()
     trainer = WeightedTrainer(
         model=network,
-        args=TrainingArguments(
-            output_dir=str(checkpoints),
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=int(steps / 10),
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="char_f1",
-            greater_is_better=True,
-            logging_strategy="epoch",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            bf16=cuda and torch.cuda.is_bf16_supported(),
-            dataloader_pin_memory=cuda,
-            seed=settings.seed,
-        ),
+        args=_arguments(settings, len(examples), checkpoints),
         data_collator=lambda batch: collate(batch, style_weight),
         train_dataset=examples,
         eval_dataset=judged,
@@ -175,6 +150,39 @@ def fit(
         _tune_bias(network, held_out.readings(trainer.predict(judged).predictions), validation)
     kept = ("epoch", "eval_loss", "eval_char_f1", "eval_span_f1", "eval_boundary_within_1_word")
     return [{name: step[name] for name in kept} for step in trainer.state.log_history if "eval_char_f1" in step]
+
+
+def _arguments(settings: TrainingSettings, examples: int, checkpoints: Path) -> Any:
+    """Return the ``TrainingArguments`` of a run over so many examples."""
+    import torch
+    from transformers import TrainingArguments
+
+    steps = -(-examples // settings.batch_size) * settings.epochs
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(steps / 10),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="char_f1",
+        greater_is_better=True,
+        logging_strategy="epoch",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=cuda,
+        seed=settings.seed,
+    )
 
 
 def _fingerprint(settings: TrainingSettings, examples: Sequence[Example]) -> str:
