@@ -64,6 +64,7 @@ class TessyTransform(BatchFunction):
     student: Speaker
     settings: Settings
     source: provenance.SourceRecord | None  # the prompts last asked about with features()
+    recipe: str | None  # the file it was read from
     _token: str
     _begun: str | None
     _expected: tuple[int | None, int | None]  # rows, and those found
@@ -76,13 +77,19 @@ class TessyTransform(BatchFunction):
 
     @classmethod
     def _make(
-        cls, teacher: Speaker | None, student: Speaker, settings: Settings, token: str, source: Any = None
+        cls,
+        teacher: Speaker | None,
+        student: Speaker,
+        settings: Settings,
+        token: str,
+        source: Any = None,
+        recipe: str | None = None,
     ) -> Self:
         teacher, student = _complete(teacher, student, settings)
         self = cls._new()
         self.teacher, self.student, self.settings = teacher, student, settings
         self._asked, self._expected = _asked(teacher, student, settings), (None, None)
-        self.source, self._token, self._begun = source, token, None
+        self.source, self.recipe, self._token, self._begun = source, recipe, token, None
         TRANSFORMS.add(self)
         STREAMS.open(self)
         return self
@@ -99,7 +106,9 @@ class TessyTransform(BatchFunction):
         from tessy_hf.recipe import read
 
         teacher, student, settings = read(Path(path), changes)
-        return cls(teacher=teacher, student=student, **settings)
+        transform = cls(teacher=teacher, student=student, **settings)
+        transform.recipe = str(path)
+        return transform
 
     @property
     def asked(self) -> dict[str, Speaker]:
@@ -152,7 +161,7 @@ class TessyTransform(BatchFunction):
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        return provenance.record(*self._asked, self.settings, self.run_fingerprint, self.source, self._begun)
+        return provenance.record(*self._asked, self.settings, self.run_fingerprint, self.source, self._begun, self.recipe)
 
     def write(self, rows: Dataset | IterableDataset, path: str | Path, *, overwrite: bool = False) -> int:
         """Write rows to a ``.parquet`` or ``.jsonl`` file with the run's record, all or none; return their number.
@@ -188,7 +197,7 @@ class TessyTransform(BatchFunction):
             SettingsError: A setting is unknown or out of range.
         """
         changed = Settings.check(**{**dict(self.settings), **expand_preset(settings)})
-        return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source)
+        return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source, self.recipe)
 
     def loads(self) -> dict[str, Load]:
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
@@ -236,7 +245,8 @@ class TessyTransform(BatchFunction):
 
     def __reduce__(self) -> Any:
         """Carry the description, never what is live."""
-        return _restore, (type(self), self.teacher, self.student, self.settings, self._token, self.source)
+        parts = self.teacher, self.student, self.settings, self._token, self.source, self.recipe
+        return _restore, (type(self), *parts)
 
     def __repr__(self) -> str:
         """Show the method and the models."""
