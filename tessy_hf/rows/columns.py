@@ -49,7 +49,7 @@ COLUMNS = (
 _MESSAGE_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id"))
 """Keys of messages that hold no thinking."""
 
-LIKELY_PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "text", "messages", "conversations")
+LIKELY_PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "text", "messages")
 """Names of columns that are proposed as the prompts, the likeliest first."""
 
 LATER = ("exhausted_budget",)
