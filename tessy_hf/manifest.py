@@ -115,6 +115,8 @@ class RunRecord(_Record):
 
     fingerprint: str
     """The hash of everything that decides the rows; their ``run_fingerprint``."""
+    recipe: str | None = None
+    """The YAML file that describes it: its path below the working directory, else its name; or a release."""
     method: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     """All settings that decide the rows, and ``rows_in_flight``."""
@@ -258,6 +260,7 @@ def record(
     fingerprint: str,
     source: SourceRecord | None = None,
     begun: str | None = None,
+    recipe: str | None = None,
 ) -> RunRecord:
     """Describe a run. Loads no model; revisions come from the local cache, so they are known after loading.
 
@@ -268,9 +271,11 @@ def record(
         fingerprint: The run's fingerprint.
         source: The prompts, where they are known.
         begun: When it began, where it has.
+        recipe: The file that describes it, where there is one.
     """
     return RunRecord(
         fingerprint=fingerprint,
+        recipe=recipe and shown(recipe),
         method=settings.method,
         settings=settings.model_dump(exclude=set(SPEED) - {"rows_in_flight"}),
         teacher=_speaker(teacher) if teacher is not None else None,
@@ -337,7 +342,7 @@ def _model(name: str, revision: str | None, asked: ModelFiles | None) -> ModelRe
 
 
 def shown(name: str) -> str:
-    """Return a model's name without private parts: a folder's path in the working directory or last name."""
+    """Return a name without private parts: of an absolute path, what is below the working directory, or the last."""
     if not Path(name).is_absolute():
         return name
     try:

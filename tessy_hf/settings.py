@@ -99,8 +99,9 @@ class Checked(BaseModel):
         """
         for name in given:
             if name not in cls.model_fields:
-                hint = nearest(name, cls.model_fields) or "Leave it out."
-                raise SettingsError(f"Unknown setting {name!r}. Known: {', '.join(cls.model_fields)}. {hint}")
+                known, near = f"Known: {', '.join(cls.model_fields)}.", nearest(name, cls.model_fields)
+                said = f"{near} {known}" if near else f"{known} Leave it out."
+                raise SettingsError(f"Unknown setting {name!r}. {said}")
         try:
             return cls(**given)
         except ValidationError as error:

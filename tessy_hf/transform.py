@@ -46,14 +46,12 @@ class TessyTransform(BatchFunction):
     """Cooperative synthesis as a function for ``map(..., batched=True)``.
 
     Works on ``Dataset`` and ``IterableDataset``, in scripts, notebooks and with ``num_proc``. A rerun finds the
-    ``datasets`` cache, a changed setting or speaker does not. Engines live from the first batch to :meth:`close`; till
-    then `datasets` writes streams by their declared features (:mod:`tessy_hf.rows.datasets_internals`).
+    cache of ``datasets``, a changed setting or speaker does not. Engines live from the first batch to :meth:`close`.
 
     Args:
         teacher: The strong model, writer of capability spans: a :class:`Speaker`, an engine, or a model's Hub id or
             folder, which ``transformers`` then runs in this process. ``student-only`` needs none.
-        student: The model to be trained, writer of style spans and of the answer. Of ``teacher-only`` only its
-            tokenizer is loaded.
+        student: The model to be trained, writer of style spans and the answer. ``teacher-only`` reads its tokenizer.
         **settings: See :class:`tessy_hf.settings.Settings`, for instance ``prompt_column`` and ``journal``.
 
     Raises:
@@ -64,6 +62,7 @@ class TessyTransform(BatchFunction):
     student: Speaker
     settings: Settings
     source: provenance.SourceRecord | None  # the prompts last asked about with features()
+    recipe: str | None  # the file it was read from
     _token: str
     _begun: str | None
     _expected: tuple[int | None, int | None]  # rows, and those found
@@ -75,14 +74,12 @@ class TessyTransform(BatchFunction):
         return cls._make(*speakers, Settings.check(**settings), uuid.uuid4().hex)
 
     @classmethod
-    def _make(
-        cls, teacher: Speaker | None, student: Speaker, settings: Settings, token: str, source: Any = None
-    ) -> Self:
+    def _make(cls, teacher: Speaker | None, student: Speaker, settings: Settings, token: str, *origin: Any) -> Self:
         teacher, student = _complete(teacher, student, settings)
         self = cls._new()
         self.teacher, self.student, self.settings = teacher, student, settings
         self._asked, self._expected = _asked(teacher, student, settings), (None, None)
-        self.source, self._token, self._begun = source, token, None
+        (self.source, self.recipe), self._token, self._begun = origin or (None, None), token, None
         TRANSFORMS.add(self)
         STREAMS.open(self)
         return self
@@ -99,7 +96,9 @@ class TessyTransform(BatchFunction):
         from tessy_hf.recipe import read
 
         teacher, student, settings = read(Path(path), changes)
-        return cls(teacher=teacher, student=student, **settings)
+        transform = cls(teacher=teacher, student=student, **settings)
+        transform.recipe = str(path)
+        return transform
 
     @property
     def asked(self) -> dict[str, Speaker]:
@@ -152,7 +151,8 @@ class TessyTransform(BatchFunction):
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        return provenance.record(*self._asked, self.settings, self.run_fingerprint, self.source, self._begun)
+        origin = self.source, self._begun, self.recipe
+        return provenance.record(*self._asked, self.settings, self.run_fingerprint, *origin)
 
     def write(self, rows: Dataset | IterableDataset, path: str | Path, *, overwrite: bool = False) -> int:
         """Write rows to a ``.parquet`` or ``.jsonl`` file with the run's record, all or none; return their number.
@@ -188,7 +188,7 @@ class TessyTransform(BatchFunction):
             SettingsError: A setting is unknown or out of range.
         """
         changed = Settings.check(**{**dict(self.settings), **expand_preset(settings)})
-        return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source)
+        return self._make(self.teacher, self.student, changed, uuid.uuid4().hex, self.source, self.recipe)
 
     def loads(self) -> dict[str, Load]:
         """Return for what rows waited since the engines were started: ``teacher``, ``student``, ``predictors``."""
@@ -236,7 +236,7 @@ class TessyTransform(BatchFunction):
 
     def __reduce__(self) -> Any:
         """Carry the description, never what is live."""
-        return _restore, (type(self), self.teacher, self.student, self.settings, self._token, self.source)
+        return _restore, (type(self), self.teacher, self.student, self.settings, self._token, self.source, self.recipe)
 
     def __repr__(self) -> str:
         """Show the method and the models."""

@@ -70,8 +70,7 @@ def tell_plan(transform: TessyTransform, counts: Counts) -> None:
         ", ".join(f"{name}: {place}" for name, place in places.items() if place) or "kept nowhere until all are done"
     )
     say(f"{reused}{counts.to_do:,} rows to write{more} ({kept})")
-    if sum(counts) > counts.done:
-        one_line_for_weights(transform)
+    one_line_for_weights(transform)
 
 
 def one_line_for_weights(transform: TessyTransform) -> None:

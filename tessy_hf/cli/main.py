@@ -77,6 +77,7 @@ _ADVICE = (
     (r"\bBoundaryPredictor\(\.\.\., (\w+)=(\w*)\)", r"--set AUTHOR.boundary.\1=\2"),
     (r"\b\w+Engine\(\.\.\., (\w+)=(\w*)\)", r"--set AUTHOR.options.\1=\2"),
     (r"\b([Pp]ass|or|with|instance) (?=(?:SETTINGS)=)", r"\1 --set "),
+    (r"(--set [\w.]+=)None\b", r"\1null"),
 )
 
 

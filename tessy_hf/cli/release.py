@@ -38,6 +38,10 @@ def push(
     license: Annotated[str | None, typer.Option(help="The data's license, as the Hub names it.")] = None,
     license_name: Annotated[str | None, typer.Option(help="The license's name, with --license other.")] = None,
     license_link: Annotated[str | None, typer.Option(help="A link to the license, with --license other.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="The rows' language, such as en; by default as the card or the prompts' dataset says."),
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="The prompts of a journal's rows, as for synthesize; others are left out.")
     ] = None,
@@ -76,6 +80,7 @@ def push(
         license=license,
         license_name=license_name,
         license_link=license_link,
+        language=language,
         manifest=open_transform(recipe, change or [], None).record() if recipe else None,
         prompts=load(prompts, prompts_split, prompts_config, line_column="prompt") if prompts else None,
         run=run,

@@ -64,7 +64,9 @@ def _models(record: RunRecord | None) -> str:
     if record is None or record.student is None:
         return "models unknown"
     models = " → ".join(one.model.name for one in (record.teacher, record.student) if one is not None)
-    return f"{record.method}: {models}, begun {(record.begun or '?')[:16].replace('T', ' ')} UTC"
+    begun = (record.begun or "?")[:16].replace("T", " ")
+    recipe = f"{record.recipe}, " if record.recipe else ""
+    return f"{recipe}{record.method}: {models}, begun {begun} UTC"
 
 
 def _progress(counts: Counts) -> str:
@@ -95,10 +97,11 @@ def export(
     """
     from tessy_hf.rows import foreign, parquet
     from tessy_hf.rows.output import Output
-    from tessy_hf.run.finished import Rows
+    from tessy_hf.run.finished import Rows, open_journal
     from tessy_hf.settings import Settings
 
     output = Output(out, [journal], overwrite=overwrite)
+    open_journal(journal).fingerprints()  # other files of rows are no journal
     rows = Rows(journal, run, max_attempts=3)
     (fingerprint,) = rows.fingerprints() or {""}
     own = Settings.check(id_column="key")

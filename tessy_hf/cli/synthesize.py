@@ -191,4 +191,6 @@ def open_transform(recipe: str, changes: list[str], run: str | None) -> TessyTra
 
     described = releases.recipe(releases.run_of(recipe, run))
     teacher, student, settings = recipes.build(described, recipe, changes)
-    return TessyTransform(teacher=teacher, student=student, **settings)
+    transform = TessyTransform(teacher=teacher, student=student, **settings)
+    transform.recipe = recipe
+    return transform

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import transformers
 import typer
 from rich.console import Console
@@ -35,7 +36,9 @@ def main(
         dataset, seconds = _synthesize(method, rows, family, seed)
         out.mkdir(parents=True, exist_ok=True)
         paths.append(out / f"{method}-{family}.parquet")
+        datasets.disable_progress_bars()  # the status line has been drawn; nothing comes between what is printed
         dataset.to_parquet(paths[-1])
+        datasets.enable_progress_bars()
         table.add_row(method, *_figures(dataset, seconds))
         if method == "tessy":
             right = [row for row in dataset if demo.verify(row)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from tessy_hf.errors import EngineDeadError
@@ -193,7 +194,9 @@ def load_tokenizer(model: str, revision: str | None, hint: str, **options: Any) 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision, **options)
     except (ImportError, OSError, ValueError) as error:
-        raise EngineDeadError(f"The tokenizer of {model!r} could not be loaded: {error} {hint}") from error
+        is_path = (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).exists()
+        why = "there is no such folder." if is_path else error
+        raise EngineDeadError(f"The tokenizer of {model!r} could not be loaded: {why} {hint}") from error
     return tokenizer
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tessy_hf.errors import HubError
-from tessy_hf.hub.cards import dataset_card
-from tessy_hf.hub.repository import may_pass
+from tessy_hf.errors import DatasetError, HubError
+from tessy_hf.hub.cards import dataset_card, languages, sources
+from tessy_hf.hub.repository import may_pass, other
 from tessy_hf.hub.versions import Base, ReleaseSpec, other_rows, read_manifest
 from tessy_hf.manifest import Manifest, ShardRecord
 from tessy_hf.report.figures import describe
@@ -92,15 +92,27 @@ class Candidate:
 
     def _card(self, main: str, paths: set[str]) -> str:
         figures = sorted(path for path in paths if path.startswith(f"{self.spec.records}/") and path.endswith(".png"))
+        previous = self.repo.read("README.md", main)
         card = dataset_card(
             self.summary,
             self.manifest,
             self.repo.id,
-            self.repo.read("README.md", main),
+            previous,
             figures={path: describe(Path(path).stem, self.summary) for path in figures},
             other_splits=self.other_splits,
+            language=self.spec.language or languages(previous) or self._source_languages(),
         )
         return str(card)
+
+    def _source_languages(self) -> list[str]:
+        """Return the languages that the cards of the prompts' datasets state; a card that cannot be read has none."""
+        found: list[str] = []
+        for source in sources(self.manifest):
+            try:
+                found += languages(other(self.repo, str(source.id)).read("README.md", source.revision or "main"))
+            except (DatasetError, HubError) as error:
+                self.repo.say(f"the card gets no language: that of {source.id} cannot be read. {error}")
+        return list(dict.fromkeys(found))
 
     # --- verify
 

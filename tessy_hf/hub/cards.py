@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetCard, DatasetCardData
     from jinja2 import Environment
 
-    from tessy_hf.manifest import Manifest, ModelRecord
+    from tessy_hf.manifest import Manifest, ModelRecord, SourceRecord
 
 CARD = Path(__file__).with_name("templates") / "dataset_card.md"
 
@@ -53,6 +53,7 @@ def dataset_card(
     *,
     figures: Mapping[str, str] | None = None,
     other_splits: Mapping[str, layout.Info] | None = None,
+    language: Iterable[str] = (),
 ) -> DatasetCard:
     """Write the card of a release.
 
@@ -63,6 +64,7 @@ def dataset_card(
         previous: The card that is there now; its own text, metadata and other configurations are kept.
         figures: Paths in the repository of the figures to show, with a description of each.
         other_splits: Sizes of other splits of the configuration that the present card does not give.
+        language: The rows' languages, where they are not those of the present card.
 
     Returns:
         The card. Its metadata is what was there, with license (where one was given), tags, size, and the files and
@@ -70,6 +72,7 @@ def dataset_card(
     """
     data, body = read_card(previous and with_part(previous, "live", None))
     _update(data, manifest, other_splits)
+    data.language = list(language) or data.language
     parts = render_parts(
         CARD.read_text(encoding="utf-8"),
         summary=summary,
@@ -134,11 +137,21 @@ def _update(data: DatasetCardData, manifest: Manifest, other_splits: Mapping[str
     data.language_creators = data.language_creators or ["machine-generated"]
     methods = sorted({run.method for run in manifest.runs if run.method})
     data["tags"] = _united(data.get("tags"), (*TAGS, *(method for method in methods if method != "tessy")))
-    sources = [run.source.id for run in manifest.runs if run.source and run.source.id]
-    if prompts := list(filter(_REPO.fullmatch, sources)):
+    if prompts := [source.id for source in sources(manifest)]:
         data.source_datasets = _united(data.source_datasets, prompts)
     layout.update(data, manifest, other_splits)
     data.size_categories = [size_category(layout.rows_on_card(data))]
+
+
+def sources(manifest: Manifest) -> list[SourceRecord]:
+    """Return the prompts of a release that are datasets on the Hub."""
+    given = [run.source for run in manifest.runs if run.source is not None]
+    return [source for source in given if source.id and _REPO.fullmatch(source.id)]
+
+
+def languages(card: str | None) -> list[str]:
+    """Return the languages that a card states."""
+    return [name for name in _united(read_card(card)[0].language, ()) if isinstance(name, str)]
 
 
 def _licenses(data: DatasetCardData) -> list[str]:

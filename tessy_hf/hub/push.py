@@ -81,6 +81,7 @@ def push_to_hub(
     license: str | None = None,
     license_name: str | None = None,
     license_link: str | None = None,
+    language: str | Sequence[str] | None = None,
     manifest: Manifest | RunRecord | None = None,
     prompts: Dataset | IterableDataset | None = None,
     run: str | None = None,
@@ -114,6 +115,8 @@ def push_to_hub(
         license: The license of the data, as the Hub names it.
         license_name: Its name, where ``license="other"``.
         license_link: Its URL.
+        language: The rows' languages as the Hub names them, such as ``"en"``. By default what the dataset's card says,
+            else what the card of the prompts' dataset says; left out where neither does.
         manifest: The record of the run, where neither the rows nor this machine have it: ``transform.record()``, or
             the manifest of another release.
         prompts: The prompts of a journal's rows, whose columns are released with them; rows of others are left out.
@@ -134,7 +137,9 @@ def push_to_hub(
         HubError: The Hub refuses, or does not answer. ``main`` and the tags are as before, or hold the release.
     """
     terms = License(license=license, license_name=license_name, license_link=license_link)
-    spec = ReleaseSpec.checked(version, split, config_name, append, failures, complete, terms, max_shard_size)
+    spec = ReleaseSpec.checked(
+        version, split, config_name, append, failures, complete, terms, language, max_shard_size
+    )
     shown = Live.read(live)
     submission = Submission(Rows(rows, run, prompts=prompts), manifest)
     with tempfile.TemporaryDirectory(prefix="tessy-push-") as folder, ExitStack() as running:

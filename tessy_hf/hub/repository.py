@@ -7,6 +7,7 @@ versions and cards.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import tempfile
@@ -238,6 +239,13 @@ class Repository:
         """Tag a commit, unless the tag exists, wherever it points."""
         self.call("tag", self.api.create_tag, tag=tag, revision=commit, tag_message=f"Release {tag}", exist_ok=True)
         self._own_tags.add(tag)
+
+
+def other(repo: Repository, repo_id: str) -> Repository:
+    """Return another repository of the same kind, to be read with the same token and retries."""
+    found = copy.copy(repo)
+    found.id, found._where = repo_id, {**repo._where, "repo_id": repo_id}
+    return found
 
 
 def read_tables(repo: Repository, paths: Sequence[str], commit: str) -> Iterator[pa.Table]:

@@ -34,6 +34,7 @@ class ReleaseSpec:
     failures: Literal["split", "drop"]
     complete: tuple[str, ...]
     license: License
+    language: tuple[str, ...]
     max_bytes: int
 
     @classmethod
@@ -46,6 +47,7 @@ class ReleaseSpec:
         failures: Literal["split", "drop"],
         complete: Sequence[str],
         license: License,  # noqa: A002 - the Hub's name for it
+        language: str | Sequence[str] | None,
         max_shard_size: int | str,
     ) -> ReleaseSpec:
         """Check the arguments.
@@ -64,7 +66,8 @@ class ReleaseSpec:
                 )
         plain = ".".join(map(str, numbers(version)))
         size = parquet.checked_size(max_shard_size)
-        return cls(plain, split, config_name, append, failures, tuple(complete), license, size)
+        languages = (language,) if isinstance(language, str) else tuple(language or ())
+        return cls(plain, split, config_name, append, failures, tuple(complete), license, languages, size)
 
     @property
     def tag(self) -> str:

@@ -49,6 +49,9 @@ COLUMNS = (
 _MESSAGE_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id"))
 """Keys of messages that hold no thinking."""
 
+LIKELY_PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "text", "messages")
+"""Names of columns that are proposed as the prompts, the likeliest first."""
+
 LATER = ("exhausted_budget",)
 """Columns that rows written before may lack; they read as null."""
 
@@ -148,22 +151,20 @@ def check_columns(
     Raises:
         DatasetError: A column is missing, or would be overwritten.
     """
-    for name, setting in (
-        (prompt_column, "prompt_column="),
-        (id_column, "id_column="),
-        (verified_column, 'verifier={"name": ..., "column": ...}'),
+    likely = next((name for name in LIKELY_PROMPTS if name in columns), None)
+    for name, advice in (
+        (prompt_column, f'prompt_column="{likely}"' if likely else "prompt_column= with the column to use"),
+        (id_column, "id_column=None to tell rows apart by their prompts, or id_column= with a column of unique ids"),
+        (verified_column, 'verifier={"name": ..., "column": ...} with the column to use'),
     ):
         if name is not None and name not in columns:
-            raise DatasetError(
-                f"The dataset has no column {name!r}. Columns: {', '.join(columns)}. "
-                f"Pass {setting} with the name of the column to use."
-            )
+            raise DatasetError(f"The dataset has no column {name!r}. Columns: {', '.join(columns)}. Pass {advice}.")
     written = (*COLUMNS, SOURCE_TOOLS) if TOOLS in columns else COLUMNS
     taken = [name for name in columns if name in written and name != prompt_column]
     if taken:
         raise DatasetError(
             f"The dataset already has {', '.join(map(repr, taken))}, which this transform would overwrite. "
-            f"Rename it first, for instance ds.rename_column({taken[0]!r}, 'source_{taken[0]}'), or remove it."
+            f"Remove it, or rename it first: in the file, or with ds.rename_column({taken[0]!r}, 'source_{taken[0]}')."
         )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "datasets.features.features": ("cast_to_python_objects", "Features._to_yaml_list", "Features._from_yaml_list"),
     "datasets.iterable_dataset": ("_convert_to_arrow", "IterableDataset._resolve_features"),
+    "datasets.utils": ("tqdm._instances",),
     "datasets.utils._dill": ("pklregister",),
     "datasets.utils.py_utils": ("convert_file_size_to_int",),
 }
@@ -153,6 +154,20 @@ def hash_as(kind: type, text: Callable[[Any], str]) -> None:
     @pklregister(kind)  # type: ignore[untyped-decorator]
     def _save(pickler: Any, obj: Any) -> None:
         pickler.save_reduce(str, (text(obj),), obj=obj)
+
+
+def close_bars() -> None:
+    """Close the bars that `datasets` draws for the rows of a ``map`` under way; it then draws them no more.
+
+    A bar that counts batches of a thousand rows stands still while rows are written, beside a status line that does
+    not. No other bar is touched, nor the switch that turns all of them off.
+    """
+    from datasets.utils import tqdm
+
+    for bar in list(tqdm._instances):
+        if isinstance(bar, tqdm) and bar.unit == " examples":
+            bar.leave, bar.total = False, None  # a notebook marks a bar red that ends before its total
+            bar.close()
 
 
 # --- streams

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import multiprocess
 
+from tessy_hf.rows.datasets_internals import close_bars
 from tessy_hf.run.metering import Meter
 from tessy_hf.run.window import Window
 
@@ -119,7 +120,8 @@ class Summary:
 class Progress:
     """One status line of one process: on a terminal or in a notebook drawn in place, else a log line now and then.
 
-    Obeys ``datasets.disable_progress_bars()``; silent in ``num_proc`` workers.
+    Takes the place of the bar that `datasets` draws for a ``map``. Obeys ``datasets.disable_progress_bars()``; silent
+    in ``num_proc`` workers.
 
     Args:
         meter: What the rows wait for.
@@ -133,7 +135,6 @@ class Progress:
         self._written = self._found = 0
         self._before = 0, 0  # rows, and those written, before those that are expected now
         self._total: int | None = None
-        self._stays = True
         self._begin: float | None = None  # of the first row: models load before it
         self._said = 0.0
         self._bar: Any = None
@@ -141,7 +142,6 @@ class Progress:
     def expect(self, total: int | None, found: int | None = None) -> None:
         """Expect so many rows from now on, of which so many need not be written, where a plan has told it."""
         self._total, self._found, self._before = total, found or 0, (self.summary.rows, self._written)
-        self._stays = total is None or found is not None  # else it is below a bar of `datasets`, which stays
 
     @contextlib.contextmanager
     def row(self) -> Iterator[None]:
@@ -177,7 +177,8 @@ class Progress:
         width = min(WIDTH, shutil.get_terminal_size().columns)
         line = self.line(width - 1)
         if self._bar is None:
-            shape = {"initial": self._rows - 1, "ncols": width, "bar_format": "{desc}", "leave": self._stays}
+            close_bars()
+            shape = {"initial": self._rows - 1, "ncols": width, "bar_format": "{desc}", "leave": True}
             self._bar = tqdm(desc=line, total=self._total, **shape)
         self._bar.set_description_str(line, refresh=False)
         self._bar.update()

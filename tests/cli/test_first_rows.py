@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tessy_hf
-from tessy_hf import demo
+from tessy_hf import TessyTransform, demo
 from tessy_hf.cli.main import for_command_line
 from tessy_hf.run.journal import Journal
 from tessy_hf.trajectory import Span
@@ -105,6 +106,22 @@ def test_status_lists_all_journals_with_what_differs(tessy, tmp_path, monkeypatc
     assert "  differs in: seed=1" in lines and "  differs in: seed=2" in lines
 
 
+@pytest.mark.slow
+def test_status_names_the_recipe_file(tessy, tmp_path, monkeypatch):
+    monkeypatch.setattr("tessy_hf.cli.rows.Path.cwd", lambda: tmp_path)
+    demo.prompts(1, seed=8).to_json(tmp_path / "prompts.jsonl")
+    tessy("synthesize", RECIPE, tmp_path / "prompts.jsonl", tmp_path / "rows.parquet", "--set", TRIAL)
+    assert "  tessy.yaml, tessy: demo:teacher → demo:student, begun 20" in re.sub(r"  \w{16}", "", tessy("status")[1])
+
+
+def test_a_transform_remembers_its_recipe_file(tmp_path):
+    path = tmp_path / "pair.yaml"
+    path.write_text("method: student-only\nstudent: {model: demo:student}\n")
+    transform = pickle.loads(pickle.dumps(TessyTransform.from_yaml(path))).with_settings(seed=1)
+    assert transform.record().recipe == "pair.yaml"  # of folders elsewhere only the last name
+    assert TessyTransform(student="demo:student", method="student-only").record().recipe is None
+
+
 # --- examples, and words
 
 
@@ -134,7 +151,7 @@ def test_completion_can_be_installed(tessy):
     ("said", "shown"),
     [
         ("Pass for instance chunk_tokens=20.", "Pass for instance --set chunk_tokens=20."),
-        ("or pass id_column=None to", "or pass --set id_column=None to"),
+        ("or pass id_column=None to", "or pass --set id_column=null to"),
         ("Setting seed='x' cannot be used", "Setting seed='x' cannot be used"),
         ("Pass teacher=Speaker(engine, boundary=...) with a", "Pass --set teacher.boundary=... with a"),
         ("Pass BoundaryPredictor(..., label_shift=0) for", "Pass --set AUTHOR.boundary.label_shift=0 for"),

@@ -6,6 +6,7 @@ import random
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from huggingface_hub import DatasetCard
 
 from tessy_hf import demo, push_to_hub
 from tessy_hf.cluster.merge import Merge
@@ -13,7 +14,7 @@ from tessy_hf.errors import DatasetError, HubError, JournalError, RequestError, 
 from tessy_hf.hub import releases
 from tessy_hf.manifest import Manifest, RunRecord, SourceRecord
 from tessy_hf.rows import parquet as shards
-from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
+from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo, clients_of
 from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, patched, state
 from tests.rows import test_tools
 from tests.test_transform import prompts, scripted
@@ -503,6 +504,25 @@ def test_a_command_is_told_only_where_it_works():
     ]:
         (line,) = releases.how_to_reproduce("me/rows@v1.0.0", told)
         assert line.startswith("No command reproduces") and why in line
+
+
+@pytest.mark.slow
+def test_the_cards_language_is_given_or_stated_by_the_card_or_by_the_prompts_dataset(hub):
+    card = hub.keep(b"---\nlanguage:\n- de\n- en\n---\n")
+    hub.repos["datasets", "ada/questions"] = Repo("ada/questions", private=False)
+    hub.repo("ada/questions").commit("main", "card", {"README.md": card})
+    source = SourceRecord(id="ada/questions", split="train")
+
+    def languages(version, of=source, **given):
+        _, told = push(finished(4), version, manifest=RunRecord(fingerprint="run-a", source=of), **given)
+        return DatasetCard(hub.read(REPO, f"v{version}", "README.md").decode()).data.language, "\n".join(told)
+
+    assert languages("1.0.0", SourceRecord(id="parquet"))[0] is None
+    found, told = languages("2.0.0", SourceRecord(id="ada/gone"))
+    assert found is None and "the card gets no language: that of ada/gone cannot be read" in told
+    assert languages("3.0.0")[0] == ["de", "en"]
+    assert languages("4.0.0", language="fr")[0] == ["fr"]
+    assert languages("5.0.0")[0] == ["fr"]  # what the card states stays
 
 
 @pytest.mark.slow

@@ -288,7 +288,7 @@ def test_a_messages_column_of_prompts_becomes_the_finished_chat():
 def test_a_missing_prompt_column_is_told_with_the_columns_there_are(make):
     with pytest.raises(DatasetError) as caught:
         columns.features(make(PROMPTS), "prompt", THINK_TAGS)
-    for shown in ("no column 'prompt'", "Columns: question, id.", "Pass prompt_column="):
+    for shown in ("no column 'prompt'", "Columns: question, id.", 'Pass prompt_column="question".'):
         assert shown in str(caught.value)
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from datasets.utils import tqdm
 
 from tessy_hf.run.metering import Load
 from tessy_hf.run.progress import Progress
@@ -84,3 +85,18 @@ def test_the_line_is_drawn_on_a_terminal_and_logged_once_a_minute_elsewhere(cloc
     else:
         assert [line.split("  ")[:2] for line in lines] == [["TESSY: predictor-bound", "3/3 100%"]]
     assert capsys.readouterr().err == ""
+
+
+def test_the_line_takes_the_place_of_the_bar_of_a_map_and_of_no_other(monkeypatch, capsys):
+    monkeypatch.setattr("tessy_hf.run.progress._is_drawn", lambda: True)
+    datasets.enable_progress_bars()
+    try:
+        with tqdm(total=2, desc="mine") as mine, scripted() as transform:
+            transform.map(prompts(2))
+            mine.update()
+            mine.refresh()
+        shown = capsys.readouterr().err
+        assert datasets.is_progress_bar_enabled()
+    finally:
+        datasets.disable_progress_bars()
+    assert "Map: 100%" not in shown and "2/2 100%" in shown and "mine:  50%" in shown
