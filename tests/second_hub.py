@@ -139,7 +139,7 @@ class SecondHub:
     """The Hub and its storage, two servers; a context manager.
 
     Attributes:
-        fault: Says what becomes of a request: ``None``, ``503``, ``429``, ``cut`` before it is done, ``lost`` after.
+        fault: Says what becomes of a request: ``None``; a status; ``cut`` before it is done; ``lost`` after.
         limited_every: Every so many requests one is answered 429; 0 for none.
         lag: So many listings of refs after each change still tell what was before it.
         refs_tell_objects: Whether the target of a tag with a message is told as the tag's own object.
@@ -184,6 +184,10 @@ class SecondHub:
 
     def repo(self, name: str) -> Repo:
         return self.repos["datasets", name]
+
+    def add(self, name: str, files: dict[str, bytes]) -> None:
+        self.repos["datasets", name] = Repo(name, False)
+        self.repo(name).commit("main", "more", {path: blob(data) for path, data in files.items()})
 
     def read(self, name: str, revision: str, path: str) -> bytes:
         return self.content(self.repo(name).tree(revision)[path])
@@ -267,9 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(request)
             fault = self.hub.fault(request)
             try:
-                if fault in ("503", "429"):
-                    busy = Refusal(503, "The service is down for a moment.")
-                    raise busy if fault == "503" else self.hub.limited(request.number)
+                if fault and fault.isdigit():
+                    raise self.hub.limited(request.number) if fault == "429" else Refusal(int(fault), "Not now.")
                 status, headers, data = self.answer(url.path, body) if fault != "cut" else (0, {}, b"")
             except Refusal as refusal:
                 status, headers = refusal.status, refusal.headers

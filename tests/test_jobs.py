@@ -9,7 +9,6 @@ import pytest
 from datasets import load_dataset
 
 from tessy_hf import demo
-from tests.hub_server import HubServer, clients_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 
@@ -38,20 +37,19 @@ def job(hub, tmp_path, *words, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_two_jobs_make_one_release(tmp_path, monkeypatch):
-    with HubServer(tmp_path / "storage") as hub, clients_of(hub, tmp_path / "clients", monkeypatch):
-        demo.prompts(6, seed=8).push_to_hub("ada/prompts")
-        words = (str(ROOT / "recipes" / "miniature" / "tessy.yaml"), "ada/prompts", "ada/rows")
-        try:
-            code, printed = job(hub, tmp_path, *words, "--shard", "0/2")
-            assert code == 0 and "Other shards are not done yet" in printed, printed
-            assert ("datasets", "ada/rows") not in hub.repos and hub.repo("ada/rows-parts").private
-            code, printed = job(hub, tmp_path, *words, "--shard", "1/2")
-            assert code == 0 and "6 rows, 0 failed" in printed, printed
-        finally:
-            (ROOT / "rows.parquet").unlink(missing_ok=True)
-        rows = load_dataset("ada/rows", revision="v1.0.0", split="train")
-        assert sorted(rows["id"]) == sorted(demo.prompts(6, seed=8)["id"])
+def test_two_jobs_make_one_release(hub, tmp_path):
+    demo.prompts(6, seed=8).push_to_hub("ada/prompts")
+    words = (str(ROOT / "recipes" / "miniature" / "tessy.yaml"), "ada/prompts", "ada/rows")
+    try:
+        code, printed = job(hub, tmp_path, *words, "--shard", "0/2")
+        assert code == 0 and "Other shards are not done yet" in printed, printed
+        assert ("datasets", "ada/rows") not in hub.repos and hub.repo("ada/rows-parts").private
+        code, printed = job(hub, tmp_path, *words, "--shard", "1/2")
+        assert code == 0 and "6 rows, 0 failed" in printed, printed
+    finally:
+        (ROOT / "rows.parquet").unlink(missing_ok=True)
+    rows = load_dataset("ada/rows", revision="v1.0.0", split="train")
+    assert sorted(rows["id"]) == sorted(demo.prompts(6, seed=8)["id"])
 
 
 def test_a_server_of_each_model_runs_while_rows_are_written(tmp_path, monkeypatch):

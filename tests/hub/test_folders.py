@@ -26,6 +26,9 @@ def test_a_report_is_pushed_as_a_space_beside_the_dataset(hub, tessy, tmp_path):
     assert head["sdk"] == "static" and head["app_file"] == "index.html"
 
 
-def test_a_folder_without_a_space_is_refused(tmp_path):
+def test_a_folder_without_a_space_is_refused_before_anything_is_pushed(hub, tessy, tmp_path):  # noqa: F811
+    finished(4).to_parquet(tmp_path / "rows.parquet")
+    code, printed = tessy("push", tmp_path / "rows.parquet", "ada/rows", "--space", tmp_path)
+    assert code == 2 and "holds no Space" in " ".join(printed.split()) and not hub.repos
     with pytest.raises(HubError, match="holds no Space"):
         push_space(tmp_path, "ada/rows")

@@ -22,10 +22,11 @@ from tests.test_transform import prompts, scripted
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def quickly(monkeypatch):
-    with patched(monkeypatch):
-        yield
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with HubServer(tmp_path / "storage") as server, clients_of(server, tmp_path / "home", monkeypatch):
+        with patched(monkeypatch):
+            yield server
 
 
 def failing(request):
