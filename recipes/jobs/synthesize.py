@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tessy-hf[vllm]"]
+# dependencies = ["tessy-hf[report,vllm]"]
 # ///
 """Write a shard of a dataset's rows on a rented machine, and release all rows once no shard is missing.
 
