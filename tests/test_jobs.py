@@ -1,12 +1,15 @@
 """The script for rented machines: its shards become one release, whichever job ends last."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from packaging.requirements import Requirement
 
 from tessy_hf import demo
 
@@ -35,6 +38,15 @@ def job(hub, tmp_path, *words, **environment):
         [sys.executable, str(SCRIPT), *words], cwd=ROOT, env={**given, **environment}, capture_output=True, text=True
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def test_the_script_names_extras_that_the_package_has():
+    head = re.search(r"^# /// script\n((?:#.*\n)*?)# ///$", SCRIPT.read_text(), re.M)[1]
+    told = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (named,) = [Requirement(one) for one in told["dependencies"]]
+    assert named.name == project["name"] and named.extras <= project["optional-dependencies"].keys()
+    assert told["requires-python"] == project["requires-python"]
 
 
 def test_two_jobs_make_one_release(hub, tmp_path):
