@@ -11,6 +11,8 @@ import datasets
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, clients_of
+from tests.second_hub import SecondHub
 from tests.worlds import TOKENIZERS, make_tokenizer
 
 settings.register_profile("tessy", deadline=None, suppress_health_check=list(HealthCheck))
@@ -22,6 +24,15 @@ datasets.disable_progress_bars()
 def no_shared_cache(tmp_path_factory, monkeypatch):
     """Keep each test's `datasets` cache and journals to itself."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub") / "datasets")
+
+
+@pytest.fixture(params=["hub", "second_hub"])
+def hub(request, tmp_path, monkeypatch):
+    """A Hub on loopback that this process' clients speak to; each of the two that were written apart."""
+    tokens = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
+    server = HubServer(tmp_path / "storage") if request.param == "hub" else SecondHub(tokens)
+    with server, clients_of(server, tmp_path / "home", monkeypatch):
+        yield server
 
 
 @pytest.fixture(scope="session", params=sorted(TOKENIZERS))

@@ -106,7 +106,7 @@ class HubServer:
         self.repos = {}
         self.requests = []
         self.fault = lambda request: None
-        """Says what becomes of a request: ``None``; ``503``, ``429``; ``cut``, before it is done; ``lost``, after."""
+        """Says what becomes of a request: ``None``; a status; ``cut``, before it is done; ``lost``, after."""
         self.lock = threading.RLock()
         self._secret = secrets.token_bytes(16)
         self._servers = []
@@ -136,6 +136,11 @@ class HubServer:
 
     def repo(self, name):
         return self.repos["datasets", name]
+
+    def add(self, name, files):
+        """Make somebody's dataset of files."""
+        self.repos["datasets", name] = Repo(name)
+        self.repo(name).commit("main", "Add files", {path: self.keep(data) for path, data in files.items()})
 
     def read(self, name, revision, path):
         """Return a file's bytes."""
@@ -174,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             request = Request(len(self.hub.requests), self.command, self.path, len(body))
             self.hub.requests.append(request)
             fault = self.hub.fault(request)
-            if fault in ("503", "429"):
+            if fault and fault.isdigit():
                 status, value, headers = int(fault), {"error": "The server is overloaded."}, {}
             elif fault != "cut":
                 status, value, headers = self.respond_or_refuse(body)

@@ -11,10 +11,13 @@ import argparse
 import copy
 import io
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -155,6 +158,26 @@ def dying(hub, number, after):
         huggingface_hub.close_session()
 
 
+def kill_at(hub, code, home, place, fault, ready=lambda: True):
+    """Run code in a child that SIGKILL ends at a request to a place, once ready; the fault decides of the request."""
+
+    def killing(request):
+        if not request.path.endswith(place) or not ready():
+            return None
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        return fault
+
+    hub.fault = killing
+    environment = {**hub.environment(home / "child"), "PYTHONPATH": os.getcwd()}
+    with open(home / "stderr", "wb") as file:
+        child = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=file, stderr=file)
+    code = child.wait(timeout=240)
+    assert code == -signal.SIGKILL, (home / "stderr").read_text()
+    with hub.lock:  # until the request is done with
+        hub.fault = lambda request: None
+
+
 def at(number, kind):
     """Return a fault at one request, the others being answered."""
     return lambda request: kind if request.number == number else None
@@ -232,6 +255,15 @@ def sweep(hub, count, step, offset=0, tell=lambda *_: None):
     return died
 
 
+@cache
+def drawn_figures():
+    from tessy_hf.report import figures
+
+    statistics = Statistics()
+    statistics.add(finished(8).with_format("arrow")[:])
+    return {name: figures.image(name, statistics.summary(), kind="png") for name in figures.NAMES}
+
+
 @contextmanager
 def patched(monkeypatch):
     """Cut shards small, draw figures once, and let the client's own retries follow at once."""
@@ -239,9 +271,7 @@ def patched(monkeypatch):
 
     from tessy_hf.report import figures
 
-    statistics = Statistics()
-    statistics.add(finished(8).with_format("arrow")[:])
-    drawn = {name: figures.image(name, statistics.summary(), kind="png") for name in figures.NAMES}
+    drawn = drawn_figures()
     monkeypatch.setattr(figures, "image", lambda name, summary, kind: drawn[name])
     monkeypatch.setattr(shards, "BATCH_ROWS", 4)
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)

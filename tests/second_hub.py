@@ -5,7 +5,8 @@ clients leave it open: large files go up in parts and lie on another origin that
 redirected within the origin; which files are large is read from ``.gitattributes``; listings come in short pages,
 packed; what cannot be found is 404 with a code, a repository that may not be seen 401; deleting a file that is not
 there, or naming one that was never uploaded, fails the commit; connections are closed now and then; it limits the
-rate, in either of the two ways the clients know; and it may answer from a copy that lags behind.
+rate, in either of the two ways the clients know; and it may answer from a copy that lags behind. Only what tests look
+at and how they order faults is named as there, so that a test runs on either.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import hmac
 import json
 import os
 import re
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 RULES = "".join(
@@ -44,36 +47,73 @@ class Refusal(Exception):
         self.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+class Request(NamedTuple):
+    """What was asked, as faults and tests see it."""
+
+    number: int
+    method: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A state of all files, and the one before it."""
+
+    id: str
+    parent: str | None
+    title: str
+    tree: Tree
+    date: str
+
+
 class Repo:
-    """Commits with parents, branches, tags with objects of their own."""
+    """Commits with parents, branches, tags with objects of their own, and which large files were sent to it."""
 
     def __init__(self, name: str, private: bool) -> None:
         self.name, self.private = name, private
-        self.commits: dict[str, dict[str, Any]] = {}
+        self.commits: dict[str, Commit] = {}
         self.branches: dict[str, str] = {}
-        self.tags: dict[str, str] = {}
+        self.tagged: dict[str, str] = {}
         self.objects: dict[str, str] = {}
-        self.commit("main", {".gitattributes": blob(RULES)}, "initial commit")
+        self.large: set[str] = set()
+        self.commit("main", "initial commit", {".gitattributes": blob(RULES)})
 
-    def commit(self, branch: str, tree: Tree, title: str) -> str:
+    @property
+    def tags(self) -> dict[str, str]:
+        """The commit of each tag."""
+        return {tag: self.objects.get(oid, oid) for tag, oid in self.tagged.items()}
+
+    def commit(self, branch: str, title: str, tree: Tree) -> str:
         date = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=len(self.commits))
         parent = self.branches.get(branch)
         oid = _sha1("commit", json.dumps([self.name, len(self.commits), title, parent]).encode())
-        self.commits[oid] = {"tree": tree, "parent": parent, "title": title, "date": date.isoformat()[:19] + ".000Z"}
+        self.commits[oid] = Commit(oid, parent, title, tree, date.isoformat()[:19] + ".000Z")
         self.branches[branch] = oid
         return oid
 
-    def find(self, revision: str) -> str:
+    def at(self, revision: str) -> Commit | None:
+        """Return the commit of a branch, a tag, a tag's object or an id, or ``None``."""
         for kind in ("refs/heads/", "refs/tags/"):
             revision = revision.removeprefix(kind)
-        found = self.branches.get(revision) or self.tags.get(revision, revision)
-        found = self.objects.get(found, found)
-        if found not in self.commits:
+        found = self.branches.get(revision) or self.tagged.get(revision, revision)
+        return self.commits.get(self.objects.get(found, found))
+
+    def history(self, revision: str) -> Iterator[Commit]:
+        """Yield a commit and those before it."""
+        commit = self.at(revision)
+        while commit is not None:
+            yield commit
+            commit = self.at(commit.parent) if commit.parent else None
+
+    def find(self, revision: str) -> str:
+        found = self.at(revision)
+        if found is None:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found
+        return found.id
 
     def tree(self, revision: str) -> Tree:
-        return self.commits[self.find(revision)]["tree"]  # type: ignore[no-any-return]
+        return self.commits[self.find(revision)].tree
 
 
 def _sha1(kind: str, data: bytes) -> str:
@@ -99,11 +139,12 @@ class SecondHub:
     """The Hub and its storage, two servers; a context manager.
 
     Attributes:
-        before: Is called with each request's number, method and path before it is answered, and may refuse it.
+        fault: Says what becomes of a request: ``None``; a status; ``cut`` before it is done; ``lost`` after.
         limited_every: Every so many requests one is answered 429; 0 for none.
         lag: So many listings of refs after each change still tell what was before it.
         refs_tell_objects: Whether the target of a tag with a message is told as the tag's own object.
-        seen: Every request: method, path, status.
+        requests: Every request as it came.
+        seen: Every request that was answered: method, path, status.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None) -> None:
@@ -111,9 +152,10 @@ class SecondHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.store: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
-        self.before: Callable[[int, str, str], None] = lambda number, method, path: None
+        self.fault: Callable[[Request], str | None] = lambda request: None
         self.limited_every = self.lag = 0
         self.refs_tell_objects = False
+        self.requests: list[Request] = []
         self.seen: list[tuple[str, str, int]] = []
         self.lock = threading.RLock()
         self._old: dict[int, tuple[Any, int]] = {}
@@ -135,20 +177,51 @@ class SecondHub:
         """Return what a client's environment needs, before it imports anything."""
         given = {name: value for name, value in os.environ.items() if not name.endswith("OFFLINE")}
         switches = ("XET", "TELEMETRY", "UPDATE_CHECK", "PROGRESS_BARS")
-        hub = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": "hf_writes", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        return {**given, **hub, **{f"HF_HUB_DISABLE_{name}": "1" for name in switches}}
+        hub = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": next(iter(self.tokens)), "HF_HOME": str(home)}
+        return {**given, **hub, "OMP_NUM_THREADS": "1", **{f"HF_HUB_DISABLE_{name}": "1" for name in switches}}
+
+    # --- for tests
+
+    def repo(self, name: str) -> Repo:
+        return self.repos["datasets", name]
+
+    def add(self, name: str, files: dict[str, bytes]) -> None:
+        self.repos["datasets", name] = Repo(name, False)
+        self.repo(name).commit("main", "more", {path: blob(data) for path, data in files.items()})
+
+    def read(self, name: str, revision: str, path: str) -> bytes:
+        return self.content(self.repo(name).tree(revision)[path])
+
+    def paths(self, name: str, revision: str) -> list[str]:
+        return sorted(self.repo(name).tree(revision))
+
+    def uploaded(self, since: int = 0) -> int:
+        """Return how many bytes were sent to storage."""
+        return sum(request.size for request in self.requests[since:] if request.method == "PUT")
+
+    def content(self, entry: dict[str, Any]) -> bytes:
+        return self.store[entry["lfs"]["oid"]] if "lfs" in entry else entry["data"]
+
+    def keep(self, data: bytes) -> dict[str, Any]:
+        return blob(data)
+
+    # --- what it does by itself
 
     def signed(self, path: str) -> str:
         return f"{self.storage}{path}?sig={hmac.new(b'storage', path.encode(), 'sha256').hexdigest()[:16]}"
 
     def limits(self) -> None:
-        """Answer 429 where it is time to: in one of the two ways, in turn."""
+        """Answer 429 where it is time to."""
         self._asked += 1
         if self.limited_every and self._asked % self.limited_every == 0:
-            if self._asked // self.limited_every % 2:
-                raise Refusal(429, "We had to rate limit you", Retry_After="0")
-            policy = '"fixed window";"api";q=500;w=300'
-            raise Refusal(429, "We had to rate limit you", RateLimit='"api";r=0;t=0', RateLimit_Policy=policy)
+            raise self.limited(self._asked // self.limited_every)
+
+    def limited(self, number: int) -> Refusal:
+        """Return a 429, in one of the two ways in turn."""
+        if number % 2:
+            return Refusal(429, "We had to rate limit you", Retry_After="0")
+        policy = '"fixed window";"api";q=500;w=300'
+        return Refusal(429, "We had to rate limit you", RateLimit='"api";r=0;t=0', RateLimit_Policy=policy)
 
     def changing(self, repo: Repo) -> None:
         """Remember the refs, for a copy that lags."""
@@ -162,8 +235,7 @@ class SecondHub:
         return old if left else self.refs(repo)
 
     def refs(self, repo: Repo) -> Any:
-        tags = {tag: oid if self.refs_tell_objects else repo.objects.get(oid, oid) for tag, oid in repo.tags.items()}
-        told = {"heads": repo.branches, "tags": tags}
+        told = {"heads": repo.branches, "tags": repo.tagged if self.refs_tell_objects else repo.tags}
         rows = {
             kind: [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid} for name, oid in found.items()]
             for kind, found in told.items()
@@ -194,13 +266,21 @@ class _Handler(BaseHTTPRequestHandler):
                 break
         url = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        try:
-            self.hub.before(len(self.hub.seen), self.command, url.path)
-            with self.hub.lock:
-                status, headers, data = self.answer(url.path, body)
-        except Refusal as refusal:
-            status, headers = refusal.status, refusal.headers
-            data = json.dumps({"error": str(refusal)}).encode()
+        with self.hub.lock:
+            request = Request(len(self.hub.requests), self.command, self.path, len(body))
+            self.hub.requests.append(request)
+            fault = self.hub.fault(request)
+            try:
+                if fault and fault.isdigit():
+                    raise self.hub.limited(request.number) if fault == "429" else Refusal(int(fault), "Not now.")
+                status, headers, data = self.answer(url.path, body) if fault != "cut" else (0, {}, b"")
+            except Refusal as refusal:
+                status, headers = refusal.status, refusal.headers
+                data = json.dumps({"error": str(refusal)}).encode()
+        if fault in ("cut", "lost"):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         self.hub.seen.append((self.command, url.path, status))
         if "gzip" in self.headers.get("Accept-Encoding", "") and headers.pop("Packed", None):
             data, headers = gzip.compress(data, 1), {**headers, "Content-Encoding": "gzip"}
@@ -275,11 +355,12 @@ class _Api(_Handler):
             if method is not None:
                 return method(repo, rest, data)  # type: ignore[no-any-return]
         if words[0] == "lfs-complete":
-            return self.complete(data)
+            return self.complete(self.hub.repos[words[1], "/".join(words[2:])], data)  # comes without a token
         kind = words[0] if words[0] in ("datasets", "spaces") else "models"
         words = words[1:] if kind != "models" else words
         if words[2:6] == ["info", "lfs", "objects", "batch"]:
-            return self.batch(self.repo(kind, f"{words[0]}/{words[1].removesuffix('.git')}", write=True), data)
+            name = f"{words[0]}/{words[1].removesuffix('.git')}"
+            return self.batch(self.repo(kind, name, write=True), f"{kind}/{name}", data)
         if words[2:3] == ["resolve"] and len(words) > 4:
             name = f"{words[0]}/{words[1]}"
             return self.resolve(self.repo(kind, name), unquote(words[3]), unquote("/".join(words[4:])), kind, name)
@@ -304,7 +385,10 @@ class _Api(_Handler):
 
     def create(self, data: Any) -> tuple[int, dict[str, str], bytes]:
         self.may_write()
-        kind, name = f"{data.get('type') or 'model'}s", f"{data.get('organization') or 'ann'}/{data['name']}"
+        owner = data.get("organization") or "ann"
+        if owner not in ("ann", "ada"):  # the user's, and an organization's that she is in
+            raise Refusal(403, f"You don't have the rights to create a repository under the namespace {owner}")
+        kind, name = f"{data.get('type') or 'model'}s", f"{owner}/{data['name']}"
         url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if (kind, name) in self.hub.repos:
             answer = {"error": "You already created this repo", "url": url}
@@ -323,7 +407,7 @@ class _Api(_Handler):
         sha = repo.find("/".join(rest) or "main")
         told: dict[str, Any] = {"_id": "6" * 24, "id": repo.name, "sha": sha, "private": repo.private, "gated": False}
         told |= {"author": repo.name.split("/")[0], "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        told["lastModified"] = told["createdAt"] = repo.commits[sha]["date"]
+        told["lastModified"] = told["createdAt"] = repo.commits[sha].date
         return self.packed({**told, "siblings": [{"rfilename": path} for path in sorted(repo.tree(sha))]})
 
     def get_refs(self, repo: Repo, *_: Any) -> Any:
@@ -400,13 +484,13 @@ class _Api(_Handler):
 
     def post_tag(self, repo: Repo, rest: list[str], data: Any) -> Any:
         target = repo.find("/".join(rest))
-        if data["tag"] in repo.tags:
+        if data["tag"] in repo.tagged:
             raise Refusal(409, f"Tag reference exists already: refs/tags/{data['tag']}")
         self.hub.changing(repo)
-        repo.tags[data["tag"]] = target
+        repo.tagged[data["tag"]] = target
         if data.get("message"):
             own = _sha1("tag", f"{target}{data['tag']}".encode())
-            repo.objects[own], repo.tags[data["tag"]] = target, own
+            repo.objects[own], repo.tagged[data["tag"]] = target, own
         return 201, {}, b"{}"
 
     def post_preupload(self, repo: Repo, rest: list[str], data: Any) -> Any:
@@ -424,19 +508,19 @@ class _Api(_Handler):
         name = path.rsplit("/", 1)[-1]
         return any("filter=lfs" in line and fnmatch.fnmatch(name, line.split()[0]) for line in lines)
 
-    def batch(self, repo: Repo, data: Any) -> Any:
+    def batch(self, repo: Repo, name: str, data: Any) -> Any:
         objects = []
         for asked in data["objects"]:
             oid, size = asked["oid"], asked["size"]
             row: dict[str, Any] = {"oid": oid, "size": size}
-            if oid not in self.hub.store:
+            if oid not in repo.large:
                 urls = {str(n + 1): self.hub.signed(f"/{oid}/{n + 1}") for n in range(max(1, -(-size // PART)))}
                 header = {"chunk_size": str(PART), **urls}
-                row["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs-complete", "header": header}}
+                row["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs-complete/{name}", "header": header}}
             objects.append(row)
         return self.packed({"transfer": "multipart", "objects": objects})
 
-    def complete(self, data: Any) -> Any:
+    def complete(self, repo: Repo, data: Any) -> Any:
         there = self.hub.parts.get(data["oid"], {})
         tags = {n: f'"{hashlib.md5(part).hexdigest()}"' for n, part in there.items()}
         whole = b"".join(there.get(part["partNumber"], b"") for part in data["parts"])
@@ -445,6 +529,7 @@ class _Api(_Handler):
         if hashlib.sha256(whole).hexdigest() != data["oid"]:
             raise Refusal(400, "The content is not what its name says")
         self.hub.store[data["oid"]] = whole
+        repo.large.add(data["oid"])
         return self.packed({"success": True})
 
     def post_commit(self, repo: Repo, rest: list[str], body: Any) -> Any:
@@ -463,7 +548,7 @@ class _Api(_Handler):
                 if tree.pop(path, None) is None:
                     raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
             elif kind == "lfsFile":
-                data = self.hub.store.get(line["value"]["oid"])
+                data = self.hub.store.get(line["value"]["oid"]) if line["value"]["oid"] in repo.large else None
                 if data is None:
                     raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {path}")
                 tree[path] = blob(b"", line["value"]["oid"], len(data))
@@ -473,6 +558,6 @@ class _Api(_Handler):
                     raise Refusal(400, f"Your push was rejected because it contains binary files: {path}")
                 tree[path] = blob(data)
         self.hub.changing(repo)
-        oid = repo.commit(branch, tree, header["summary"])
+        oid = repo.commit(branch, header["summary"], tree)
         url = f"{self.hub.endpoint}/{repo.name}/commit/{oid}"
         return self.packed({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})

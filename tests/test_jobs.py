@@ -1,15 +1,17 @@
 """The script for rented machines: its shards become one release, whichever job ends last."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from packaging.requirements import Requirement
 
 from tessy_hf import demo
-from tests.hub_server import HubServer, clients_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 
@@ -38,20 +40,28 @@ def job(hub, tmp_path, *words, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_two_jobs_make_one_release(tmp_path, monkeypatch):
-    with HubServer(tmp_path / "storage") as hub, clients_of(hub, tmp_path / "clients", monkeypatch):
-        demo.prompts(6, seed=8).push_to_hub("ada/prompts")
-        words = (str(ROOT / "recipes" / "miniature" / "tessy.yaml"), "ada/prompts", "ada/rows")
-        try:
-            code, printed = job(hub, tmp_path, *words, "--shard", "0/2")
-            assert code == 0 and "Other shards are not done yet" in printed, printed
-            assert ("datasets", "ada/rows") not in hub.repos and hub.repo("ada/rows-parts").private
-            code, printed = job(hub, tmp_path, *words, "--shard", "1/2")
-            assert code == 0 and "6 rows, 0 failed" in printed, printed
-        finally:
-            (ROOT / "rows.parquet").unlink(missing_ok=True)
-        rows = load_dataset("ada/rows", revision="v1.0.0", split="train")
-        assert sorted(rows["id"]) == sorted(demo.prompts(6, seed=8)["id"])
+def test_the_script_names_extras_that_the_package_has():
+    head = re.search(r"^# /// script\n((?:#.*\n)*?)# ///$", SCRIPT.read_text(), re.M)[1]
+    told = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (named,) = [Requirement(one) for one in told["dependencies"]]
+    assert named.name == project["name"] and named.extras <= project["optional-dependencies"].keys()
+    assert told["requires-python"] == project["requires-python"]
+
+
+def test_two_jobs_make_one_release(hub, tmp_path):
+    demo.prompts(6, seed=8).push_to_hub("ada/prompts")
+    words = (str(ROOT / "recipes" / "miniature" / "tessy.yaml"), "ada/prompts", "ada/rows")
+    try:
+        code, printed = job(hub, tmp_path, *words, "--shard", "0/2")
+        assert code == 0 and "Other shards are not done yet" in printed, printed
+        assert ("datasets", "ada/rows") not in hub.repos and hub.repo("ada/rows-parts").private
+        code, printed = job(hub, tmp_path, *words, "--shard", "1/2")
+        assert code == 0 and "6 rows, 0 failed" in printed, printed
+    finally:
+        (ROOT / "rows.parquet").unlink(missing_ok=True)
+    rows = load_dataset("ada/rows", revision="v1.0.0", split="train")
+    assert sorted(rows["id"]) == sorted(demo.prompts(6, seed=8)["id"])
 
 
 def test_a_server_of_each_model_runs_while_rows_are_written(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tessy-hf", "vllm>=0.32,<0.34"]
+# dependencies = ["tessy-hf[report,vllm]"]
 # ///
 """Write a shard of a dataset's rows on a rented machine, and release all rows once no shard is missing.
 

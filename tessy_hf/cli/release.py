@@ -63,10 +63,12 @@ def push(
     max_shard_size: Annotated[str, typer.Option(help="Maximum uncompressed size of a file.")] = "500MB",
 ) -> None:
     """Release finished rows on the Hub: data, manifest and card under one tag, all or nothing."""
-    from tessy_hf.hub.folders import push_space
+    from tessy_hf.hub.folders import push_space, space_files
     from tessy_hf.hub.live import Live
     from tessy_hf.hub.push import push_to_hub
 
+    if space is not None:
+        space_files(space)  # a wrong folder ends here, not after the release
     console = Console()
     release = push_to_hub(
         rows if is_local(rows) else load(rows, split, streaming=False),

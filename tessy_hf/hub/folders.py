@@ -31,15 +31,24 @@ def push_space(
     """
     from huggingface_hub import CommitOperationAdd
 
-    paths = [Path(folder, name) for name in ("README.md", "index.html")]
-    if not all(path.is_file() for path in paths):
-        raise HubError(f"{str(folder)!r} holds no Space. Pass a folder that `tessy report --space` wrote.")
-    files = [CommitOperationAdd(path.name, path) for path in paths]
+    files = [CommitOperationAdd(path.name, path) for path in space_files(folder)]
     with tempfile.TemporaryDirectory(prefix="tessy-push-") as cache:
         options: dict[str, Any] = {"token": token, "retry_timeout": retry_timeout, "backoff": backoff}
         repo = Repository(repo_id, Path(cache), repo_type="space", **options)
         publish(repo, private, files, "Add the report")
         return f"{repo.api.endpoint}/spaces/{repo_id}"
+
+
+def space_files(folder: str | Path) -> list[Path]:
+    """Return the files of a Space in a folder.
+
+    Raises:
+        HubError: The folder holds none.
+    """
+    paths = [Path(folder, name) for name in ("README.md", "index.html")]
+    if not all(path.is_file() for path in paths):
+        raise HubError(f"{str(folder)!r} holds no Space. Pass a folder that `tessy report --space` wrote.")
+    return paths
 
 
 def publish(

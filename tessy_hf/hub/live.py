@@ -89,9 +89,9 @@ class LiveCard:
         features: Features,
         known: Callable[[], Summary] = Summary,
     ) -> None:
-        self._repo, self._tag, self._live, self._features = repo, tag, live, features
+        self.repo, self._tag, self._live, self._features = repo, tag, live, features
         self._total, self._known = live.rows, known
-        self.branch = f"tessy-live-{tag}"
+        self.branch = _branch(tag)
         self.summary = Summary()
         self._preview: deque[dict[str, Any]] = deque(maxlen=PREVIEW_ROWS)
         self._begun, self._last_row = time.monotonic(), ""
@@ -101,13 +101,13 @@ class LiveCard:
     @property
     def url(self) -> str:
         """Where the card is."""
-        return f"{self._repo.api.endpoint}/datasets/{self._repo.id}/blob/{self.branch}/README.md"
+        return f"{self.repo.api.endpoint}/datasets/{self.repo.id}/blob/{self.branch}/README.md"
 
     def __enter__(self) -> Self:
         """Make the branch, show the first card and go on doing so."""
-        self._attempt("make its branch", lambda: open_branch(self._repo, self.branch))
+        _attempt(self.repo, "make its branch", lambda: open_branch(self.repo, self.branch))
         self.show("running")
-        self._repo.say(f"progress is shown at {self.url}")
+        self.repo.say(f"progress is shown at {self.url}")
         self._thread.start()
         return self
 
@@ -139,33 +139,27 @@ class LiveCard:
         """Bring the card up to date, in one commit on each branch."""
         with self._lock:
             text, preview = self._text(state), list(self._preview)
-        self._attempt("show progress", lambda: self._commit(text, preview))
+        _attempt(self.repo, "show progress", lambda: self._commit(text, preview))
         if self._live.main:
-            self._attempt("show progress on main", lambda: self._commit_to_main(text))
-
-    def _attempt(self, what: str, function: Callable[[], Any]) -> None:
-        try:
-            self._repo.call(what, function)
-        except HubError as error:  # the run goes on, and so does the next commit
-            self._repo.say(str(error))
+            _attempt(self.repo, "show progress on main", lambda: self._commit_to_main(text))
 
     def _commit(self, text: str, preview: list[dict[str, Any]]) -> None:
         from huggingface_hub import CommitOperationAdd, DatasetCardData
 
         files = [{"split": "preview", "path": PREVIEW}]
         configs = [{"config_name": "default", "data_files": files}] if preview else []
-        card = cards.make_card(DatasetCardData(configs=configs), f"# {self._repo.id}\n\n{text}")
+        card = cards.make_card(DatasetCardData(configs=configs), f"# {self.repo.id}\n\n{text}")
         operations = [CommitOperationAdd("README.md", str(card).encode())]
         operations += [CommitOperationAdd(PREVIEW, _parquet(preview, self._features))] if preview else []
-        self._repo.commit(self.branch, operations, f"Show the progress of {self._tag}")
+        self.repo.commit(self.branch, operations, f"Show the progress of {self._tag}")
 
     def _commit_to_main(self, text: str) -> None:
         from huggingface_hub import CommitOperationAdd
 
-        main = self._repo.refs()[0]["main"]
-        card = cards.with_part(self._repo.read("README.md", main) or "", "live", text)
+        main = self.repo.refs()[0]["main"]
+        card = cards.with_part(self.repo.read("README.md", main) or "", "live", text)
         operation: CommitOperationAdd = CommitOperationAdd("README.md", card.encode())
-        self._repo.commit("main", [operation], f"Show the progress of {self._tag}", parent=main)
+        self.repo.commit("main", [operation], f"Show the progress of {self._tag}", parent=main)
 
     def _text(self, state: str) -> str:
         known = max(self.summary, self._known(), key=lambda one: one.rows)
@@ -186,17 +180,6 @@ class LiveCard:
             "minutes": self._live.minutes,
         }
         return cards.render_parts(CARD.read_text(encoding="utf-8"), **fields)["live"]
-
-    def end(self, commit: str) -> None:
-        """Make the branch what was released, its card too."""
-
-        def same() -> None:
-            head = self._repo.refs()[0].get(self.branch)
-            now = self._repo.files(head) if head is not None else {}
-            if head is not None and (operations := changes(now, self._repo.files(commit), source=commit)):
-                self._repo.commit(self.branch, operations, f"Release {self._tag}")
-
-        self._attempt("show the release", same)
 
     # --- a journal that a run is writing
 
@@ -223,6 +206,30 @@ class LiveCard:
             if not now.unfinished:
                 return
             wait(60 * self._live.minutes)
+
+
+def show_release(repo: Repository, tag: str, commit: str) -> None:
+    """Make the branch that showed a run's progress, if any did, what was released: its card too."""
+    branch = _branch(tag)
+
+    def same() -> None:
+        head = repo.refs()[0].get(branch)
+        now = repo.files(head) if head is not None else {}
+        if head is not None and (operations := changes(now, repo.files(commit), source=commit)):
+            repo.commit(branch, operations, f"Release {tag}")
+
+    _attempt(repo, "show the release", same)
+
+
+def _branch(tag: str) -> str:
+    return f"tessy-live-{tag}"
+
+
+def _attempt(repo: Repository, what: str, function: Callable[[], Any]) -> None:
+    try:
+        repo.call(what, function)
+    except HubError as error:  # the run goes on, and so does the next commit
+        repo.say(str(error))
 
 
 def _parquet(rows: list[dict[str, Any]], features: Features) -> bytes:

@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from tessy_hf.errors import VersionError
 from tessy_hf.hub.candidate import discard, resume
-from tessy_hf.hub.live import Live, LiveCard
+from tessy_hf.hub.live import Live, LiveCard, show_release
 from tessy_hf.hub.neighbors import check_neighbors
 from tessy_hf.hub.repository import Repository
 from tessy_hf.hub.submission import Submission
@@ -211,7 +211,7 @@ def _restore_tag(repo: Repository, standing: Standing) -> None:
 
 
 def _finish(repo: Repository, spec: ReleaseSpec, found: Found, card: LiveCard | None) -> Release:
-    """Tag a release that is on ``main`` unless it is tagged, and delete the side branch; its own card is shown.
+    """Tag a release that is on ``main`` unless it is tagged, delete the side branch, end what shows progress.
 
     Raises:
         VersionError: The tag appeared meanwhile with another release.
@@ -228,7 +228,6 @@ def _finish(repo: Repository, spec: ReleaseSpec, found: Found, card: LiveCard | 
             )
         repo.say(f"{repo.id}@{spec.tag} is released")
     discard(repo, spec)
-    if card is not None:
-        card.end(found.commit)
+    show_release(repo if card is None else card.repo, spec.tag, found.commit)
     url = f"{repo.api.endpoint}/datasets/{repo.id}/tree/{spec.tag}"
     return Release(repo.id, spec.version, found.commit, url, counts.rows, counts.failed, created=not found.tagged)

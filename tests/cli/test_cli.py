@@ -204,13 +204,13 @@ def test_traces_are_annotated_by_a_recipe(tessy, tmp_path):
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 2
 
 
-def mark_style(tokenizer):
+def mark_style(tokenizer, style="okay so|wait"):
     """Answer at /v1/completions as a harmony model does that thinks a little, then marks what it knows as style."""
 
     def answer(handler, body):
         prompt = tokenizer.decode(body["prompt"])
         segment = prompt.split("<input_text>")[-1].split("</input_text>")[0]
-        quotes = json.dumps(re.findall("okay so|wait", segment))
+        quotes = json.dumps(re.findall(style, segment))
         answers = "<|channel|>final<|message|>" in prompt.split("</input_text>")[-1]
         ids = tokenizer.encode(f"{quotes}<|return|>" if answers else "I see .<|end|>")
         reason = "stop" if len(ids) <= body["max_tokens"] else "length"

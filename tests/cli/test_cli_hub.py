@@ -7,15 +7,8 @@ from datasets import load_dataset
 
 from tessy_hf import demo
 from tests.cli.test_cli import RECIPE, tessy  # noqa: F401 - a fixture
-from tests.hub_server import HubServer, clients_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with HubServer(tmp_path / "storage") as server, clients_of(server, tmp_path / "home", monkeypatch):
-        yield server
 
 
 @pytest.mark.slow

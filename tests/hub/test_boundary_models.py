@@ -18,7 +18,7 @@ from tessy_hf.errors import BoundaryError
 from tessy_hf.hub.boundary_models import push_boundary
 from tests.boundary_training.bases import make_base
 from tests.boundary_training.test_train import QUICK, segments
-from tests.hub_server import READ_TOKEN, HubServer, clients_of
+from tests.hub_server import READ_TOKEN
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 
@@ -46,13 +46,6 @@ def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "tiny"
     base = make_base([segment.text for segment in segments()], out / "base", steps=5)
     return train_boundary(segments(), out, base=base, label_shift=1, window=120, **QUICK).folder
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub on loopback that this process' clients speak to."""
-    with HubServer(tmp_path / "server") as server, clients_of(server, tmp_path / "home", monkeypatch):
-        yield server
 
 
 @pytest.mark.slow

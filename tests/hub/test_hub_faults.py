@@ -1,14 +1,19 @@
 """Deaths while pushing: a sample of ``tests/hub_sweep.py``, real SIGKILLs, and releases of more than 50 files."""
 
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 
-from tests.hub_server import HubServer, clients_of
-from tests.hub_sweep import REPO, Scenario, check_old_or_new, check_release, finished, patched, push, state, sweep
+from tests.hub_sweep import (
+    REPO,
+    Scenario,
+    check_old_or_new,
+    check_release,
+    finished,
+    kill_at,
+    patched,
+    push,
+    state,
+    sweep,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,11 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with HubServer(tmp_path / "storage") as server, clients_of(server, tmp_path / "home", monkeypatch):
-        with patched(monkeypatch):
-            yield server
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    with patched(monkeypatch):
+        yield
 
 
 def test_main_and_tags_are_the_old_release_or_the_new_wherever_a_push_dies(hub):
@@ -50,31 +54,10 @@ def test_sigkill_at_any_moment_leaves_the_old_release_or_the_new(hub, tmp_path):
     for place, fault in (("/commit/tessy-v2.0.0", "lost"), ("/commit/main", "cut"), ("/commit/main", "lost")):
         scenario.restore()
         old = state(hub)
-        assert kill_at(hub, place, fault, tmp_path) == -signal.SIGKILL
+        kill_at(hub, CHILD, tmp_path, place, fault)
         check_old_or_new(hub, old, "2.0.0", rows)
         assert (state(hub) == old) == ((place, fault) != ("/commit/main", "lost"))
-        hub.fault = lambda request: None
         push(rows, "2.0.0")
         check_release(hub, "main", "2.0.0", rows)
         check_release(hub, "v2.0.0", "2.0.0", rows)
         assert set(hub.repo(REPO).branches) == {"main"}
-
-
-def kill_at(hub, place, fault, home):
-    """Push in a child that is killed at a request; return its exit code."""
-
-    def killing(request):
-        if not request.path.endswith(place):
-            return None
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        return fault
-
-    environment = {**hub.environment(home / "child"), "PYTHONPATH": os.getcwd()}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    hub.fault = killing
-    code = child.wait(timeout=240)
-    with hub.lock:  # until the request is done with
-        return code

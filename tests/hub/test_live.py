@@ -1,11 +1,9 @@
 """A run's progress on the Hub: whatever dies or fails, `main` and the tags are the old release or the new one."""
 
-import io
 import re
 import threading
 from functools import partial
 
-import pyarrow.parquet as pq
 import pytest
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import DatasetCard
@@ -17,9 +15,7 @@ from tessy_hf.hub.live import PREVIEW, Live, LiveCard
 from tessy_hf.hub.repository import Repository
 from tessy_hf.run.finished import Rows
 from tests.cli.test_cli import tessy  # noqa: F401 - a fixture
-from tests.hub_server import HubServer, clients_of
-from tests.hub_sweep import REPO, Killed, check_release, finished, patched, push, state
-from tests.second_hub import Refusal, SecondHub
+from tests.hub_sweep import REPO, Killed, check_release, finished, kill_at, patched, push, state
 from tests.test_transform import prompts, scripted
 
 pytestmark = [
@@ -31,19 +27,14 @@ BRANCH = "tessy-live-v1.0.0"
 OFTEN = 1e-5
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(live, "FEWEST_MINUTES", 0)
-    with HubServer(tmp_path / "storage") as server, clients_of(server, tmp_path / "home", monkeypatch):
-        with patched(monkeypatch):
-            yield server
+FEWEST_MINUTES = live.FEWEST_MINUTES
 
 
-@pytest.fixture
-def second_hub(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
     monkeypatch.setattr(live, "FEWEST_MINUTES", 0)
-    with SecondHub() as server, clients_of(server, tmp_path / "home", monkeypatch, "hf_writes"), patched(monkeypatch):
-        yield server
+    with patched(monkeypatch):
+        yield
 
 
 class Commits:
@@ -92,13 +83,21 @@ def card_of(hub, branch=BRANCH):
     return text, dict(re.findall(r"^\| (.*?) \| (.*?) \|$", text, re.M))
 
 
+BLOCK = re.compile(r"<!-- tessy:live \w+ -->\n(.*?)\n<!-- /tessy:live -->\n\n", re.S)
+
+
+def changed(before, after):
+    """Return the paths whose files differ, or that only one of two trees has."""
+    return {path for path in {**before, **after} if before.get(path) != after.get(path)}
+
+
 def test_the_card_shows_progress_and_a_preview_and_ends_as_the_release(hub):
     rows, commits, seen = finished(12), Commits(), {}
 
     def look():
         commits.wait()
         seen["card"], seen["main"] = card_of(hub), state(hub)
-        seen["preview"] = pq.read_table(io.BytesIO(hub.read(REPO, BRANCH, PREVIEW))).to_pylist()
+        seen["preview"] = load_dataset(REPO, revision=BRANCH, split="preview")
         seen["data"] = DatasetCard(seen["card"][0]).data.configs
 
     hub.fault = commits
@@ -108,7 +107,7 @@ def test_the_card_shows_progress_and_a_preview_and_ends_as_the_release(hub):
     assert progress["teacher's share of the tokens"] == "0.0%" and "rows an hour" in progress["rate"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", progress["last seen"])
     assert re.fullmatch(r"\d+:\d\d h", progress["time left"])
-    assert [row["id"] for row in seen["preview"]] == [f"r{n}" for n in range(8) if n != 3]
+    assert seen["preview"]["id"] == [f"r{n}" for n in range(8) if n != 3]
     assert seen["data"] == [{"config_name": "default", "data_files": [{"split": "preview", "path": PREVIEW}]}]
     assert seen["main"][1] == {} and not [
         path for path in hub.repo(REPO).commits[seen["main"][0]].tree if "data" in path
@@ -119,18 +118,18 @@ def test_the_card_shows_progress_and_a_preview_and_ends_as_the_release(hub):
 
 
 @pytest.mark.parametrize("kind", ["503", "429", "lost", "cut"])
-def test_faults_of_the_live_branch_stop_nothing(hub, kind):
+def test_faults_of_what_shows_progress_stop_nothing(hub, kind):
     rows, commits, count = finished(12), Commits(), [0]
 
     def fault(request):
         commits(request)
-        if "tessy-live" not in request.path:
+        if "tessy-live" not in request.path and not request.path.endswith("/commit/main"):
             return None
         count[0] += 1
         return kind if count[0] % 3 == 1 else None
 
     hub.fault = fault
-    release(stopping(rows, 8, commits.wait))
+    release(stopping(rows, 8, commits.wait), live=Live(OFTEN, rows=12, main=True))
     check_release(hub, "main", "1.0.0", rows)
     check_release(hub, "v1.0.0", "1.0.0", rows)
     assert hub.repo(REPO).at(BRANCH).tree == hub.repo(REPO).at("v1.0.0").tree
@@ -143,10 +142,8 @@ def test_a_hub_that_refuses_all_progress_gets_the_release(hub):
     assert any("did not show progress" in line for line in told)
 
 
-def test_a_dead_run_s_card_says_when_it_was_seen_and_a_rerun_goes_on(hub):
-    push(finished(8), "0.9.0")
-    rows, commits = finished(12, "run-b"), Commits()
-    old = state(hub)
+def test_a_dead_run_is_ended_by_a_rerun_that_shows_nothing(hub):
+    rows, commits = finished(12), Commits()
 
     def die():
         commits.wait()
@@ -154,14 +151,51 @@ def test_a_dead_run_s_card_says_when_it_was_seen_and_a_rerun_goes_on(hub):
 
     hub.fault = commits
     with pytest.raises(Killed):
-        release(stopping(rows, 8, die), append=False)
-    assert state(hub) == old
-    text, progress = card_of(hub)
-    assert progress["state"] == "running" and progress["rows done"].startswith("8 of 12") and progress["last seen"]
-    assert "If it was last seen long before that, the run has\ndied" in text
-    release(stopping(rows, 0, lambda: None), append=False)
-    check_release(hub, "v1.0.0", "1.0.0", rows)
-    assert set(hub.repo(REPO).branches) == {"main", BRANCH} and "last seen" not in card_of(hub)[0]
+        release(stopping(rows, 8, die), live=Live(OFTEN, rows=12, main=True))
+    for branch in ("main", BRANCH):
+        text, progress = card_of(hub, branch)
+        assert progress["state"] == "running" and "If it was last seen long before that, the run has\ndied" in text
+    release(stopping(rows, 0, lambda: None), live=False)
+    for branch in ("main", BRANCH):
+        check_release(hub, branch, "1.0.0", rows)
+        assert "last seen" not in card_of(hub, branch)[0]
+
+
+CHILD = """
+import threading
+from tests.hub import test_live
+from tests.hub_sweep import finished
+
+test_live.live.FEWEST_MINUTES = 0
+stream = test_live.stopping(finished(12, "run-b"), 8, threading.Event().wait)
+test_live.release(stream, append=False, live=test_live.Live(test_live.OFTEN, rows=12, main=True))
+"""
+
+
+@pytest.mark.parametrize(("place", "fault"), [(f"/commit/{BRANCH}", "cut"), ("/commit/main", "lost")])
+def test_sigkill_leaves_the_old_release_and_when_the_run_was_last_seen(hub, tmp_path, place, fault):
+    push(finished(8), "0.9.0")
+    (_, tags), before, readme = (
+        state(hub),
+        hub.repo(REPO).at("main").tree,
+        hub.read(REPO, "main", "README.md").decode(),
+    )
+
+    def eight_rows_are_shown():
+        repo = hub.repo(REPO)
+        return BRANCH in repo.branches and card_of(hub)[1].get("rows done", "").startswith("8 of 12")
+
+    kill_at(hub, CHILD, tmp_path, place, fault, eight_rows_are_shown)
+    assert state(hub)[1] == tags and changed(before, hub.repo(REPO).at("main").tree) <= {"README.md"}
+    assert BLOCK.sub("", hub.read(REPO, "main", "README.md").decode()) == readme
+    shown = card_of(hub)[1]
+    assert shown["state"] == "running" and shown["rows done"].startswith("8 of 12") and shown["last seen"]
+    rows = finished(12, "run-b")
+    release(stopping(rows, 0, lambda: None), append=False, live=Live(OFTEN, rows=12, main=True))
+    for revision in ("main", "v1.0.0", BRANCH):
+        check_release(hub, revision, "1.0.0", rows)
+        assert "last seen" not in card_of(hub, revision)[0]
+    assert set(hub.repo(REPO).branches) == {"main", BRANCH}
 
 
 def test_a_run_that_fails_says_so(hub):
@@ -186,43 +220,10 @@ def test_the_card_of_main_is_changed_between_two_marks_alone(hub):
 
     hub.fault = commits
     release(stopping(finished(12, "run-b"), 8, look), append=False, live=Live(OFTEN, rows=12, main=True))
-    assert {path for path in before if seen["tree"].get(path) != before[path]} == {"README.md"}
-    assert set(seen["tree"]) == set(before)
-    block = re.compile(r"<!-- tessy:live \w+ -->\n(.*?)\n<!-- /tessy:live -->\n\n", re.S)
-    assert "rows done | 8 of 12" in block.search(seen["text"])[1] and block.sub("", seen["text"]) == readme
-    assert not block.search(hub.read(REPO, "main", "README.md").decode())
+    assert changed(before, seen["tree"]) == {"README.md"}
+    assert "rows done | 8 of 12" in BLOCK.search(seen["text"])[1] and BLOCK.sub("", seen["text"]) == readme
+    assert not BLOCK.search(hub.read(REPO, "main", "README.md").decode())
     check_release(hub, "main", "1.0.0", finished(12, "run-b"))
-
-
-def test_a_hub_written_apart_shows_it_too_and_limits_its_rate(second_hub):
-    hub, commits, seen = second_hub, Commits(), {}
-    hub.limited_every, requests = 7, [0]
-
-    def before(number, method, path):
-        commits(path)
-        requests[0] += "tessy-live" in path
-        if "tessy-live" in path and requests[0] % 3 == 0:
-            raise Refusal(503, "The server is overloaded.")
-
-    def look():
-        commits.wait()
-        hub.limited_every = 0  # `load_dataset` does not try again, and commits of many files meet each limit
-        seen["preview"] = list(load_dataset("ann/rows", revision=BRANCH, split="preview"))
-
-    def die():
-        commits.wait()
-        raise Killed
-
-    hub.before = before
-    given = {"live": Live(OFTEN, rows=12), "backoff": 0, "retry_timeout": 20, "say": lambda _: None}
-    with pytest.raises(Killed):
-        push_to_hub(stopping(finished(12), 8, die), "ann/rows", **given)
-    repo = hub.repos["datasets", "ann/rows"]
-    card = repo.tree(BRANCH)["README.md"]["data"].decode()
-    assert repo.tags == {} and set(repo.tree("main")) == {".gitattributes"} and "| rows done | 8 of 12" in card
-    push_to_hub(stopping(finished(12), 8, look), "ann/rows", **given)
-    assert [row["id"] for row in seen["preview"]][:2] == ["r0", "r1"]
-    assert repo.tree(BRANCH) == repo.tree("main") == repo.tree("v1.0.0")
 
 
 def test_a_journal_is_followed_until_each_prompt_has_its_row(hub, tmp_path):
@@ -261,7 +262,8 @@ def test_a_complete_journal_is_pushed_live_by_the_command(hub, tessy, tmp_path):
 
 
 @pytest.mark.parametrize("given", ["often", 3, Live(0.5)])
-def test_more_commits_than_the_hub_allows_are_refused(given):
+def test_more_commits_than_the_hub_allows_are_refused(given, monkeypatch):
+    monkeypatch.setattr(live, "FEWEST_MINUTES", FEWEST_MINUTES)
     with pytest.raises(SettingsError, match="at least 1 minute"):
         Live.read(given)
     assert Live.read(False) is None and Live.read("main").main and Live.read(True) == Live()

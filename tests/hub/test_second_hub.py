@@ -134,13 +134,13 @@ def test_versions_repeat_grow_and_never_change(hub, tmp_path, tessy):  # noqa: F
 
 @pytest.mark.parametrize("place", ["/lfs-complete", "/commit/tessy-v1.0.0", "/commit/main", "/tag/"])
 def test_a_push_killed_midway_is_finished_by_the_next(hub, tmp_path, place):
-    def killing(number, method, path):
-        if place in path:
-            hub.before = lambda *_: None
+    def killing(request):
+        if place in request.path:
+            hub.fault = lambda request: None
             child.send_signal(signal.SIGKILL)
             child.wait()
 
-    hub.before = killing
+    hub.fault = killing
     child = run(hub, tmp_path / "child", PUSH)
     child.communicate(timeout=200)
     assert child.returncode == -signal.SIGKILL

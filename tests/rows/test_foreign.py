@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessy_hf import demo
 from tessy_hf.boundary_training.sampling import draw
@@ -19,10 +20,11 @@ from tessy_hf.rows.columns import assistant_text, pieces
 from tessy_hf.rows.loading import load_finished
 from tessy_hf.text.thinking_format import ThinkingFormat
 from tessy_hf.text.vocabulary import Vocabulary
-from tests.cli.test_cli import RECIPE, tessy  # noqa: F401 - a fixture
-from tests.hub_server import HubServer, Repo, clients_of
-from tests.second_hub import SecondHub
+from tests.boundary_training.bases import make_base
+from tests.cli.test_cli import RECIPE, mark_style, tessy  # noqa: F401 - a fixture
+from tests.engines.servers import FakeServer
 from tests.test_transform import prompts, scripted
+from tests.worlds import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
@@ -115,31 +117,13 @@ def test_a_journal_is_exported_in_their_format_and_read_again(tessy, tmp_path): 
         assert again[name] == written[name]
 
 
-@pytest.fixture(params=[HubServer, SecondHub])
-def hub(request, tmp_path, monkeypatch):
-    first = request.param is HubServer
-    server = HubServer(tmp_path / "storage") if first else SecondHub()
-    token = {} if first else {"token": "hf_writes"}
-    with server, clients_of(server, tmp_path / "home", monkeypatch, **token):
-        yield server
-
-
 @pytest.mark.slow
 def test_the_authors_dataset_is_compared_with_a_release_by_name(hub, tessy, theirs, tmp_path):  # noqa: F811
-    from tests import second_hub
-
-    name, data = "CoopReason/TESSY-Code-80K", theirs.read_bytes()
-    if isinstance(hub, HubServer):
-        hub.repos["datasets", name] = Repo(name)
-        hub.repos["datasets", name].commit("main", "Add rows", {"train.jsonl": hub.keep(data)})
-    else:
-        hub.repos["datasets", name] = second_hub.Repo(name, False)
-        hub.repos["datasets", name].commit("main", {"train.jsonl": second_hub.blob(data)}, "Add rows")
-    owner = "ada" if isinstance(hub, HubServer) else "ann"
+    name, ours = "CoopReason/TESSY-Code-80K", "ada/tessy-code@v1.0.0"
+    hub.add(name, {"train.jsonl": theirs.read_bytes()})
     demo.prompts(50, seed=8).select(range(6)).to_json(tmp_path / "prompts.jsonl")
     assert tessy("synthesize", RECIPE, tmp_path / "prompts.jsonl", tmp_path / "rows.parquet")[0] == 0
-    assert tessy("push", tmp_path / "rows.parquet", f"{owner}/tessy-code", "--private")[0] == 0
-    ours = f"{owner}/tessy-code@v1.0.0"
+    assert tessy("push", tmp_path / "rows.parquet", "ada/tessy-code", "--private")[0] == 0
     words = ("analyze", name, ours, "--student", demo.STUDENT, "-o", tmp_path / "a.html", "--nll-rows", "3")
     code, printed = tessy(*words)
     assert code == 0, printed
@@ -168,17 +152,50 @@ def test_their_annotations_are_evaluated(tessy, theirs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
+def test_their_rows_are_annotated_and_train_a_predictor_that_writes_rows(tessy, theirs, tmp_path):  # noqa: F811
+    """Each command to its end, upon what the one before it wrote."""
+    tokenizer = make_tokenizer("harmony")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    paths = {"/v1/completions": mark_style(tokenizer, "Okay, so|Hmm, wait|so far so good")}
+    served = [{"id": "annotator", "max_model_len": 8192}]
+    with FakeServer(ways=("ids",), models=served, paths=paths, tokenize=tokenizer.encode) as server:
+        options = {"base_url": server.url, "tokenizer": str(tmp_path / "tokenizer")}
+        annotator = {"engine": "server", "model": "annotator", "options": options}
+        recipe = tmp_path / "annotate.yaml"
+        recipe.write_text(yaml.safe_dump({"annotator": annotator, "words": 10, "per_trace": 2, "limit": 60}))
+        code, printed = tessy("annotate", recipe, theirs, tmp_path / "spans")
+    assert code == 0 and "60 segments in" in printed
+
+    texts = [row["text"] for row in load_dataset(str(tmp_path / "spans"), split="train")]
+    base = make_base(texts, tmp_path / "base", steps=5)
+    recipe = tmp_path / "train.yaml"
+    recipe.write_text(f"base: {base}\nepochs: 8\nbatch_size: 8\nlearning_rate: 5.0e-3\ntest_share: 0.2\n")
+    code, printed = tessy("train-boundary", recipe, tmp_path / "boundary", "--data", tmp_path / "spans")
+    assert code == 0 and "The predictor is in" in printed, printed
+    code, printed = tessy("evaluate-boundary", tmp_path / "boundary", "--data", tmp_path / "spans", "--json")
+    told = json.loads(printed.splitlines()[0])["overall"]
+    assert code == 0 and told["segments"] == 60 and told["char"]["f1"] > 0.8, printed
+
+    demo.prompts(2, seed=8).to_json(tmp_path / "prompts.jsonl")
+    words = ("synthesize", RECIPE, tmp_path / "prompts.jsonl", tmp_path / "rows.parquet")
+    code, printed = tessy(*words, "--set", f"teacher.boundary={tmp_path / 'boundary'}")
+    assert code == 0 and "2 rows in" in printed, printed
+
+
+@pytest.mark.slow
 def test_their_rows_train_a_student(theirs, tmp_path):
-    folder = str(Path(__file__).parents[2] / "recipes" / "sft")
-    sys.path.insert(0, folder)
+    folder = Path(__file__).parents[2] / "recipes" / "sft"
+    sys.path.insert(0, str(folder))
     try:
         import train
 
-        words = ["--model_name_or_path", str(demo.STUDENT), "--data", str(theirs), "--output_dir", str(tmp_path)]
-        words += ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
-        trainer = train.main([*words, "--save_strategy", "no", "--per_device_train_batch_size", "2"])
-        assert len(trainer.train_dataset) == 50 and trainer.state.global_step == 1
+        words = ["--config", str(folder / "miniature.yaml"), "--data", str(theirs), "--output_dir", str(tmp_path)]
+        words += ["--model_name_or_path", str(demo.STUDENT), "--per_device_train_batch_size", "2"]
+        trainer = train.main([*words, "--max_steps", "3", "--logging_steps", "1"])
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
         for name in ("train", "author_weights"):
             sys.modules.pop(name, None)
+    assert len(trainer.train_dataset) == 50 and trainer.state.global_step == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(str(path)).state_dict() for path in (demo.STUDENT, tmp_path))
+    assert before.keys() == after.keys() and any(not before[name].equal(after[name]) for name in before)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -17,8 +18,8 @@ import pytest
 
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.run.storage import file_system
-from tests.hub_server import HubServer, clients_of
-from tests.second_hub import Refusal, SecondHub
+from tests.hub_server import clients_of
+from tests.second_hub import SecondHub
 from tests.test_transform import prompts, rows_of, scripted
 
 pytestmark = [
@@ -109,35 +110,20 @@ def test_two_hosts_at_once_on_s3_leave_each_row_once(bucket, tmp_path):
     assert list(Merge([bucket], prompts(ROWS)).rows()) == rows_of(prompts(ROWS), scripted())
 
 
-@pytest.fixture(params=[HubServer, SecondHub])
-def repository(request, tmp_path, monkeypatch):
+@pytest.fixture
+def repository(hub, monkeypatch):
     """A dataset repository on a Hub that is busy now and then, or refuses a commit as another was faster."""
     import huggingface_hub.utils._http as client
     from huggingface_hub import HfApi
 
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    commits = []
-
-    def refusing(path):
-        if "/commit/main" in path:
-            commits.append(path)
-        return "/commit/main" in path and len(commits) == 2
-
-    first = request.param is HubServer
-    server = HubServer(tmp_path / "storage") if first else SecondHub()
-    with server, clients_of(server, tmp_path / "home", monkeypatch, **({} if first else {"token": "hf_writes"})):
-        HfApi(endpoint=server.endpoint).create_repo("rows", repo_type="dataset")
-        if first:
-            server.fault = lambda request: "503" if refusing(request.path) else None
-        else:
-            server.limited_every = 9
-            server.before = lambda number, method, path: refuse(refusing(path))
-        yield f"hf://datasets/{'ada' if first else 'ann'}/rows/run"
-
-
-def refuse(wanted):
-    if wanted:
-        raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+    faults = [None, "503", None, "412"]
+    HfApi(endpoint=hub.endpoint).create_repo("ada/rows", repo_type="dataset")
+    hub.fault = lambda request: faults.pop(0) if "/commit/main" in request.path and faults else None
+    if isinstance(hub, SecondHub):
+        hub.limited_every = 9
+    yield "hf://datasets/ada/rows/run"
+    assert len(faults) < 3, "no commit met a fault"
 
 
 def test_parts_in_a_repository_on_the_hub_are_gone_on_from(repository):
@@ -156,10 +142,11 @@ def go_on(repository):
 
 
 class BucketHandler(BaseHTTPRequestHandler):
-    """What the client reads of a bucket. Uploads go to a service of their own, which does not run here."""
+    """The Hub's side of a bucket; the store that the client's Xet library writes to is a folder, not a service."""
 
     protocol_version = "HTTP/1.1"
     files: dict
+    store: str
 
     def do_GET(self):
         path = unquote(self.path.partition("?")[0])
@@ -168,21 +155,43 @@ class BucketHandler(BaseHTTPRequestHandler):
             inside = [name for name in sorted(self.files) if name.startswith(path.removeprefix(tree).lstrip("/"))]
             self.answer(json.dumps([self.row(name) for name in inside]).encode())
         elif path.startswith(resolve):
-            data, asked = self.files[path.removeprefix(resolve)], self.headers.get("Range")
+            data, asked = self.content(path.removeprefix(resolve)), self.headers.get("Range")
             first, last = map(int, asked.removeprefix("bytes=").split("-")) if asked else (0, len(data) - 1)
             self.answer(data[first : last + 1], 206 if asked else 200, f"bytes {first}-{last}/{len(data)}")
+        elif path.endswith("/xet-write-token"):
+            self.answer(json.dumps({"casUrl": self.store, "accessToken": "one", "exp": 1 << 32}).encode())
         else:
             info = {"id": "ada/rows", "private": False, "size": 0, "totalFiles": len(self.files)}
             self.answer(json.dumps({**info, "createdAt": "2026-01-02T03:04:05.000Z"}).encode())
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self.answer(json.dumps([self.row(name) for name in asked if name in self.files]).encode())
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/batch"):
+            added = [json.loads(line) for line in body.splitlines()]
+            assert {one["type"] for one in added} == {"addFile"}
+            self.files.update({one["path"]: (one["xetHash"], len(self.read(one["xetHash"]))) for one in added})
+            return self.answer(b'{"failed": []}')
+        return self.answer(
+            json.dumps([self.row(name) for name in json.loads(body)["paths"] if name in self.files]).encode()
+        )
 
     do_HEAD = do_GET
 
+    def read(self, xet_hash, size=None):
+        """Return the bytes of a file that the client has put into the store."""
+        import hf_xet
+
+        with tempfile.TemporaryDirectory() as folder:
+            with hf_xet.XetSession().new_file_download_group(endpoint=self.store) as group:
+                group.start_download_file(hf_xet.XetFileInfo(xet_hash, size), f"{folder}/file")
+            return Path(folder, "file").read_bytes()
+
+    def content(self, name):
+        return self.read(*self.files[name])
+
     def row(self, name):
-        return {"type": "file", "path": name, "size": len(self.files[name]), "xetHash": "0" * 64}
+        xet_hash, size = self.files[name]
+        return {"type": "file", "path": name, "size": size, "xetHash": xet_hash}
 
     def answer(self, data, status=200, content_range=None):
         self.send_response(status)
@@ -198,19 +207,14 @@ class BucketHandler(BaseHTTPRequestHandler):
 
 
 def test_parts_in_a_bucket_are_gone_on_from(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
-    files = {}
-
-    def upload(self, bucket_id, *, add=(), **_):
-        files.update({name: Path(source).read_bytes() for source, name in add})
-
-    monkeypatch.setattr(HfApi, "batch_bucket_files", upload)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bucket", (BucketHandler,), {"files": files}))
+    """The real client writes through the real Xet library, which takes a folder for its store."""
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
+    given = {"files": {}, "store": f"local://{tmp_path / 'store'}"}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bucket", (BucketHandler,), given))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     place = SimpleNamespace(endpoint=f"http://127.0.0.1:{server.server_address[1]}")
     with clients_of(place, tmp_path, monkeypatch):
         go_on("hf://buckets/ada/rows/run")
     server.shutdown()
     server.server_close()
-    assert all(name.startswith("run/part-") for name in files)
+    assert given["files"] and all(name.startswith("run/part-") for name in given["files"])
