@@ -285,9 +285,9 @@ def do_distill(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
             str(out / "teachers" / "related" / "teacher"),
             DistillationConfig(
                 scratch,
-                num_train_epochs=scale.epochs,
+                max_steps=scale.epochs * -(-unit.n // 32),  # as many as fine-tuning on so many rows takes
                 learning_rate=3e-4,
-                per_device_train_batch_size=32,
+                per_device_train_batch_size=min(32, unit.n),
                 max_completion_length=192,
                 gradient_checkpointing=False,
                 bf16=False,
