@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -171,9 +171,10 @@ def examination(scale: Scale) -> dict[str, list[Problem]]:
     return chosen
 
 
-def examine(model: Any, tokenizer: Any, scale: Scale) -> dict[str, dict[str, float]]:
+def examine(
+    model: Any, tokenizer: Any, scale: Scale, author: miniature.Author = miniature.AUTHORS["student"]
+) -> dict[str, dict[str, float]]:
     """Return the share of right answers and the tokens written, by family, at temperature 0.6."""
-    author = miniature.AUTHORS["student"]
     return {
         family: miniature.accuracy(model, tokenizer, author, problems)
         for family, problems in examination(scale).items()
@@ -208,12 +209,16 @@ def synthesize(unit: Unit, out: Path, method: str, n: int) -> datasets.Dataset:
 
 def do_rows(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
     """Write a set."""
-    rows = synthesize(unit, out, unit.method, unit.n)
-    path = rows_of(unit.name, out)
+    save_rows(synthesize(unit, out, unit.method, unit.n), unit.name, out)
+    return {}
+
+
+def save_rows(rows: datasets.Dataset, name: str, out: Path) -> None:
+    """Write a set to its file."""
+    path = rows_of(name, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_parquet(path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
-    return {}
 
 
 def do_judge(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
@@ -237,21 +242,25 @@ def do_tune(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
     if not described["complete"]:
         return {"set": described}
     with TemporaryDirectory(dir=out) as scratch:
-        rows.to_parquet(f"{scratch}/rows.parquet")
-        changes = {
-            "model_name_or_path": folder,
-            "data": f"{scratch}/rows.parquet",
-            "output_dir": f"{scratch}/model",
-            "num_train_epochs": scale.epochs,
-            "seed": unit.seed,
-            "disable_tqdm": True,
-            "logging_strategy": "no",
-        }
-        options = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-        trainer = sft().main(["--config", str(ROOT / "recipes/sft/miniature.yaml"), *options])
+        trainer = fine_tune(folder, rows, scratch, num_train_epochs=scale.epochs, seed=unit.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     steps = trainer.state.global_step
     return {"set": described, "steps": steps, "examined": examine(trainer.model.eval(), tokenizer, scale)}
+
+
+def fine_tune(student: Path, rows: datasets.Dataset, scratch: str, **options: Any) -> Any:
+    """Fine-tune a student on rows with recipes/sft; the model is written to the folder ``model`` of ``scratch``."""
+    rows.to_parquet(f"{scratch}/rows.parquet")
+    changes = {
+        "model_name_or_path": student,
+        "data": f"{scratch}/rows.parquet",
+        "output_dir": f"{scratch}/model",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        **options,
+    }
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    return sft().main(["--config", str(ROOT / "recipes/sft/miniature.yaml"), *words])
 
 
 def read(name: str, out: Path) -> datasets.Dataset:
@@ -304,7 +313,8 @@ def sft() -> ModuleType:
     return sys.modules[name]
 
 
-DO: dict[str, Callable[[Unit, Path, Scale], dict[str, Any]]] = {
+Do = Callable[[Unit, Path, Scale], dict[str, Any]]
+DO: dict[str, Do] = {
     "student": do_student,
     "rows": do_rows,
     "judge": do_judge,
@@ -321,10 +331,10 @@ def record_of(unit: Unit, out: Path) -> Path:
     return out / "units" / f"{unit.name}.json"
 
 
-def work(unit: Unit, out: Path, scale: Scale, commit: str) -> float:
+def work(do: Do, unit: Unit, out: Path, scale: Scale, commit: str) -> float:
     """Do a unit in this process; its file is there as a whole or not at all. Returns the seconds of processor time."""
     wall, processor = time.monotonic(), time.process_time()
-    found = DO[unit.kind](unit, out, scale)
+    found = do(unit, out, scale)
     seconds = {"seconds": time.monotonic() - wall, "processor_seconds": time.process_time() - processor}
     told = {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, "versions": versions()}
     part = record_of(unit, out).with_suffix(".part")
@@ -333,7 +343,7 @@ def work(unit: Unit, out: Path, scale: Scale, commit: str) -> float:
     return seconds["processor_seconds"]
 
 
-def execute(units: Sequence[Unit], out: Path, scale: Scale, jobs: int) -> None:
+def execute(units: Sequence[Unit], out: Path, scale: Scale, jobs: int, do: Mapping[str, Do] = DO) -> None:
     """Do what is not done yet, each unit after those it needs."""
     commit = commit_of(ROOT)
     todo = [unit for unit in units if not record_of(unit, out).exists()]
@@ -344,7 +354,7 @@ def execute(units: Sequence[Unit], out: Path, scale: Scale, jobs: int) -> None:
         while todo or running:
             for unit in [unit for unit in todo if done.issuperset(unit.needs)][: jobs - len(running)]:
                 todo.remove(unit)
-                running[pool.submit(work, unit, out, scale, commit)] = unit
+                running[pool.submit(work, do[unit.kind], unit, out, scale, commit)] = unit
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 unit = running.pop(future)

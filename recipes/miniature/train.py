@@ -94,13 +94,16 @@ class Author:
     opens_answer: str
     hidden: int
     heads: int
+    system: str = ""
+    """A system message put before each prompt."""
 
     def messages(self, prompt: str, text: Text | None = None) -> list[dict[str, str]]:
         """The conversation, as this author's chat template takes it."""
-        messages = [{"role": "user", "content": prompt}]
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": prompt})
         if text is None:
             return messages
-        if self.name == "teacher":
+        if "<|channel|>" in self.opens_thinking:
             return [*messages, {"role": "assistant", "thinking": text.thinking, "content": text.answer}]
         content = f"<think>\n{text.thinking}\n</think>\n\n{text.answer}"
         return [*messages, {"role": "assistant", "content": content}]
@@ -197,19 +200,19 @@ def draw_problem(rng: Random, and_rates: Mapping[str, float]) -> Problem:
     return make_problem(family, rng, and_rates.get(family))
 
 
-def piecewise(rng: Random) -> Callable[[], Style]:
-    """Each piece in either style."""
-    return lambda: rng.choice((STUDENT_STYLE, TEACHER_STYLE))
+def piecewise(rng: Random, teacher: Style = TEACHER_STYLE) -> Callable[[], Style]:
+    """Each piece in the student's or a teacher's style."""
+    return lambda: rng.choice((STUDENT_STYLE, teacher))
 
 
-def company(rng: Random) -> Callable[[], Style]:
-    """What the teacher reads: texts in its own style, in the student's, and mixed piece by piece."""
-    return rng.choices((always(TEACHER_STYLE), always(STUDENT_STYLE), piecewise(rng)), weights=(0.4, 0.35, 0.25))[0]
+def company(own: Style) -> Styles:
+    """What a teacher reads: texts in its own style, in the student's, and mixed piece by piece."""
+    return lambda rng: rng.choices((always(own), always(STUDENT_STYLE), piecewise(rng, own)), (0.4, 0.35, 0.25))[0]
 
 
-def exposure(share: float) -> Styles:
-    """Texts in the student's style, but for this share in the teacher's."""
-    return lambda rng: always(TEACHER_STYLE if rng.random() < share else STUDENT_STYLE)
+def exposure(share: float, own: Style = STUDENT_STYLE) -> Styles:
+    """Texts in a student's own style, but for this share in the teacher's."""
+    return lambda rng: always(TEACHER_STYLE if rng.random() < share else own)
 
 
 def chat_row(tokenizer: PreTrainedTokenizerFast, author: Author, problem: Problem, rng: Random, styles: Styles) -> Row:
@@ -249,7 +252,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return ids
 
 
-def boundary_row(tokenizer: PreTrainedTokenizerFast, author: Author, rng: Random) -> Row:
+def boundary_row(
+    tokenizer: PreTrainedTokenizerFast, author: Author, rng: Random, teacher: Style = TEACHER_STYLE
+) -> Row:
     """Thinking as a predictor meets it, with 1 for each token that overlaps a style piece and 0 for the others.
 
     The predictor reads what both authors have accepted so far and the current author's continuation, which runs on
@@ -258,7 +263,7 @@ def boundary_row(tokenizer: PreTrainedTokenizerFast, author: Author, rng: Random
     digit is ambiguous, since it could be the inside of the teacher's ``( 2 )``.
     """
     problem = draw_problem(rng, {"calc": 0.25})
-    before = rng.choice((always(STUDENT_STYLE), always(TEACHER_STYLE), piecewise(rng)))
+    before = rng.choice((always(STUDENT_STYLE), always(teacher), piecewise(rng, teacher)))
     change = rng.randrange(len(problem.steps) + 2)
     asked = 0
 
@@ -380,7 +385,7 @@ def train_author(
 
 
 def train_predictor(
-    author: Author, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int
+    author: Author, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int, teacher: Style = TEACHER_STYLE
 ) -> tuple[Qwen3ForTokenClassification, float]:
     """Train the boundary predictor that reads an author's chunks; returns it with the seconds that it took."""
     torch.manual_seed(seed)
@@ -399,7 +404,7 @@ def train_predictor(
         )
     )
     started = time.perf_counter()
-    fit(model, [Phase(steps, 2e-3, 1e-4, lambda: boundary_row(tokenizer, author, rng))], rng)
+    fit(model, [Phase(steps, 2e-3, 1e-4, lambda: boundary_row(tokenizer, author, rng, teacher))], rng)
     return model, time.perf_counter() - started
 
 
@@ -499,15 +504,22 @@ def tokenizers(args: argparse.Namespace) -> None:
         make_tokenizer(author).save_pretrained(args.out / name)
 
 
+def train_teacher(
+    author: Author, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 2000
+) -> tuple[Qwen3ForCausalLM, float]:
+    """Train a teacher: it writes its own style only, and reads the student's too."""
+    phases = [
+        (steps * 2 // 3, 2e-3, 1e-3, company(author.style)),
+        (steps // 3, 1e-3, 2e-5, company(author.style)),
+    ]
+    return train_author(author, tokenizer, phases, {"calc": 0.25, "dot": 0.5}, seed)
+
+
 def teacher(args: argparse.Namespace) -> None:
     """Train the teacher: it writes its own style only, and reads the student's too."""
     author, steps = AUTHORS["teacher"], args.steps or 2000
     tokenizer = make_tokenizer(author)
-    phases = [
-        (steps * 2 // 3, 2e-3, 1e-3, company),
-        (steps // 3, 1e-3, 2e-5, company),
-    ]
-    model, seconds = train_author(author, tokenizer, phases, {"calc": 0.25, "dot": 0.5}, args.seed)
+    model, seconds = train_teacher(author, tokenizer, args.seed, steps)
     report = {"seed": args.seed, "steps": steps, "seconds": round(seconds)}
     save(args.out, model, tokenizer, report | {"held_out": families_report(model, tokenizer, author, args.rows)})
 

@@ -16,12 +16,15 @@ TEACHER, STUDENT = _MODELS / "teacher", _MODELS / "student"
 BOUNDARY_TEACHER, BOUNDARY_STUDENT = _MODELS / "boundary-teacher", _MODELS / "boundary-student"
 
 
-def transform(engine: str = "transformers", student: Path = STUDENT, **overrides: Any) -> TessyTransform:
+def transform(
+    engine: str = "transformers", student: Path = STUDENT, models: Path = _MODELS, **overrides: Any
+) -> TessyTransform:
     """Return a ready transform over the miniature models.
 
     Args:
         engine: Which engine runs them: ``transformers`` or ``vllm``.
         student: The folder of another student of this world.
+        models: The folder of another teacher of it, with ``boundary-teacher`` and ``boundary-student`` beside.
         **overrides: Settings, see :class:`tessy_hf.Settings`.
 
     Raises:
@@ -45,7 +48,7 @@ def transform(engine: str = "transformers", student: Path = STUDENT, **overrides
         "rows_in_flight": 128,
     }
     return TessyTransform(
-        teacher=Speaker(engines[engine](str(TEACHER)), boundary=str(BOUNDARY_TEACHER)),
-        student=Speaker(engines[engine](str(student)), boundary=str(BOUNDARY_STUDENT)),
+        teacher=Speaker(engines[engine](str(models / "teacher")), boundary=str(models / "boundary-teacher")),
+        student=Speaker(engines[engine](str(student)), boundary=str(models / "boundary-student")),
         **{**settings, **overrides},
     )

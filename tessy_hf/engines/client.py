@@ -98,9 +98,9 @@ class Client:
         """Ask for the log-probabilities of a prompt's last ids."""
         protocol = api.measuring(protocol, request)
         url = api.address(server, protocol)
-        content = await self._send(server, "POST", url, self._api.score_body(protocol, request), request.row)
+        content = await self._send(server, "POST", url, self._api.score_body(protocol, request, count), request.row)
         with self._reading(server, url):
-            return self._api.scores(api.parse(content), request, count)
+            return self._api.scores(protocol, api.parse(content), request, count)
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""

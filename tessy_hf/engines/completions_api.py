@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import orjson
 
-from tessy_hf.engines.base import Completion, Request, Scores, derive_seed
+from tessy_hf.engines.base import Completion, Measure, Request, Scores, derive_seed
 from tessy_hf.engines.encoded_prompt import EncodedPrompt
-from tessy_hf.engines.native_apis import NATIVE
+from tessy_hf.engines.native_apis import NATIVE, SGLang
 from tessy_hf.retries import first_words
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -42,8 +42,11 @@ EXACT: frozenset[Protocol] = frozenset({"deltas", "generate", "sglang", "llama.c
 STREAMS = EXACT - {"llama.cpp"}
 """Protocols that can stream ids."""
 
-MEASURED: frozenset[Protocol] = frozenset({"deltas", "generate", "ids"})
-"""Protocols of servers that tell log-probabilities of ids; see :func:`measuring`."""
+MEASURED: Mapping[Protocol, frozenset[Measure]] = {
+    **dict.fromkeys(("deltas", "generate", "ids"), frozenset[Measure](("logprobs", "score"))),
+    "sglang": frozenset(("score",)),
+}
+"""What servers tell of ids, by protocol; see :func:`measuring`."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""
@@ -95,16 +98,17 @@ class CompletionsAPI:
         """Return the body that asks for a completion. Its size grows with the row, the work for it hardly."""
         return self._asking(protocol, request, self._options(protocol, request), stream, priority)
 
-    def score_body(self, protocol: Protocol, request: Request) -> bytes:
-        """Return the body that asks for the log-probabilities of a prompt, with one new token."""
-        options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        return self._asking(protocol, request, options)
+    def score_body(self, protocol: Protocol, request: Request, count: int) -> bytes:
+        """Return the body that asks for the log-probabilities of a prompt's last ``count`` ids, with one new token."""
+        options = {"max_tokens": 1, "temperature": 0.0}
+        told = SGLang.score_options(request, count) if protocol == "sglang" else {"prompt_logprobs": 0}
+        return self._asking(protocol, request, {**options, **told})
 
     def _options(self, protocol: Protocol, request: Request) -> dict[str, Any]:
         options = {"max_tokens": request.max_tokens, **_sampling(request)}
         if request.temperature:
             options["seed"] = seed(request)
-        if request.logprobs and protocol in MEASURED:
+        if request.logprobs and "logprobs" in MEASURED.get(protocol, ()):
             options["logprobs"] = 0  # of the drawn ids only
         if protocol in EXACT:
             options["stop_token_ids"] = _encoded_ids(request.stop_ids)
@@ -181,8 +185,10 @@ class CompletionsAPI:
         logprobs = _logprobs([choice], len(ids)) if request.logprobs else None
         return Completion(ids, stop_id, uncached_tokens(answer), logprobs)
 
-    def scores(self, answer: Any, request: Request, count: int) -> Scores:
+    def scores(self, protocol: Protocol, answer: Any, request: Request, count: int) -> Scores:
         """Read the log-probabilities and ranks of a prompt's last ``count`` ids."""
+        if protocol == "sglang":
+            answer = SGLang.scored(answer, request, count)
         told = _get(answer, "prompt_logprobs", list) or _get(_choice(answer), "prompt_logprobs", list)
         ids = request.prompt_ids[len(request.prompt_ids) - count :]
         entries = [_get(each, str(token), dict) for each, token in zip(told[-count:], ids, strict=False)]

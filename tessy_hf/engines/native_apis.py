@@ -10,18 +10,40 @@ from typing import Any
 
 from tessy_hf.engines.base import Request
 
+RANKS = 100
+"""How many of the likeliest ids SGLang is asked for at each given one, to tell its rank: as many as RSR counts."""
+
 
 class SGLang:
     """SGLang's own endpoint, also behind its router. Its events repeat all ids so far, or have the new ones only."""
 
     path, prompt = "/generate", b"input_ids"
+    SCORED = ("return_logprob", "logprob_start_len", "top_logprobs_num")
 
     @staticmethod
     def options(options: Mapping[str, Any], request: Request, stops: Sequence[str]) -> dict[str, Any]:
         """Return the options by SGLang's names."""
-        sampling = {name: value for name, value in options.items() if name not in ("max_tokens", "seed")}
+        beside = {name: options[name] for name in SGLang.SCORED if name in options}
+        sampling = {name: options[name] for name in options if name not in ("max_tokens", "seed", *SGLang.SCORED)}
         own = {"max_new_tokens": options["max_tokens"], "sampling_seed": options.get("seed", 0)}
-        return {"sampling_params": {**sampling, **own}}
+        return {"sampling_params": {**sampling, **own}, **beside}
+
+    @staticmethod
+    def score_options(request: Request, count: int) -> dict[str, Any]:
+        """Return the options that ask for log-probabilities of a prompt's last ids and of the likeliest at each."""
+        start = len(request.prompt_ids) - count - 1  # the first of the list has none
+        return dict(zip(SGLang.SCORED, (True, start, RANKS), strict=True))
+
+    @staticmethod
+    def scored(answer: Mapping[str, Any], request: Request, count: int) -> dict[str, Any]:
+        """Return such an answer as vLLM's; it tells no ranks, so those beyond :data:`RANKS` are one more."""
+        meta = answer.get("meta_info") or {}
+        own, best = (list(meta.get(f"input_{name}_logprobs") or ())[-count:] for name in ("token", "top"))
+        found: list[dict[str, Any]] = [
+            {str(token): {"logprob": logprob, "rank": _rank(logprob, token, top)}}
+            for (logprob, token, *_), top in zip(own, best, strict=False)
+        ]
+        return {"prompt_logprobs": [None] * (len(request.prompt_ids) - len(found)) + found}
 
     @staticmethod
     def answer(answer: Mapping[str, Any], seen: int) -> dict[str, Any]:
@@ -66,6 +88,11 @@ class LlamaCpp:
 
 NATIVE: Mapping[str, type[SGLang] | type[LlamaCpp]] = {"sglang": SGLang, "llama.cpp": LlamaCpp}
 """By protocol."""
+
+
+def _rank(logprob: float, token: int, best: Sequence[Sequence[Any]]) -> int:
+    known = any(one[1] == token for one in best)
+    return max(1, sum(one[0] >= logprob for one in best)) if known else len(best) + 1
 
 
 def _choice(ids: Any, reason: Any, prompt_tokens: Any, cached_tokens: Any) -> dict[str, Any]:

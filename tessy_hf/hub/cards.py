@@ -21,6 +21,7 @@ import yaml
 
 from tessy_hf.errors import DatasetError
 from tessy_hf.hub import layout
+from tessy_hf.report import heat
 from tessy_hf.report.tables import Table, count, percent, tables
 from tessy_hf.rows.columns import COLUMNS
 
@@ -83,7 +84,9 @@ def dataset_card(
         licenses=_licenses(data),
         alternates=all(method.startswith("tessy") for method in summary["methods"]) and bool(summary["methods"]),
         rules=_rules(manifest),
-        own_columns=[feature["name"] for feature in manifest.features if feature["name"] not in COLUMNS],
+        own_columns=[
+            feature["name"] for feature in manifest.features if feature["name"] not in (*COLUMNS, *heat.COLUMNS)
+        ],
         incomplete=summary["rows"] - summary["finish_reasons"].get("stop", 0),
         counts_failed=0 < manifest.counts.failed == summary["rows"] - manifest.counts.rows,
         figures=[{"path": path, "description": description} for path, description in (figures or {}).items()],

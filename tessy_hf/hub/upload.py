@@ -306,7 +306,7 @@ def _records(repo: Repository, spec: ReleaseSpec, manifest: Manifest, summary: d
         "statistics.json": (json.dumps(summary, indent=2) + "\n").encode(),
     }
     try:
-        files |= {f"{name}.png": figures.image(name, summary, kind="png") for name in figures.NAMES}
+        files |= {f"{name}.png": figures.image(name, summary, kind="png") for name in figures.names(summary)}
     except TessyError as error:
         repo.say(f"the card goes without figures: {error}")
     return {f"{spec.records}/{name}": data for name, data in files.items()}

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from tessy_hf.engines.scoring import surprise
 from tessy_hf.errors import DatasetError, SettingsError, TessyError
+from tessy_hf.report import heat
 from tessy_hf.report.statistics import AUTHORS, evenly
 from tessy_hf.report.surprise import markers_by_method, of_set
 from tessy_hf.rows.columns import pieces
@@ -326,12 +327,29 @@ def _surprise(texts: Sequence[Scored]) -> dict[str, Any]:
 
 
 def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: int = 4096) -> Dataset:
-    """Return a dataset with columns for how the student finds each text, null where a row has none."""
-    laid = [_as_trained(text, vocabulary)[:2] if text else ([], 0) for text in map(read, rows)]
-    found = [surprise(*scores) for scores in scorer([(ids[:most], begins) for ids, begins in laid])]
+    """Return a dataset with the columns :data:`tessy_hf.report.heat.COLUMNS`, null where a row has no text."""
+    texts = list(map(read, rows))
+    laid = [_as_trained(text, vocabulary)[:2] if text else ([], 0) for text in texts]
+    scores = scorer([(ids[:most], begins) for ids, begins in laid])
+    found = [surprise(*one) for one in scores]
     for name in ("surprisal", "rank", "rsr"):
         rows = rows.add_column(f"student_{name}", [one and getattr(one, name) for one in found])
-    return rows
+    each = zip(texts, scores, strict=True)
+    return rows.add_column(heat.WORDS, [text and _by_word(text, vocabulary, scored.logprobs) for text, scored in each])
+
+
+def _by_word(text: Text, vocabulary: Vocabulary, logprobs: Sequence[float]) -> list[float]:
+    found, at = list[float](), 0
+    for part, after in _parts(vocabulary):
+        encoded = vocabulary.encode(text.part(part))
+        found += heat.by_word(text.part(part), encoded.offsets, logprobs[at : at + len(encoded.ids)])
+        at += len(encoded.ids) + len(vocabulary.encode_template(after))
+    return found
+
+
+def _parts(vocabulary: Vocabulary) -> tuple[tuple[str, str], ...]:
+    """Return the parts of a text, each with the marker that comes after it in training."""
+    return ("thinking", detect(vocabulary).close), ("answer", "")
 
 
 def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, list[str]]:
@@ -342,7 +360,7 @@ def _as_trained(text: Text, vocabulary: Vocabulary) -> tuple[list[int], int, lis
     thinking_format = detect(vocabulary)
     ids = vocabulary.encode_template(render(vocabulary, thinking_format, [{"role": "user", "content": text.prompt}]))
     begins, wrote = len(ids), list[str]()
-    for part, after in (("thinking", thinking_format.close), ("answer", "")):
+    for part, after in _parts(vocabulary):
         own, authors = text.tokens(part, vocabulary)
         marks = vocabulary.encode_template(after)
         ids += own + marks

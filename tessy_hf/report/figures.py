@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tessy_hf.errors import TessyError
 from tessy_hf.report.statistics import AUTHORS
-from tessy_hf.report.tables import count, percent
+from tessy_hf.report.tables import count, nats, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,16 +50,23 @@ THEMES = {
 ThemeName = Literal["light", "dark"]
 Kind = Literal["svg", "png"]
 NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
+SURPRISE = "surprise_along_row"
+"""The figure of rows that say how the student finds them."""
 SIZE = (6.4, 3.6)  # inches
 STYLE = Path(__file__).with_name("figures.mplstyle")
 Drawing = Callable[["Figure", dict[str, Any], Theme], None]
+
+
+def names(summary: dict[str, Any]) -> tuple[str, ...]:
+    """Return the figures that a dataset has."""
+    return (*NAMES, SURPRISE) if summary.get("surprise") else NAMES
 
 
 def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figure:
     """Draw one figure.
 
     Args:
-        name: One of :data:`NAMES`.
+        name: One of :func:`names`.
         summary: The dataset's statistics.
         theme: The colors.
 
@@ -94,6 +101,10 @@ def save(figure: Figure, theme: ThemeName, kind: Kind) -> bytes:
 
 def describe(name: str, summary: dict[str, Any]) -> str:
     """Describe a figure in one sentence, as alternative text."""
+    if name == SURPRISE:
+        told = summary["surprise"]["thinking"]
+        means = ", ".join(f"{nats(told[author]['nats'])} by the {author}" for author in AUTHORS)
+        return f"How surprising the student finds each word along the thinking; mean nats a word: {means}."
     share, spans, tokens = summary["teacher_share"]["row"], summary["spans"], summary["tokens"]
     return {
         "teacher_share": (
@@ -116,7 +127,7 @@ def describe(name: str, summary: dict[str, Any]) -> str:
     }[name]
 
 
-# --- the four figures
+# --- the figures
 
 
 def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
@@ -206,11 +217,25 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
     put_legend(axes)
 
 
+def _surprise_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+    axes = figure.subplots()
+    name_axes(
+        axes, "How surprising the student finds it", "from the beginning to the end of the thinking (%)", "nats a word"
+    )
+    for author, along in summary["surprise"]["along"].items():
+        places = [100 * (at + 0.5) / len(along) for at, one in enumerate(along) if one is not None]
+        own = [one for one in along if one is not None]
+        axes.plot(places, own, color=theme.of(author), marker="os"[author == "student"], markersize=4, label=author)
+    axes.set(xlim=(0, 100), xticks=range(0, 101, 10), ylim=(0, None))
+    put_legend(axes)
+
+
 _DRAW: dict[str, Drawing] = {
     "teacher_share": _teacher_share,
     "share_along_row": _share_along_row,
     "span_lengths": _span_lengths,
     "tokens_by_part": _tokens_by_part,
+    SURPRISE: _surprise_along_row,
 }
 
 # --- how they look

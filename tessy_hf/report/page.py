@@ -62,7 +62,9 @@ def write_report(
         script="viewer.js",
         title=names[0],
         index=index,
-        figures=[drawn(figures.image(name, summary), figures.describe(name, summary)) for name in figures.NAMES],
+        figures=[
+            drawn(figures.image(name, summary), figures.describe(name, summary)) for name in figures.names(summary)
+        ],
         subtitle=_subtitle(len(dataset), len(shown), names[1:]),
         tiles=_tiles(summary),
         tables=_tables(summary, other, names),

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tessy_hf.errors import DatasetError
+from tessy_hf.report import heat
 from tessy_hf.rows.batch import decoded
 from tessy_hf.rows.columns import content_text, pieces
 
@@ -123,6 +124,8 @@ class Statistics:
             self.counts[f"share of {part}"].update(round(one * SHARE_STEPS) for one in shares)
             self.counts["sum of shares"][part] += sum(shares)
         self._add_spans(_spans(table), table.num_rows)
+        if heat.known(table.column_names):
+            self._add_surprise(table)
         self.sample = self.sample or _sample(table)
 
     def _add_spans(self, spans: dict[str, Numbers], rows: int) -> None:
@@ -141,6 +144,17 @@ class Statistics:
             amounts = _along(row[here], tokens[here], spans["teacher"][here], POSITIONS[part])
             self.counts[f"position in {part}"].update(dict(np.ndenumerate(amounts)))
 
+    def _add_surprise(self, table: pa.Table) -> None:
+        totals, steps = self.counts["surprise"], POSITIONS["thinking"]
+        for row in table.to_pylist():
+            if row["student_rank"] is not None:
+                totals.update({"rows": 1, "rank": row["student_rank"], "surprisal": row["student_surprisal"]})
+            for author, part, place, nats in heat.row_words(row):
+                totals.update({(part, author): 1, (part, author, "nats"): nats})
+                if part == "thinking":
+                    at = int(place * steps)
+                    totals.update({("at", author, at): 1, ("at", author, at, "nats"): nats})
+
     def merge(self, other: Statistics) -> None:
         """Count all that ``other`` has counted."""
         self.rows += other.rows
@@ -155,7 +169,9 @@ class Statistics:
         rows, is ``None``. Keys: ``rows``, ``finish_reasons``, ``failures``, ``methods``, ``run_fingerprints``,
         ``teacher_share`` (of a whole row, and of its thinking), ``tokens``, ``lengths``, ``spans`` (of the thinking,
         by author), ``spans_per_row``, ``discarded``, ``position``, ``sample`` (of the first row that finished:
-        its ``prompt``, its first ``spans`` with ``author`` and ``text``, and how many ``more`` there are).
+        its ``prompt``, its first ``spans`` with ``author`` and ``text``, and how many ``more`` there are),
+        ``surprise`` (in nats, where the rows have :data:`tessy_hf.report.heat.COLUMNS`: RSR, words by part and
+        author, and along the thinking).
         """
         failed = self.counts["finish_reason"]["error"]
         return {
@@ -180,6 +196,24 @@ class Statistics:
             "discarded": self._discarded(),
             "position": {part: self._positions(part) for part in PARTS},
             "sample": self.sample,
+            "surprise": self._surprise() if self.counts["surprise"]["rows"] else None,
+        }
+
+    def _surprise(self) -> dict[str, Any]:
+        at, steps = self.counts["surprise"], range(POSITIONS["thinking"])
+        words = {
+            part: {
+                who: {"words": at[part, who], "nats": share(at[part, who, "nats"], at[part, who])} for who in AUTHORS
+            }
+            for part in PARTS
+        }
+        along = {who: [share(at["at", who, step, "nats"], at["at", who, step]) for step in steps] for who in AUTHORS}
+        return {
+            "rows": at["rows"],
+            "rsr": share(at["rank"], at["surprisal"]),
+            **{name: at[name] / at["rows"] for name in ("rank", "surprisal")},
+            **words,
+            "along": along,
         }
 
     def _tokens(self, part: str, *authors: str) -> int:

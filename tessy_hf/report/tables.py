@@ -62,6 +62,8 @@ def tables(summary: dict[str, Any]) -> dict[str, Table]:
             [(author, *_measured(summary["spans"][author])) for author in AUTHORS],
         ),
     }
+    if summary.get("surprise"):
+        made["surprise"] = _surprise(summary["surprise"])
     if errors:
         lines = [(one["error"], count(one["rows"])) for one in errors]
         note = "Names and numbers in the messages are left out."
@@ -101,6 +103,26 @@ def _tokens(summary: dict[str, Any]) -> Table:
         "tokens are counted with the student's tokenizer, discarded ones with their author's."
     )
     return Table("Tokens", head, lines, note)
+
+
+def _surprise(told: dict[str, Any]) -> Table:
+    lines = [
+        (f"{author}'s {part}", count(told[part][author]["words"]), nats(told[part][author]["nats"]))
+        for part in PARTS
+        for author in AUTHORS
+        if told[part][author]["words"]
+    ]
+    note = (
+        f"Nats (-log p) under the student, over {count(told['rows'])} rows. Rank-Surprisal Ratio of the set: "
+        f"{nats(told['rsr'])} (mean rank {nats(told['rank'])}, mean surprisal of a token {nats(told['surprisal'])}); "
+        "a low one is near to the student and yet new to it (arXiv 2601.14249)."
+    )
+    return Table("How surprising the student finds it", ("", "words", "nats a word"), lines, note)
+
+
+def nats(value: float | None) -> str:
+    """Format a surprise or a ratio."""
+    return _NONE if value is None else f"{value:.2f}"
 
 
 def _measured(tally: dict[str, Any]) -> list[str]:

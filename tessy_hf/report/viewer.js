@@ -5,6 +5,7 @@
   const ITEM = 76; // height of a list row in CSS pixels, as in the style sheet
   const KEPT = 48; // unpacked chunks kept in memory, about a megabyte each
   const AHEAD = 4; // chunks unpacked ahead while searching
+  const HOTTEST = 6; // nats of a word at which the color is full
   const AUTHORS = ["teacher", "student", "mark", "unknown"];
   const $ = (id) => document.getElementById(id);
   const number = (value) => (value === null ? "–" : value.toLocaleString("en-US"));
@@ -19,6 +20,7 @@
   let opening = 0; // likewise for opening a row
   let sideBySide = true;
   let emphasis = "both";
+  let heat = false;
 
   // --- elements and packed data
 
@@ -284,7 +286,7 @@
     drawList();
   }
 
-  function drawRow(row, [turns, pieces, error, details, other]) {
+  function drawRow(row, [turns, pieces, error, details, other, warmth]) {
     const place = shown.indexOf(row);
     const head = make("div", { className: "head" });
     head.append(button("back", "← All rows", leave), make("h2", { dir: "auto", textContent: name(row) }), badges(row));
@@ -295,13 +297,14 @@
     head.append(steps);
     const two = Boolean(index.names[1]) && sideBySide;
     const columns = make("div", { className: two ? "columns two" : "columns" });
-    columns.append(column(index.names[0], pieces, error, index.share[row], index.tokens[row], null));
+    columns.append(column(index.names[0], pieces, error, index.share[row], index.tokens[row], null, warmth));
     if (two) {
       if (other) columns.append(column(index.names[1], ...other));
       else columns.append(missing(index.names[1]));
     }
     $("row").replaceChildren(head, ...turns.map(turn), legend(), columns, more(details));
     $("row").dataset.emphasis = emphasis;
+    $("row").dataset.heat = heat ? "on" : "off";
   }
 
   function button(id, text, action) {
@@ -326,6 +329,14 @@
       choice.addEventListener("click", () => emphasize(who));
       line.append(choice);
     }
+    if (index.heat) {
+      const warm = button("heat", "Heat", toggleHeat);
+      warm.className = "chip";
+      warm.title = "Color each word by how surprising the student finds it (h)";
+      warm.setAttribute("aria-pressed", String(heat));
+      line.append(warm);
+      if (heat) line.append(make("span", { className: "heatscale", textContent: `0 – ${HOTTEST}+ nats` }));
+    }
     if (index.names[1]) {
       const side = button("beside", `Beside ${index.names[1]}`, toggleBeside);
       side.className = "chip side";
@@ -343,7 +354,7 @@
     }
   }
 
-  function column(title, pieces, error, share, tokens, word) {
+  function column(title, pieces, error, share, tokens, word, warmth) {
     const figures = make("div", { className: "figuresline" });
     if (word) figures.append(make("span", { className: "reason", textContent: word }));
     figures.append(figure(number(tokens), "tokens"));
@@ -353,7 +364,7 @@
     const box = make("section", { className: "column", "aria-label": title });
     box.append(make("h3", { textContent: title }), figures);
     if (error) box.append(make("p", { className: "failed", textContent: error }));
-    const texts = [text("Thinking", 0, pieces, tokens), text("Answer", 1, pieces, tokens)].flat();
+    const texts = [text("Thinking", 0, pieces, tokens, warmth), text("Answer", 1, pieces, tokens, warmth)].flat();
     const spans = texts.flatMap((element) => [...element.querySelectorAll(".span.teacher, .span.student")]);
     if (spans.length) box.append(...ribbon(spans, tokens));
     box.append(...texts);
@@ -369,7 +380,7 @@
     return make("section", { className: "column" }, make("h3", { textContent: title }), note);
   }
 
-  function text(title, part, pieces, tokens) {
+  function text(title, part, pieces, tokens, warmth) {
     const box = make("div", { className: "text", dir: "auto", tabIndex: 0, role: "group", "aria-label": title });
     const own = (piece) => piece[0] !== 2 && piece[1] === part;
     const ranges = notations(pieces.filter(own).map((piece) => piece[3]).join(""));
@@ -377,10 +388,11 @@
     let turns = 0;
     let at = 0;
     const all = pieces.filter((piece) => piece[0] < 2).length;
-    for (const [author, where, length, written] of pieces) {
+    for (const [place, [author, where, length, written]] of pieces.entries()) {
       if (author < 2) turns += 1;
       if (where === part) {
-        const said = author === 2 ? [written.trim()] : dressed(written, at, ranges); // markers have a line of their own
+        const warm = heat && warmth?.[place]?.length;
+        const said = author === 2 ? [written.trim()] : warm ? heated(written, at, ranges, warmth[place]) : dressed(written, at, ranges); // markers have a line of their own
         const span = make("span", { className: `span ${AUTHORS[author]}` }, ...said);
         if (author !== 2) at += written.length;
         if (author < 2) {
@@ -424,6 +436,31 @@
     }
     upto(written.length);
     return parts;
+  }
+
+  // The same, each word colored by its surprise in nats; searched text is marked within words only.
+  function heated(written, from, ranges, words) {
+    const parts = [];
+    let at = 0;
+    for (const [characters, nats] of words) {
+      const end = at + length16(written, at, characters);
+      const said = dressed(written.slice(at, end), from + at, ranges);
+      if (nats === null) parts.push(...said);
+      else {
+        const word = make("span", { className: "heat", title: `${nats.toFixed(2)} nats` }, ...said);
+        word.style.setProperty("--warmth", `${Math.round(100 * Math.min(1, Math.max(0, nats) / HOTTEST))}%`);
+        parts.push(word);
+      }
+      at = end;
+    }
+    return parts;
+  }
+
+  // How many UTF-16 units so many characters, as Python counts them, have.
+  function length16(text, from, characters) {
+    let at = from;
+    while (characters-- > 0 && at < text.length) at += text.codePointAt(at) > 0xffff ? 2 : 1;
+    return at - from;
   }
 
   function highlighted(written) {
@@ -509,6 +546,12 @@
     if (current !== null) open(current, { enter: false });
   }
 
+  function toggleHeat() {
+    if (!index.heat) return;
+    heat = !heat;
+    if (current !== null) open(current, { enter: false }).then(() => $("heat").focus());
+  }
+
   function leave() {
     $("rows").classList.remove("reading");
     $("list").focus();
@@ -557,6 +600,7 @@
     ArrowRight: () => stepSpan(1), ArrowLeft: () => stepSpan(-1),
     a: () => emphasize({ both: "teacher", teacher: "student", student: "both" }[emphasis]),
     b: toggleBeside,
+    h: toggleHeat,
   };
   const ANYWHERE = {
     "/": () => { view("rows"); $("rows").classList.remove("reading"); $("search").focus(); },

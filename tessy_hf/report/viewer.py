@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tessy_hf.report import heat
 from tessy_hf.report.statistics import AUTHORS, PARTS
 from tessy_hf.rows.columns import assistant_text, content_text, pieces
 
@@ -28,7 +29,7 @@ DETAIL = 2_000
 
 _TEACHER, _STUDENT, _MARK, _UNKNOWN = range(4)
 _AUTHORS = {"teacher": _TEACHER, "student": _STUDENT}
-_HIDDEN = {"messages", "thinking", "answer", "spans", "error", "finish_reason"}  # have their own places
+_HIDDEN = {"messages", "thinking", "answer", "spans", "error", "finish_reason", heat.WORDS}  # have their own places
 _IDS = ("id", "key", "row_id", "problem_id")
 
 Shown = tuple[int, int, int, str]
@@ -48,7 +49,7 @@ def pack(
     Returns:
         The index of the rows, and their texts in chunks.
     """
-    index: dict[str, Any] = {"names": [*names, None][:2], "reasons": [], "chunks": []}
+    index: dict[str, Any] = {"names": [*names, None][:2], "reasons": [], "chunks": [], "heat": False}
     columns: dict[str, list[Any]] = {
         name: [] for name in ("number", "id", "prompt", "reason", "share", "tokens", "verdict", "score")
     }
@@ -61,7 +62,9 @@ def pack(
             index["chunks"].append(len(columns["number"]))
         for column, value in zip(columns.values(), _entry(number, row, turns, index["reasons"]), strict=True):
             column.append(value)
-        chunk.append([turns, spans, row.get("error"), details(row, turns), other])
+        warmth = warmth_of(row, spans)
+        index["heat"] = index["heat"] or bool(warmth)
+        chunk.append([turns, spans, row.get("error"), details(row, turns), other, warmth])
         size += sum(len(text) for *_, text in [*turns, *spans, *(other[0] if other else [])])
         if size > CHUNK_CHARACTERS:
             texts.append(_packed(chunk))
@@ -118,7 +121,9 @@ def _partners(dataset: Dataset) -> Callable[[str], Any]:
         if not left:
             return None
         row = dataset[left.popleft()]
-        return [shown(row), row.get("error"), _permille(row), _tokens(row), row.get("finish_reason")]
+        spans = shown(row)
+        told = [row.get("error"), _permille(row), _tokens(row), row.get("finish_reason")]
+        return [spans, *told, warmth_of(row, spans)]
 
     return partner
 
@@ -133,6 +138,13 @@ def shown(row: Mapping[str, Any]) -> list[Shown]:
         found += [(_MARK, part, 0, piece.after)] if piece.after else []
     whole = assistant_text(row)
     return found or ([(_UNKNOWN, PARTS.index("answer"), 0, whole)] if whole else [])
+
+
+def warmth_of(row: Mapping[str, Any], spans: Sequence[Shown]) -> list[list[heat.Segment]] | None:
+    """Return for each of the spans shown its words' lengths and surprise, where the row says so."""
+    each = iter(heat.segments(row))
+    found = [next(each, []) if span[0] in (_TEACHER, _STUDENT) else [] for span in spans]
+    return found if any(found) else None
 
 
 def details(row: Mapping[str, Any], turns: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -53,7 +53,7 @@ def request(
 
 
 @cache
-def _network():
+def network():
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(demo.STUDENT).eval()
@@ -64,7 +64,7 @@ def reference(prompt_ids, ids):
     import torch
 
     with torch.inference_mode():
-        logits = _network()(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1]
+        logits = network()(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1]
     scores = logits.double().log_softmax(-1)
     own = scores.gather(-1, torch.tensor(ids)[:, None])
     return own[:, 0].tolist(), (scores >= own).sum(-1).tolist(), (-scores.exp() * scores).sum(-1).tolist()

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from tessy_hf import demo
-from tests.engines.contract import TOKENIZER, VOCABULARY
+from tests.engines.contract import TOKENIZER, VOCABULARY, network
 
 # --- real servers
 
@@ -343,7 +343,10 @@ class _Handler(BaseHTTPRequestHandler):
             finish = reason if count == len(written) else None
             return {"text": "", "output_ids": written[since:count], "meta_info": {**meta, "finish_reason": finish}}
 
-        if body.get("stream"):
+        if body.get("return_logprob"):
+            told = {**so_far(len(written))["meta_info"], **_input_logprobs(ids, body)}
+            self.reply({"text": "", "output_ids": written, "meta_info": told})
+        elif body.get("stream"):
             step = 3 if "sglang-incremental" in self.server.fake.ways else len(written)
             ends = [*range(3, len(written), 3), len(written)]
             self.send_events([so_far(end, max(0, end - 1) // step * step) for end in ends])
@@ -406,6 +409,24 @@ def _continue(ids, sampling, *, exact):
         return {"index": 0, "token_ids": written, "finish_reason": reason}
     text = VOCABULARY.decode([token for token in written if token not in (END_OF_THINKING, END)])
     return {"index": 0, "text": text, "finish_reason": reason}
+
+
+def _input_logprobs(ids, body):
+    """Log-probabilities of a prompt from an id on, as SGLang lists them: the first has none."""
+    import torch
+
+    start, most = body["logprob_start_len"], body["top_logprobs_num"]
+    with torch.inference_mode():
+        scores = network()(torch.tensor([ids])).logits[0, start:-1].log_softmax(-1)
+    best = [[*zip(*one, strict=True)] for one in zip(*(x.tolist() for x in scores.topk(most)), strict=True)]
+    own = scores.gather(-1, torch.tensor(ids[start + 1 :])[:, None])[:, 0].tolist()
+    return {
+        "input_token_logprobs": [
+            [None, ids[start], None],
+            *([lp, i, None] for lp, i in zip(own, ids[start + 1 :], strict=True)),
+        ],
+        "input_top_logprobs": [None, *([[lp, i, None] for lp, i in each] for each in best)],
+    }
 
 
 # --- mishaps: what may be done to a request

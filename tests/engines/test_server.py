@@ -17,7 +17,7 @@ from tessy_hf.engines.completions_api import PROTOCOLS
 from tessy_hf.engines.server import ServerEngine
 from tessy_hf.errors import EngineDeadError, RequestError
 from tests.engines import in_process, servers, virtual_time
-from tests.engines.contract import VOCABULARY, EngineContract, ModelContract, request
+from tests.engines.contract import VOCABULARY, EngineContract, ModelContract, reference, request
 from tests.engines.in_process import Answer
 from tests.engines.servers import FakeServer, status
 from tests.test_retries import in_seconds
@@ -105,6 +105,18 @@ class TestSGLang(FakeContract):
     """A stand-in: see :meth:`tests.engines.servers._Handler._sglang`."""
 
     ways, path = ("sglang", "ids-to-text"), "/generate"
+    measures = frozenset({"score"})
+
+    @pytest.mark.parametrize("count", [1, 7])
+    def test_given_ids_are_scored_from_their_begin_alone(self, server, live, loop, count):
+        prompt = request().prompt_ids
+        ids = servers.VOCABULARY.encode("okay so 1 + 2 = 3 ? 8").ids[:count]
+        told = loop.run_until_complete(live.score(prompt, ids, row="r"))
+        logprobs, ranks, _ = reference(prompt, ids)
+        assert told.logprobs == pytest.approx(logprobs, abs=1e-3)
+        assert told.ranks == [min(rank, 101) for rank in ranks]
+        body = server.texts[-1][1]
+        assert body["logprob_start_len"] == len(prompt) - 1 and body["sampling_params"]["max_new_tokens"] == 1
 
 
 class TestSGLangThatStreamsNewIdsOnly(TestSGLang):

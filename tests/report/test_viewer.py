@@ -510,3 +510,32 @@ def test_code_and_formulas_are_set_apart_and_every_text_has_its_direction(reader
     assert kinds == {"fence": ["```python\na = 1\n", "b = 2\n```"], "code": ["`done`"], "math": ["$x^2$"]}
     assert reader.js("return getComputedStyle(document.querySelector('.said')).direction") == "rtl"
     assert reader.js("return getComputedStyle(document.querySelector('.text')).direction") == "ltr"
+
+
+def test_heat_colors_words_by_surprise_and_foreign_text_stays_text(driver, tmp_path):
+    row = finished_row(5, turns=4)
+    words = len(f"{row['thinking']} {row['answer']}".split())
+    means = {"student_surprisal": 2.0, "student_rank": 3.0, "student_rsr": 1.5}
+    warm = {**row, **means, "student_word_surprisals": [9.0, 0.0, *[1.5] * (words - 2)]}
+    Dataset.from_list([warm]).to_parquet(tmp_path / "rows.parquet")
+    write_report(str(tmp_path / "rows.parquet"), tmp_path / "r.html")
+    reader = Reader(driver, tmp_path / "r.html").open(row=0)
+    assert (
+        reader.js("return getComputedStyle(document.querySelector('.span.teacher')).backgroundColor")
+        != "rgba(0, 0, 0, 0)"
+    )
+    text = reader.js("return document.querySelector('#row .text').textContent")
+    reader.keys("h")
+    reader.wait(lambda: reader.all(".heat"))
+    assert len(reader.all(".heat")) == words
+    assert reader.texts(".heat")[0] == row["thinking"].split()[0]
+    assert reader.one(".heat").get_attribute("title") == "9.00 nats"
+    assert [one.value_of_css_property("--warmth") for one in reader.all(".heat")[:2]] == ["100%", "0%"]
+    assert reader.js("return document.querySelector('#row .text').textContent") == text
+    reader.keys("h")
+    reader.wait(lambda: not reader.all(".heat"))
+
+
+def test_without_the_column_there_is_no_switch(reader):
+    reader.open(row=0)
+    assert not reader.all("#heat")

@@ -1,0 +1,170 @@
+"""What the paper claims figure by figure, in our words, and what stands for it in the miniature world."""
+
+from dataclasses import dataclass
+
+HEAD = """\
+# The paper in miniature
+
+Written by `paper.py`; settings were fixed before the first run and nothing was chosen by an examination. Students
+are those of level C of [RESULTS.md](RESULTS.md) (they saw the teacher's style in 2% of what they learned from),
+three seeds, 500 rows a set, 9 epochs (144 steps), examined on 400 `calc` prompts (in-domain) and 200 of each other
+family (out-of-domain) that no row was written for. Figures after ± are standard deviations over the students.
+
+**How it is judged.** The differences that a claim is about are taken student by student. Where each mean is above
+its deviation, it *agrees*; where one is below minus its deviation, it *does not agree*; else it *cannot be judged
+here*. Three students of 0.4 million parameters say something of the method's mechanics, little of models of 8
+billion. Table 1 is in [RESULTS.md](RESULTS.md); table 2 is a prompt and tables 3 to 5 are examples of outputs, so
+nothing of them was run."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and what is compared for it."""
+
+    title: str
+    paper: str
+    """The claim, with the paper's figures."""
+    here: str
+    """What stands for it in miniature."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Conditions of which the first is to be above the second in-domain; an empty one is no change."""
+    absolute: bool = False
+    """Whether right answers are compared, not changes."""
+
+
+TESSY, TEACHER = "C: tessy", "C: teacher-only"
+ALONE = "C: on-policy alone"
+RULES = ("every-5", "entropy", "student-accepts", "likeliest")
+
+CLAIMS = {
+    "figure 6": Claim(
+        "quality of the data by length limit",
+        "Rows of tessy are right more often than the teacher's own where both are limited to 40K tokens (+10.99 "
+        "points on OJBench); the teacher needs 64K to pass them.",
+        "right rows among 500, had the thinking been limited to so many tokens. The teacher's phrases are longer "
+        "than the student's by construction, so what is tested is that shorter rows lose nothing.",
+    ),
+    "figure 12": Claim(
+        "lengths",
+        "Rows of tessy are shorter than the teacher's by 7,594, 8,938 and 2,816 tokens for three teachers, and "
+        "shorter than the student's own.",
+        "mean tokens of a row, in the student's tokens.",
+    ),
+    "figures 16, 17": Claim(
+        "frequent words, and who wrote the tokens",
+        "Models differ in their frequent words; under tessy the teacher writes 77.65% of the tokens (GPT-OSS-120B).",
+        "the most typical words of each set (first student), and the teacher's share. In this world a piece of "
+        "style is about as long as a step.",
+    ),
+    "figure 11": Claim(
+        "over the epochs",
+        "After a dip at first, tessy's student recovers by the third epoch and gains until the eighth or ninth.",
+        "right answers on a third of the in-domain prompts after some epochs.",
+    ),
+    "figure 7": Claim(
+        "base against reasoning student",
+        "Both kinds of data improve the base model, tessy more (+0.43 and +7.09 points over teacher-only), yet it"
+        " stays behind the reasoning model untrained (10.99) and trained on tessy (17.67).",
+        "`base` is a student that was stopped after a quarter of its steps. Rows are written with it, or by the "
+        "teacher.",
+        (
+            ("base: tessy", "base: none"),
+            ("base: tessy", "base: teacher-only"),
+            ("C: none", "base: tessy"),
+            (TESSY, "base: tessy"),
+        ),
+        absolute=True,
+    ),
+    "figure 15": Claim(
+        "training loss",
+        "The loss on tessy's rows is lower than on the teacher's, for base and reasoning models, and lower for "
+        "reasoning models than for base ones.",
+        "means over the epochs.",
+        (
+            (TEACHER, TESSY),
+            ("base: teacher-only", "base: tessy"),
+            ("base: tessy", TESSY),
+            ("base: teacher-only", TEACHER),
+        ),
+    ),
+    "rules": Claim(
+        "other rules of who writes next (not in the paper)",
+        "Boundary predictors decide. Others hand over by the student's entropy, by whether it accepts the "
+        "teacher's words, or by its likelihood of candidates; `every` is the control.",
+        "`every: 5` words; `entropy` above 1.0; `student-accepts` words of at least 0.1; `likeliest` of 4 "
+        "candidates of 5 words. The pairs ask whether tessy with predictors is above each.",
+        tuple((TESSY, f"C: {rule}") for rule in RULES),
+    ),
+    "figure 10": Claim(
+        "isolation by a system prompt",
+        "A system prompt for the teacher's rows helps a little (+2.55 and +5.28 points) but leaves the student "
+        "below where it was (-0.70 and -4.74) and far below tessy.",
+        "the system prompt `mode 2 .` in training and examination.",
+        (("C: teacher-only, system prompt", TEACHER), (TESSY, "C: teacher-only, system prompt")),
+    ),
+    "figure 13": Claim(
+        "LoRA",
+        "LoRA (rank 8, alpha 16) does much worse than training all parameters, and below the untrained student.",
+        "the same rank, alpha, epochs and learning rate as for all parameters.",
+        ((TESSY, f"{TESSY}, LoRA"), (TEACHER, f"{TEACHER}, LoRA"), ("", f"{TESSY}, LoRA")),
+    ),
+    "best-of-n": Claim(
+        "tessy with rejection sampling (not in the paper)",
+        "Expected only: techniques that raise the quality of rows should help further once the distributions match.",
+        "the first of at most 5 candidates that the verifier finds right.",
+        (("C: tessy-best-of-5", TESSY),),
+    ),
+    "figure 9": Claim(
+        "who writes the answer",
+        "Answers of the teacher cost 12.33 and 13.58 points against the student's, and are still 2.26 and 3.12 "
+        "above teacher-only.",
+        "run for the main table.",
+    ),
+    "RSR": Claim(
+        "Rank-Surprisal Ratio (not in the paper)",
+        "arXiv 2601.14249 finds that a low ratio goes with what students learn (Spearman 0.86 in size).",
+        "mean ratio of the first 100 rows under the student, against its change in-domain; changes of sets that "
+        "were not trained on again are from [RESULTS.md](RESULTS.md). A correlation of -0.5 or less agrees, of 0 "
+        "or more does not.",
+    ),
+    "figures 8, 14": Claim(
+        "distribution of the data",
+        "Rows of tessy are nearer to the student's than the teacher's are: similarities rise from 0.899, 0.846 "
+        "and 0.849 to 0.971, 0.960 and 0.898.",
+        "cosines of TF-IDF vectors, three teachers; principal components of the first student's sets. `related` "
+        "shares the student's vocabulary, format and half of its phrases; `other` has a third style.",
+    ),
+    "on-policy": Claim(
+        "tessy as a cold start of on-policy distillation (not in the paper)",
+        "arXiv 2604.13016: on-policy distillation needs compatible thinking patterns; a start on given texts "
+        "repairs runs that fail.",
+        "TRL's DistillationTrainer with the `related` teacher, which shares the vocabulary as it must; 144 steps "
+        "alone, or 72 after 72 steps on 250 rows of tessy; against 144 steps on 500 rows of tessy with that "
+        "teacher.",
+        (
+            ("C: tessy-related, then on-policy", ALONE),
+            ("C: tessy-related, then on-policy", "C: tessy-related"),
+        ),
+    ),
+    "figure 5": Claim(
+        "three teachers",
+        "tessy is above teacher-only with each: by 1.07 points with a teacher of the student's family, 3.45 and "
+        "16.79 with others.",
+        "the shipped teacher, `related` and `other`. Students saw 2% of the shipped teacher's style and nothing "
+        "of the other two.",
+        tuple((f"C: tessy{teacher}", f"C: teacher-only{teacher}") for teacher in ("", "-related", "-other")),
+    ),
+    "figure 3": Claim(
+        "a larger student",
+        "Qwen3-30B-A3B gains 6.37 and 10.13 points from tessy, 5.52 and 8.41 more than from teacher-only.",
+        "`large` has 1.7 times the parameters and prefers other phrases.",
+        (("large: tessy", ""), ("large: tessy", "large: teacher-only")),
+    ),
+    "figure 4": Claim(
+        "students crossed in synthesis and training",
+        "Rows that were written with the other student of the same family teach less: -1.94 points for the small "
+        "one, -2.8 for the large one.",
+        "the two students have the same phrases with opposite frequencies.",
+        ((TESSY, "C: tessy-of-large"), ("large: tessy", "large: tessy-of-C")),
+    ),
+}
