@@ -137,13 +137,14 @@ class Client:
         for _ in range(steps):
             begin = time.thread_time()
             number = next(self._numbers)
-            self._answers[number] = asyncio.get_running_loop().create_future()
+            answer = self._answers[number] = asyncio.get_running_loop().create_future()
             at = len(known.ids)
             known.replace(at, new := row[at:])
             ask = Ask(number, 0, NEW, -1, 0, False, slot, at, known.checksum(), new)
             self._send_bytes(ask.encode())
             spent["client"] += time.thread_time() - begin
-            row.extend((await self._answers.pop(number)).ids)
+            row.extend((await answer).ids)
+            del self._answers[number]
 
     def close(self):
         self._send({"type": "websocket.disconnect"})

@@ -145,7 +145,7 @@ def test_rows_stay_with_the_server_process_that_knows_them(server, caplog):
 @pytest.mark.parametrize("protocol", ["deltas", "generate"])
 def test_rows_are_the_same_after_all_that_can_go_wrong(tmp_path, server, protocol):
     url, kill, start = server
-    direct = Work("served", tmp_path / "work", tuple(range(40)), {"url": url, "protocol": protocol, "chunk_tokens": 8})
+    direct = Work("served", tmp_path / "work", tuple(range(24)), {"url": url, "protocol": protocol, "chunk_tokens": 8})
     expected, calls = crashes.unbroken(direct, tmp_path / "unbroken")
     total = crashes.size(direct._replace(folder=tmp_path / "unbroken"))
     with Relay(url) as relay:
