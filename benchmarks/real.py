@@ -1,21 +1,25 @@
-"""Real small models on a CPU: TESSY against its bound and the released protocol, by each engine.
+"""Real small models on a CPU: TESSY against its bound and the released protocol, by each engine, as one table.
 
-SmolLM2-135M is teacher and student, on word problems, in one run (`speed.py` does so with miniature models, and says
-what bound and protocol are). `make test-real` fetches the model::
+SmolLM2-135M is teacher and student, on word problems (`speed.py` does so with miniature models, and says what bound
+and protocol are). In each repeat, each mode's bound and TESSY are measured one after the other, and the released
+protocol on the same servers. `make test-real` fetches the model::
 
-    python benchmarks/real.py --modes transformers vllm server deltas --rows 24
+    python benchmarks/real.py                                            # all, some 40 minutes on two idle cores
+    python benchmarks/real.py --modes server deltas --tokens 64 --repeats 3
 
-`vllm`, `server` and `deltas` need vLLM; `deltas` are servers with the middleware of :mod:`tessy_hf.vllm_middleware`.
+`vllm` and servers need vLLM; `deltas` are servers with the middleware of :mod:`tessy_hf.vllm_middleware`.
 """
 
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
+import os
+import statistics
 import sys
 import tempfile
 import time
+from operator import eq
 from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
@@ -31,7 +35,28 @@ from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, T
 from tessy_hf.boundary.predictor import SHIPPED
 from tests import real_models, real_pair
 
-MODES = ("transformers", "vllm", "server", "deltas")
+MODES = {
+    "transformers": ("transformers", False),
+    "vllm": ("vllm", False),
+    "vllm-stream": ("vllm", True),
+    "server": ("servers", False),
+    "server-stream": ("servers", True),
+    "deltas": ("servers", False),
+    "deltas-stream": ("servers", True),
+}
+"""By name: what runs the models, and whether turns are streams."""
+
+SHOWN = {
+    "accepted_tokens_per_second": "kept tokens a second",
+    "bound_tokens_per_second": "bound: tokens a second",
+    "of_bound": "of the bound, by the clock",
+    "of_bound_by_cpu": "of the bound, by CPU time of all processes",
+    "times_released": "times the released protocol",
+    "generated_per_accepted": "generated per kept token",
+    "host_cpu_us_per_accepted": "client: CPU us per kept token",
+    "predictor_cpu_us_per_accepted": "predictor: CPU us per kept token",
+    "rows_as_the_first_mode": "rows equal to those of the first mode",
+}
 AUTHORS = ("teacher", "student")
 
 
@@ -42,28 +67,56 @@ def prompts(count):
     return Dataset.from_list([{"id": str(i), "prompt": text} for i, text in enumerate(numbered)])
 
 
-# --- real models
-
-
 @contextlib.contextmanager
-def engines(mode, model):
-    """Yield teacher and student, and the addresses of servers by author."""
-    if mode == "transformers":
-        yield [TransformersEngine(model, dtype="bfloat16", context_length=1024) for _ in range(2)], {}
-    elif mode == "vllm":
-        yield [VLLMEngine(model, dtype="bfloat16", max_model_len=1024, enforce_eager=True) for _ in range(2)], {}
-    else:
-        from tests.engines.servers import processes, vllm
+def servers(wanted, model):
+    """Start a vLLM server for each author, where they are wanted. Yields their addresses."""
+    if not wanted:
+        yield {}
+        return
+    from tests.engines.servers import processes, vllm
 
-        options = ["--enable-scale-out", "--max-model-len", "1024", "--dtype", "bfloat16"]
-        options += ["--middleware", "tessy_hf.vllm_middleware.Deltas"] if mode == "deltas" else []
-        described = [vllm(*options, "--served-model-name", author, model=model) for author in AUTHORS]
-        with (
-            tempfile.TemporaryDirectory() as logs,
-            processes(*described, logs=Path(logs), health="/health") as running,
-        ):
-            urls = dict(zip(AUTHORS, (url for url, _ in running), strict=True))
-            yield [ServerEngine(author, base_url=url, tokenizer=model) for author, url in urls.items()], urls
+    options = [
+        "--enable-scale-out",
+        "--max-model-len",
+        "1024",
+        "--dtype",
+        "bfloat16",
+        "--scheduling-policy",
+        "priority",
+    ]
+    options += ["--middleware", "tessy_hf.vllm_middleware.Deltas"]
+    described = [vllm(*options, "--served-model-name", author, model=model) for author in AUTHORS]
+    with tempfile.TemporaryDirectory() as logs, processes(*described, logs=Path(logs), health="/health") as running:
+        yield dict(zip(AUTHORS, (url for url, _ in running), strict=True))
+
+
+def engine(mode, author, model, urls):
+    """Return an author's engine."""
+    if MODES[mode][0] == "transformers":
+        return TransformersEngine(model, dtype="bfloat16", context_length=1024)
+    if MODES[mode][0] == "vllm":
+        return VLLMEngine(model, dtype="bfloat16", max_model_len=1024, enforce_eager=True)
+    made = ServerEngine(author, base_url=urls[author], tokenizer=model)
+    made.protocols = ("deltas",) if mode.startswith("deltas") else ("generate",)
+    return made
+
+
+def transform(mode, model, template, urls, arguments):
+    """Return a mode's transform."""
+    speakers = {
+        author: Speaker(Meter(engine(mode, author, model, urls)), MeteredPredictor(SHIPPED), chat_template=template)
+        for author in AUTHORS
+    }
+    return TessyTransform(
+        **speakers,
+        id_column="id",
+        temperature=0,
+        stream=MODES[mode][1],
+        journal=None,
+        rows_in_flight=arguments.in_flight,
+        max_thinking_tokens=arguments.tokens,
+        max_answer_tokens=arguments.tokens // 4,
+    )
 
 
 def lockstep(data, urls, model, template, arguments):
@@ -78,51 +131,77 @@ def lockstep(data, urls, model, template, arguments):
     return sum(row["teacher_tokens"] + row["student_tokens"] for row in rows) / (time.perf_counter() - begin)
 
 
-def measure(mode, data, arguments, reference):
-    """Return rows and figures of a mode: the bound before and after TESSY, since machines are shared."""
+def once(made, data, arguments):
+    """Return rows and figures of one pass: the bound, and TESSY."""
+    rows, figures = tessy(made, data)
+    limit, cpu = bound(made, data, range(len(rows)), rows, arguments.in_flight)
+    figures["bound_tokens_per_second"] = limit
+    figures["of_bound"] = figures["accepted_tokens_per_second"] / limit
+    figures["of_bound_by_cpu"] = cpu / figures["cpu_us_per_accepted"]
+    return texts(rows), figures
+
+
+def measure(modes, data, urls, arguments, reference):
+    """Return the figures of each pass by mode, all of them in turns, and the rows of the first mode."""
     model, template = str(real_models.model("smollm2")), real_pair.transform().student.chat_template
-    settings = {"max_thinking_tokens": arguments.tokens, "max_answer_tokens": arguments.tokens // 4}
-    with engines(mode, model) as (pair, urls):
-        teacher, student = (
-            Speaker(Meter(engine), MeteredPredictor(SHIPPED), chat_template=template) for engine in pair
-        )
-        made = TessyTransform(
-            teacher=teacher, student=student, id_column="id", temperature=0, stream=arguments.stream, journal=None,
-            rows_in_flight=arguments.in_flight, **settings,
-        )  # fmt: skip
-        with made:
-            tessy(made, data.select(range(2)))  # warms up
-            rows, figures = tessy(made, data)
-            limits = [bound(made, data, range(len(rows)), rows, arguments.in_flight) for _ in range(2)]
-        if urls and arguments.lockstep:
-            released = lockstep(data, urls, model, template, arguments)
-            figures["times_released_protocol"] = figures["accepted_tokens_per_second"] / released
-    figures["bound_tokens_per_second"] = sum(limit for limit, _ in limits) / 2
-    figures["of_bound"] = figures["accepted_tokens_per_second"] / figures["bound_tokens_per_second"]
-    figures["of_bound_by_cpu"] = sum(cpu for _, cpu in limits) / 2 / figures["cpu_us_per_accepted"]
-    written = texts(rows)
-    figures["rows_as_the_first_mode"] = sum(a == b for a, b in zip(written, reference or written, strict=True))
-    return written, figures
+    found = {mode: [] for mode in modes}
+    with contextlib.ExitStack() as stack:
+        made = {mode: stack.enter_context(transform(mode, model, template, urls, arguments)) for mode in modes}
+        for each in made.values():
+            tessy(each, data.select(range(2)))  # warms up
+        for repeat in range(arguments.repeats):
+            passes = {}
+            for mode, each in made.items():
+                written, passes[mode] = once(each, data, arguments)
+                reference = reference or written
+                passes[mode]["rows_as_the_first_mode"] = sum(map(eq, written, reference))
+            if urls and repeat < arguments.lockstep:
+                released = lockstep(data, urls, model, template, arguments)
+                for figures in passes.values():
+                    figures["times_released"] = figures["accepted_tokens_per_second"] / released
+            for mode, figures in passes.items():
+                found[mode].append(figures)
+                print(mode, {name: round(value, 3) for name, value in figures.items()}, file=sys.stderr, flush=True)
+    return found, reference
+
+
+def table(found):
+    """Return the figures in Markdown: medians, with the lowest and highest where there are several."""
+    lines = [["", *found], ["---"] * (len(found) + 1)]
+    for name, words in SHOWN.items():
+        line = [words]
+        for passes in found.values():
+            values = sorted(figures[name] for figures in passes if name in figures)
+            spread = f" ({values[0]:.3g}-{values[-1]:.3g})" if len(values) > 1 else ""
+            line.append(f"{statistics.median(values):.3g}{spread}" if values else "")
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():
-    """Print the figures as JSON, one line each."""
+    """Print each pass as it is measured, and a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES[:-1]))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--in-flight", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=128, help="of thinking; a quarter of it for the answer")
-    parser.add_argument("--no-lockstep", dest="lockstep", action="store_false")
-    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--lockstep", type=int, default=1, help="in how many repeats the released protocol is measured"
+    )
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     disable_progress_bars()
     disable_progress_bar()
-    data, reference = prompts(arguments.rows), None
-    for mode in arguments.modes:
-        written, figures = measure(mode, data, arguments, reference)
-        reference = reference or written
-        print(json.dumps({"mode": mode, **{name: round(value, 3) for name, value in figures.items()}}), flush=True)
+    data, reference, found = prompts(arguments.rows), None, {}
+    behind = [mode for mode in arguments.modes if MODES[mode][0] == "servers"]
+    groups = [[mode] for mode in arguments.modes if mode not in behind]
+    for modes in [*groups, behind] if behind else groups:
+        with servers(modes is behind, str(real_models.model("smollm2"))) as urls:
+            figures, reference = measure(modes, data, urls, arguments, reference)
+        found |= figures
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def processor_seconds():
     this = psutil.Process()
     times = [each.cpu_times() for each in (this, *this.children(recursive=True))]
     return sum(each.user + each.system for each in times)
+
+
+def predictor_seconds():
+    """Return the processor time of the threads in which predictors read."""
+    threads = (thread for thread in threading.enumerate() if thread.name.startswith("tessy-boundary"))
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) for thread in threads)
 
 
 class Busy:
@@ -174,9 +181,10 @@ def tessy(transform, prompts, free=False):
     thread = transform.run()._thread
     clock = time.pthread_getcpuclockid(thread.ident)
     begin, cpu, all_cpu = time.perf_counter(), time.clock_gettime(clock), processor_seconds()
+    reading = predictor_seconds()
     done = prompts.map(transform, batched=True, load_from_cache_file=False, keep_in_memory=True)
     wall, cpu = time.perf_counter() - begin, time.clock_gettime(clock) - cpu
-    all_cpu = processor_seconds() - all_cpu
+    all_cpu, reading = processor_seconds() - all_cpu, predictor_seconds() - reading
     for speaker in speakers.values():
         speaker.boundary.free = False  # whoever asks next is to have it read
     rows = list(done)  # for the comparison with other modes' rows
@@ -193,6 +201,7 @@ def tessy(transform, prompts, free=False):
         **read,
         "predictor_share": max(speaker.boundary.busy.seconds for speaker in speakers.values()) / wall,
         "host_cpu_us_per_accepted": 1e6 * cpu / accepted,
+        "predictor_cpu_us_per_accepted": 1e6 * reading / accepted,
         "teacher_idle_share": 1 - meters[0].busy.seconds / wall,
         "student_idle_share": 1 - meters[1].busy.seconds / wall,
         "tail_share": (begin + wall - last) / wall,

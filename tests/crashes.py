@@ -24,7 +24,7 @@ import datasets
 import torch
 from datasets import Dataset
 
-from tessy_hf import Script, ScriptedEngine, Speaker, TessyTransform, TransformersEngine, demo
+from tessy_hf import Script, ScriptedEngine, ServerEngine, Speaker, TessyTransform, TransformersEngine, demo
 from tessy_hf.engines.scripted import _Play
 from tessy_hf.run import commits
 from tessy_hf.run.journal import Journal
@@ -84,6 +84,10 @@ class CountedModel(Account, TransformersEngine):
             async for piece in pieces:
                 self._note("answered", request, len(piece.token_ids))
                 yield piece
+
+
+class CountedServer(Account, ServerEngine):
+    """A model behind a server."""
 
 
 class CountedScript(Account, ScriptedEngine):
@@ -175,6 +179,15 @@ def models(folder, **settings):
     return TessyTransform(**speakers, **{**budgets, **given, **settings})
 
 
+def served(folder, url, protocol, **settings):
+    """A transform over the miniature models, of which a server has the student."""
+    transform = models(folder, **settings)
+    engine = CountedServer("student", base_url=url, tokenizer=str(demo.STUDENT), retry_timeout=300.0)
+    engine.protocols, engine.log, engine.author = (protocol,), str(folder / "calls"), "student"
+    transform.student.engine = engine
+    return TessyTransform(teacher=transform.teacher, student=transform.student, **dict(transform.settings))
+
+
 def real(folder, **settings):
     """A transform over the real models, see :mod:`tests.real_pair`."""
     transform = real_pair.transform(**{"journal": str(folder / "journal"), **settings})
@@ -188,6 +201,7 @@ def real(folder, **settings):
 WORLDS = {
     "scripts": (scripts, script_rows),
     "models": (models, model_rows),
+    "served": (served, model_rows),
     "real": (real, lambda numbers: real_pair.prompts().select(numbers)),
 }
 

@@ -7,13 +7,14 @@ In: the stock network's weights. Out: the same logits, which is checked when it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 TOLERANCE = 1e-3
 """Most that logits may differ from those of the stock network."""
@@ -26,10 +27,12 @@ class Qwen3Classifier:
 
     Args:
         network: The stock network, on a CPU in float32, with full attention and plain rotary embeddings.
+        longest: Most tokens of a text.
     """
 
-    def __init__(self, network: PreTrainedModel) -> None:
+    def __init__(self, network: PreTrainedModel, longest: int) -> None:
         config: Any = network.config
+        self._seen = torch.ones((longest, longest), dtype=torch.bool).tril()
         self._size, self._epsilon = config.head_dim, config.rms_norm_eps
         self._heads = config.num_attention_heads, config.num_key_value_heads
         turns = torch.arange(0, self._size, 2, dtype=torch.float32) / self._size
@@ -39,51 +42,68 @@ class Qwen3Classifier:
         self._score = weights["score.weight"], weights.get("score.bias")
         self._layers = [_layer(weights, f"model.layers.{i}.", self._heads) for i in range(config.num_hidden_layers)]
 
+    def room(self, tokens: int) -> torch.Tensor:
+        """Return room for the keys and values of one text: (layers, 2, heads, tokens, head size)."""
+        return torch.empty((len(self._layers), 2, self._heads[1], tokens, self._size))
+
     def __call__(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, spans: Sequence[tuple[int, int]], states: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Return logits of shape (rows, width, labels), and append keys and values to the cache."""
-        rows, width = ids.shape
-        columns = torch.arange(mask.shape[1])
-        seen = (columns <= columns[-width:, None]) & mask.bool()[:, None, None]
-        seen |= columns == columns[-width:, None]  # padding sees itself: a row of nothing has no softmax
-        angles = (positions[..., None] * self._frequencies).repeat(1, 1, 2)[:, None]
+        """Return the logits of new ids, of shape (ids, labels).
+
+        Texts are not padded to one length, and their keys and values are read where they are kept: batches of them
+        would be copied for each pass, which takes longer than all else where few ids are new.
+
+        Args:
+            ids: The new ids of all texts, one text after the other.
+            spans: Where they are in each text: from how many known ids on, and up to where.
+            states: The keys and values of each text, from :meth:`room`. Those of new ids are added.
+        """
+        positions = torch.cat([torch.arange(begin, end) for begin, end in spans])
+        angles = (positions[:, None] * self._frequencies).repeat(1, 2)[:, None]
         turn = angles.cos(), angles.sin()
         x = self._embedding[ids]
         for number, layer in enumerate(self._layers):
-            x = x + self._attention(self._rms(x, layer["input_layernorm"]), layer, number, seen, turn, cache)
+            own = [state[number] for state in states]
+            x = x + self._attention(self._rms(x, layer["input_layernorm"]), layer, spans, own, turn)
             gate, up = linear(self._rms(x, layer["post_attention_layernorm"]), layer["gate_up"]).chunk(2, -1)
             x = x + linear(silu(gate) * up, layer["mlp.down_proj"])
         return linear(self._rms(x, self._norm), *self._score)
 
     def _attention(
-        self, x: torch.Tensor, layer: Weights, number: int, seen: torch.Tensor, turn: Any, cache: DynamicCache
+        self, x: torch.Tensor, layer: Weights, spans: Sequence[tuple[int, int]], states: list[torch.Tensor], turn: Any
     ) -> torch.Tensor:
-        heads: torch.Tensor = linear(x, layer["qkv"], layer.get("qkv_bias")).view(*x.shape[:2], -1, self._size)
-        qk, v = torch.split(heads.transpose(1, 2), [sum(self._heads), self._heads[1]], 1)
+        heads: torch.Tensor = linear(x, layer["qkv"], layer.get("qkv_bias")).view(len(x), -1, self._size)
+        qk, v = torch.split(heads, [sum(self._heads), self._heads[1]], 1)
         qk = rms_norm(qk, (self._size,), None, self._epsilon) * layer["qk_norm"]
         first, second = qk.chunk(2, -1)
         q, k = torch.split(qk * turn[0] + torch.cat((-second, first), -1) * turn[1], [*self._heads], 1)
-        k, v = cache.update(k, v, number)
-        read = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        return linear(read.transpose(1, 2).flatten(2), layer["self_attn.o_proj"], layer.get("o_bias"))
+        sizes = [end - begin for begin, end in spans]
+        q, kv = q.transpose(0, 1)[None], torch.stack((k, v)).transpose(1, 2)
+        read = []
+        for (begin, end), state, own, new in zip(spans, states, q.split(sizes, 2), kv.split(sizes, 2), strict=True):
+            state[:, :, begin:end] = new
+            keys, values = state[:, None, :, :end]
+            seen = self._seen[begin:end, :end] if end - begin > 1 else None
+            read.append(scaled_dot_product_attention(own, keys, values, attn_mask=seen, enable_gqa=True))
+        together = torch.cat(read, 2)[0].transpose(0, 1).flatten(1)
+        return linear(together, layer["self_attn.o_proj"], layer.get("o_bias"))
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self._epsilon)
 
 
-def small_qwen3(network: PreTrainedModel) -> Qwen3Classifier | None:
+def small_qwen3(network: PreTrainedModel, longest: int) -> Qwen3Classifier | None:
     """Return a classifier of the same logits; ``None`` where the network is another kind, or they differ."""
     config: Any = network.config
     rope = getattr(config, "rope_parameters", None) or {}
     layers = set(getattr(config, "layer_types", None) or [""])
     if config.model_type != "qwen3" or rope.get("rope_type") != "default" or layers != {"full_attention"}:
         return None
-    from transformers import DynamicCache
-
-    made, ids = Qwen3Classifier(network), torch.arange(12)[None] % config.vocab_size
+    made, ids = Qwen3Classifier(network, longest), torch.arange(min(12, longest)) % config.vocab_size
     with torch.inference_mode():
-        differences = made(ids, torch.ones_like(ids), ids, DynamicCache()) - network(input_ids=ids).logits
+        own = made(ids, [(0, len(ids))], [made.room(longest)])
+        differences = own - network(input_ids=ids[None]).logits[0]
     return made if differences.abs().max() < TOLERANCE else None
 
 
@@ -92,7 +112,7 @@ def _layer(weights: Weights, prefix: str, heads: tuple[int, int]) -> Weights:
     layer = {name.removesuffix(".weight"): weight for name, weight in own.items()}
     projections = [f"self_attn.{name}_proj" for name in "qkv"]
     norms = [layer.pop(f"self_attn.{name}_norm").repeat(count, 1) for name, count in zip("qk", heads, strict=True)]
-    layer["qk_norm"] = torch.cat(norms)[:, None]
+    layer["qk_norm"] = torch.cat(norms)
     layer["qkv"] = torch.cat([layer.pop(name) for name in projections])
     layer["gate_up"] = torch.cat([layer.pop(f"mlp.{name}_proj") for name in ("gate", "up")])
     if f"{projections[0]}.bias" in layer:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from tessy_hf.boundary.qwen3 import small_qwen3
 from tessy_hf.engines.forward import CACHE_ARGUMENTS, cache_argument, takes
-from tessy_hf.engines.kv_pool import KVPool, Row
+from tessy_hf.engines.kv_pool import KVPool, Row, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,18 +40,46 @@ class WindowCache:
 
     def __init__(self, network: PreTrainedModel, window: int) -> None:
         model_class: Any = type(network)
-        self._network, self._argument = network, cache_argument(model_class)
-        self._small = small_qwen3(network)
+        self._network, self._argument, self._window = network, cache_argument(model_class), window
         sample, zero = DynamicCache(), torch.zeros((1, 1), dtype=torch.long)
         self._labels(zero, zero + 1, zero, sample)
         self._pool = KVPool(sample, room=window // 4)
         self._most = max(1, CACHE_BYTES // (self._pool.token_bytes * window))  # windows
         self._recent: OrderedDict[str, None] = OrderedDict()
+        self._small = small_qwen3(network, window)
+        self._grown: dict[str, tuple[array[int], torch.Tensor]] = {}  # for it
 
     @torch.inference_mode()
     def read(self, windows: Sequence[Sequence[int]], since: Sequence[int]) -> list[list[int]]:
         """Return the labels of each window from an index on."""
-        keys = _keys(windows)
+        keys, found = _keys(windows), list[list[int]]()
+        fits = self._small is not None and max(map(len, windows)) <= self._window
+        read = self._read_small if fits else self._read_padded
+        for at in range(0, len(keys), self._most):
+            part = slice(at, at + self._most)
+            found += read(keys[part], windows[part], since[part])
+            self._keep(keys[part])
+        return found
+
+    def _read_small(
+        self, keys: Sequence[str], windows: Sequence[Sequence[int]], since: Sequence[int]
+    ) -> list[list[int]]:
+        assert self._small is not None
+        own, spans, new = [], [], array("i")
+        for key, window, begin in zip(keys, (array("i", window) for window in windows), since, strict=True):
+            held, states = self._grown.pop(key, None) or (array("i"), self._small.room(self._window))
+            kept = min(common_prefix(held, window), begin)
+            own.append((window, states))
+            spans.append((kept, len(window)))
+            new += window[kept:]
+        logits = self._small(torch.frombuffer(new, dtype=torch.int32), spans, [states for _, states in own])
+        self._grown.update(zip(keys, own, strict=True))
+        labels = logits.argmax(-1).split([end - kept for kept, end in spans])
+        return [each[begin - kept :].tolist() for each, begin, (kept, _) in zip(labels, since, spans, strict=True)]
+
+    def _read_padded(
+        self, keys: Sequence[str], windows: Sequence[Sequence[int]], since: Sequence[int]
+    ) -> list[list[int]]:
         rows = list(map(self._open, keys, windows, since))
         found: dict[int, list[int]] = {}
         for group in _groups([len(row.ids) - row.kept for row in rows], self._most):
@@ -60,7 +88,6 @@ class WindowCache:
             for i, own in zip(group, labels, strict=True):
                 found[i] = own[len(own) - len(windows[i]) + since[i] :]
             self._pool.store(batch)
-        self._keep(keys)
         return [found[i] for i in range(len(windows))]
 
     def _open(self, key: str, window: Sequence[int], since: int) -> Row:
@@ -71,8 +98,6 @@ class WindowCache:
     def _labels(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: object
     ) -> list[list[int]]:
-        if self._small is not None:
-            return self._small(ids, mask, positions, cache).argmax(-1).tolist()
         inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": True, self._argument: cache}
         labels: list[list[int]] = self._network(input_ids=ids, **inputs).logits.argmax(-1).tolist()
         return labels
@@ -83,7 +108,9 @@ class WindowCache:
             self._recent[key] = None
             self._recent.move_to_end(key)
         while len(self._recent) > self._most:
-            self._pool.release(self._recent.popitem(last=False)[0])
+            key, _ = self._recent.popitem(last=False)
+            self._pool.release(key)
+            self._grown.pop(key, None)
 
 
 def can_cache(network: PreTrainedModel) -> bool:

@@ -98,7 +98,7 @@ class KVPool:
     def open(self, key: str, ids: Sequence[int]) -> Row:
         """Return a row with the length of its cached prefix, which leaves at least one id to read."""
         own = array("i", ids)
-        return Row(key, own, _common(self._rows[key].ids, own) if key in self._rows else 0)
+        return Row(key, own, common_prefix(self._rows[key].ids, own) if key in self._rows else 0)
 
     def release(self, key: str) -> None:
         """Forget a row, if it is known."""
@@ -159,7 +159,7 @@ def _tensors(cache: Any) -> list[torch.Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
-def _common(held: array[int], ids: array[int]) -> int:
+def common_prefix(held: array[int], ids: array[int]) -> int:
     """Return how many leading ids agree, leaving at least one to read."""
     length = min(len(held), len(ids) - 1)
     if length <= 0 or held[:length] == ids[:length]:

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from transformers import (
-    DynamicCache,
     LlamaConfig,
     LlamaForTokenClassification,
     Qwen3Config,
@@ -67,7 +66,7 @@ def test_labels_do_not_depend_on_what_was_read_before(made, kept_bytes, monkeypa
 
 def test_only_what_is_new_goes_through_the_network(monkeypatch):
     stock, read = network(), []
-    monkeypatch.setattr("tessy_hf.boundary.window_cache.small_qwen3", lambda network: None)
+    monkeypatch.setattr("tessy_hf.boundary.window_cache.small_qwen3", lambda network, longest: None)
     cache, forward = WindowCache(stock, WINDOW), stock.forward
     monkeypatch.setattr(stock, "forward", lambda **given: read.append(given["input_ids"].numel()) or forward(**given))
     ids = list(range(100, 100 + WINDOW))
@@ -81,20 +80,18 @@ def test_only_what_is_new_goes_through_the_network(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 def test_logits_in_few_calls_are_those_of_transformers(bias):
     stock = network(attention_bias=bias)
-    made, ids = small_qwen3(stock), torch.randint(512, (3, 20))
-    mask, positions = torch.ones((3, 20), dtype=torch.long), torch.arange(20).expand(3, -1).clone()
-    mask[1, :7], positions[1] = 0, (torch.arange(20) - 7).clamp(0)
+    made, texts = small_qwen3(stock, WINDOW), torch.randint(512, (3, 20))
+    cuts = (((0, 12), (0, 5), (0, 19)), ((12, 20), (5, 17), (19, 20)))
+    states = [made.room(WINDOW) for _ in texts]
     with torch.inference_mode():
-        expected = stock(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-        cache = DynamicCache()
-        found = [
-            made(ids[:, part], mask[:, : part.stop], positions[:, part], cache)
-            for part in (slice(0, 12), slice(12, 20))
-        ]
-    assert torch.allclose(torch.cat(found, 1)[mask.bool()], expected[mask.bool()], atol=1e-4)
+        for spans in cuts:
+            ids = torch.cat([text[begin:end] for text, (begin, end) in zip(texts, spans, strict=True)])
+            found = made(ids, spans, states).split([end - begin for begin, end in spans])
+            for text, (begin, end), own in zip(texts, spans, found, strict=True):
+                assert torch.allclose(own, stock(input_ids=text[None, :end]).logits[0, begin:], atol=1e-4)
 
 
 def test_other_networks_are_left_to_transformers():
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
-    assert small_qwen3(llama()) is None and small_qwen3(network(rope_parameters=scaled)) is None
-    assert small_qwen3(network(use_sliding_window=True, sliding_window=8, max_window_layers=0)) is None
+    assert small_qwen3(llama(), WINDOW) is None and small_qwen3(network(rope_parameters=scaled), WINDOW) is None
+    assert small_qwen3(network(use_sliding_window=True, sliding_window=8, max_window_layers=0), WINDOW) is None

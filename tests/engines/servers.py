@@ -113,6 +113,24 @@ def processes(*described, logs, health):
             process.kill()
 
 
+@contextmanager
+def restartable(command, environment, logs):
+    """Yield the address of a server and how to start it, at the same port each time. Those that were started end."""
+    port, running = free_ports(1)[0], []
+
+    def start():
+        log, given = logs / f"{port}-{len(running)}.log", {**environment, "PYTHONPATH": os.getcwd()}
+        running.append(Process([*command, "--port", str(port)], given, log))
+        running[-1].wait_for(f"http://127.0.0.1:{port}/health")
+        return running[-1]
+
+    try:
+        yield f"http://127.0.0.1:{port}/v1", start
+    finally:
+        for process in running:
+            process.kill()
+
+
 def vllm(*options, author="student", model=None):
     """Describe a vLLM server of one of the miniature models, or of another one, under the name of its folder."""
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
@@ -127,6 +145,29 @@ def vllm(*options, author="student", model=None):
         "OMP_NUM_THREADS": "1",
     }
     return [*module, *model, *cpu, *options], environment
+
+
+SERVE = """
+from importlib import metadata
+own = metadata.version
+
+def version(name):  # vLLM for CPUs is a package of another name, which its command does not know
+    try:
+        return own(name)
+    except metadata.PackageNotFoundError:
+        return own(name + "-cpu") + "+cpu"
+
+metadata.version = version
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    main()
+"""
+
+
+def vllm_serve(*options):
+    """Describe `vllm serve`, which has options that its module ignores, such as ``--api-server-count``."""
+    (python, _, _, *rest), environment = vllm(*options)
+    return [python, "-c", SERVE, "serve", *rest], environment
 
 
 def transformers_serve(cache):

@@ -3,7 +3,6 @@
 import asyncio
 import importlib.util
 import logging
-import os
 from array import array
 
 import aiohttp
@@ -143,22 +142,13 @@ def test_what_the_engine_refuses_fails_the_row():
 @pytest.fixture(scope="module")
 def vllm_server(tmp_path_factory):
     """Start a vLLM server with the middleware and a key, at the same port each time. Yields how, and its address."""
-    port, running = servers.free_ports(1)[0], []
-    command, environment = servers.vllm(
-        "--middleware", "tessy_hf.vllm_middleware.Deltas", "--api-key", "key", "--port", str(port)
-    )
-
-    def start():
-        log = tmp_path_factory.mktemp("vllm") / "log"
-        running.append(servers.Process(command, {**environment, "PYTHONPATH": os.getcwd()}, log))
-        running[-1].wait_for(f"http://127.0.0.1:{port}/health")
-        return running[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
+    described = servers.vllm("--middleware", "tessy_hf.vllm_middleware.Deltas", "--api-key", "key")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        servers.restartable(*described, logs=tmp_path_factory.mktemp("vllm")) as (url, start),
+    ):
         patch.setenv("OPENAI_API_KEY", "key")
-        yield start, f"http://127.0.0.1:{port}/v1", start()
-    for process in running:
-        process.kill()
+        yield start, url, start()
 
 
 def real(url, **options):
