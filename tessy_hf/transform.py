@@ -151,8 +151,8 @@ class TessyTransform(BatchFunction):
 
     def record(self) -> provenance.RunRecord:
         """Describe the run: models and their revisions, settings, prompts, libraries and this machine."""
-        origin = self.source, self._begun, self.recipe
-        return provenance.record(*self._asked, self.settings, self.run_fingerprint, *origin)
+        asked = *self._asked, self.settings, self.run_fingerprint
+        return provenance.record(*asked, self.source, self._begun, self.recipe)
 
     def write(self, rows: Dataset | IterableDataset, path: str | Path, *, overwrite: bool = False) -> int:
         """Write rows to a ``.parquet`` or ``.jsonl`` file with the run's record, all or none; return their number.

@@ -81,7 +81,9 @@ class Qwen3Classifier:
         sizes = [end - begin for begin, end in spans]
         q, kv = q.transpose(0, 1)[None], torch.stack((k, v)).transpose(1, 2)
         read = []
-        for (begin, end), state, own, new in zip(spans, states, q.split(sizes, 2), kv.split(sizes, 2), strict=True):
+        for (begin, end), state, own, new in zip(
+            spans, states, torch.split(q, sizes, 2), torch.split(kv, sizes, 2), strict=True
+        ):
             state[:, :, begin:end] = new
             keys, values = state[:, None, :, :end]
             seen = self._seen[begin:end, :end] if end - begin > 1 else None

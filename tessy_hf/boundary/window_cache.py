@@ -67,14 +67,14 @@ class WindowCache:
         assert self._small is not None
         own, spans, new = [], [], array("i")
         for key, window, begin in zip(keys, (array("i", window) for window in windows), since, strict=True):
-            held, states = self._grown.pop(key, None) or (array("i"), self._small.room(self._window))
+            held, states = self._grown.pop(key) if key in self._grown else (array("i"), self._small.room(self._window))
             kept = min(common_prefix(held, window), begin)
             own.append((window, states))
             spans.append((kept, len(window)))
             new += window[kept:]
         logits = self._small(torch.frombuffer(new, dtype=torch.int32), spans, [states for _, states in own])
         self._grown.update(zip(keys, own, strict=True))
-        labels = logits.argmax(-1).split([end - kept for kept, end in spans])
+        labels = torch.split(logits.argmax(-1), [end - kept for kept, end in spans])
         return [each[begin - kept :].tolist() for each, begin, (kept, _) in zip(labels, since, spans, strict=True)]
 
     def _read_padded(

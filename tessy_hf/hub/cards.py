@@ -140,7 +140,7 @@ def _update(data: DatasetCardData, manifest: Manifest, other_splits: Mapping[str
     data.language_creators = data.language_creators or ["machine-generated"]
     methods = sorted({run.method for run in manifest.runs if run.method})
     data["tags"] = _united(data.get("tags"), (*TAGS, *(method for method in methods if method != "tessy")))
-    if prompts := [source.id for source in sources(manifest)]:
+    if prompts := [source.id for source in sources(manifest) if source.id]:
         data.source_datasets = _united(data.source_datasets, prompts)
     layout.update(data, manifest, other_splits)
     data.size_categories = [size_category(layout.rows_on_card(data))]
