@@ -4,6 +4,7 @@ Judges mechanics, not what so small models say. `make test-real` fetches what it
 """
 
 import asyncio
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from tessy_hf import ServerEngine, TransformersEngine
 from tessy_hf.report.page import write_report
 from tessy_hf.text.vocabulary import CLAUSE_END
-from tests import crashes, real_models, real_pair
+from tests import crashes, documents, real_models, real_pair
 from tests.engines import servers
 from tests.engines.contract import request
 from tests.real_pair import said, transform, write
@@ -22,6 +23,13 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore"),  # of engines and trainers about themselves
 ]
+
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+"""How Gemma 3 lays out a chat; the base model that is here has no template."""
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,33 @@ def test_a_report_shows_the_rows(rows, tmp_path):
     rows.to_parquet(tmp_path / "rows.parquet")
     write_report(str(tmp_path / "rows.parquet"), tmp_path / "report.html")
     assert "</html>" in (tmp_path / "report.html").read_text()
+
+
+def test_the_instruct_pair_of_the_readme_writes_rows(tmp_path):
+    """As a reader runs it: the ids of the README resolve in the Hub's cache, to the models that are here."""
+    models = {"google/gemma-3-270m-it": ("gemma-3", GEMMA), "HuggingFaceTB/SmolLM2-135M-Instruct": ("smollm2", None)}
+    (block,) = (b for b in documents.blocks(documents.ROOT / "README.md") if all(name in b.code for name in models))
+    cache_of_the_hub(tmp_path / "hub", models)
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", block.code]
+    ran = subprocess.run(command, env={**real_models.os.environ, **environment}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    first = ran.stdout.splitlines()[0]
+    assert re.fullmatch(r"(stop|length|repetition) · \d+ tokens · teacher [\d.]+%", first), ran.stdout
+
+
+def cache_of_the_hub(folder, models):
+    """Lay models out as the Hub's cache has them."""
+    for repo_id, (name, chat_template) in models.items():
+        revision = "0" * 40
+        snapshot = folder / f"models--{repo_id.replace('/', '--')}" / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text(revision)
+        for file in real_models.model(name).iterdir():
+            (snapshot / file.name).symlink_to(file)
+        if chat_template:
+            (snapshot / "chat_template.jinja").write_text(chat_template)
 
 
 # --- other engines
