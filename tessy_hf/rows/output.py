@@ -227,27 +227,17 @@ def write_rows(
     overwrite: bool = False,
 ) -> int:
     """Write a dataset of finished rows, see :meth:`tessy_hf.transform.TessyTransform.write`."""
-    from datasets import Dataset
-
     output, features = Output(path, overwrite=overwrite), features_of(rows)
     hashed, wanted = hashed_columns(settings, list(features)), set[RowKey]()
-    known = isinstance(rows, Dataset)
 
     def tables() -> Iterator[pa.Table]:
-        return parquet.tables(rows.with_format(None), features)
-
-    def streamed() -> Iterator[pa.Table]:
-        """Which prompts a stream has is known in the end; nothing has been replaced then."""
-        for table in tables():
+        for table in parquet.tables(rows.with_format(None), features):
             wanted.update(parquet.keys(table, settings.id_column, hashed))
             yield table
-        output.check_old(fingerprint, settings, lambda: wanted)
+        output.check_old(fingerprint, settings, lambda: wanted)  # all are known, none is replaced
 
-    def keys() -> list[RowKey]:
-        return [key for table in tables() for key in parquet.keys(table, settings.id_column, hashed)]
-
-    output.check_old(fingerprint, settings, keys if known else None)
-    return output.write(tables() if known or overwrite else streamed(), features, record)
+    output.check_old(fingerprint, settings)
+    return output.write(tables(), features, record)
 
 
 def _why_kept(path: Path, fingerprint: str, settings: Settings, asked: Collection[RowKey] | None) -> str | None:
