@@ -163,13 +163,9 @@ def test_the_template_of_the_distilled_student_keeps_the_thinking():
     engine = ScriptedEngine({}, tokenizer=tokenizer)
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
     opened = tokenizer.apply_chat_template(chat, chat_template=R1, tokenize=False, add_generation_prompt=True)
-    given = tokenizer.chat_template
-    try:
-        speaker = Speaker(engine, chat_template=student.chat_template)
-        speaker.check_templates(student=True)
-        assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == opened
-    finally:
-        tokenizer.chat_template = given
+    speaker = Speaker(engine, chat_template=student.chat_template)
+    speaker.check_templates(student=True)
+    assert speaker.vocabulary.chat_text(chat, add_generation_prompt=True) == opened
 
 
 # --- collecting prompts

@@ -317,13 +317,9 @@ def test_a_student_whose_template_drops_thinking_is_refused_before_anything_runs
 
 def test_a_template_that_keeps_thinking_can_be_given():
     engine = ScriptedEngine(play, tokenizer=make_tokenizer("r1"))
-    original = engine.tokenizer.chat_template
-    try:
-        speaker = Speaker(engine, chat_template=R1_KEEPS)
-        transform = TessyTransform(teacher=speaker, student=speaker, method="student-only", id_column="id")
-        rows = rows_of(prompts(1), transform)
-    finally:
-        engine.tokenizer.chat_template = original
+    speaker = Speaker(engine, chat_template=R1_KEEPS)
+    transform = TessyTransform(teacher=speaker, student=speaker, method="student-only", id_column="id")
+    rows = rows_of(prompts(1), transform)
     assert rows[0]["messages"][-1]["content"].startswith("<think>\nokay so row r0")
 
 

@@ -24,7 +24,6 @@ from tessy_hf.errors import TemplateError as ChatTemplateError
 from tessy_hf.method.alternation import synthesize
 from tessy_hf.method.speaker import Speaker
 from tessy_hf.plan import Plan, Sampling
-from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Prompt
 
 PROMPTS = {name: Path(__file__).with_name(f"annotation_{name}.jinja") for name in ("rules", "paper")}
@@ -166,8 +165,7 @@ async def _ask_thinking(annotator: Speaker, prompt: Prompt, settings: Annotation
 
 async def _ask_plainly(annotator: Speaker, prompt: Prompt, settings: AnnotationSettings) -> tuple[str, bool]:
     """Let the model answer without thinking; return its answer, and whether that is complete."""
-    engine = annotator.engine
-    vocabulary = Vocabulary(engine.tokenizer, engine.model)
+    engine, vocabulary = annotator.engine, annotator.vocabulary
     text = vocabulary.chat_text(prompt.messages, add_generation_prompt=True, **annotator.template_options)
     ids = vocabulary.encode_template(text)
     completion = await engine.complete(

@@ -86,7 +86,7 @@ class Sources:
             self._describe(run_record.of_schema(schema), keys)
             known = self._settings_known
             hashed = hashed_columns(known, schema.names) if known is not None else []
-            hashed = [name for name in hashed if name not in ("key", "prompt_hash")]
+            hashed = [name for name in hashed if name != "key"]
             for key, run, place in files.keys(file, self._id_column(schema.names, file), hashed):
                 self._keep(key, run, Found(place.failed, lambda place=place: files.row(place)))  # type: ignore[misc]
 

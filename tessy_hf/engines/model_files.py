@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -89,6 +90,19 @@ def located(model: str) -> str:
     if name not in known:
         raise SettingsError(f"There is no miniature model {model!r}. Known: {', '.join(DEMO + one for one in known)}.")
     return str(_MINIATURES / name)
+
+
+def refuse_code(options: Mapping[str, Any]) -> None:
+    """Refuse options of a library that let it run code which comes with a checkpoint.
+
+    Raises:
+        SettingsError: They do.
+    """
+    if options.get("trust_remote_code"):
+        raise SettingsError(
+            "trust_remote_code=True is not supported: code of a checkpoint is never run. Use an architecture that the "
+            "library has, or serve the model yourself and pass its address to ServerEngine."
+        )
 
 
 def commit(name: str, revision: str | None) -> str | None:

@@ -91,9 +91,10 @@ class Sampler:
 
     def _draw(self, probabilities: torch.Tensor, step: int) -> torch.Tensor:
         mass = probabilities.cumsum(-1)
-        number = torch.from_numpy(uniform(self._seeds, self._lengths + np.uint64(step))).to(mass.device)
+        drawn = uniform(self._seeds, self._lengths + np.uint64(step))
+        number = torch.from_numpy(drawn).float().to(mass.device)  # MPS has no float64
         whole = mass[:, -1:]
-        target = torch.minimum(number[:, None].float() * whole, whole.nextafter(torch.zeros_like(whole)))
+        target = torch.minimum(number[:, None] * whole, whole.nextafter(torch.zeros_like(whole)))
         return torch.searchsorted(mass, target, right=True)[:, 0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -15,6 +16,8 @@ from tessy_hf.retries import TransientError
 
 SECONDS = 1.0
 """How long servers may take to answer. Without an answer the run asks again once they are up."""
+
+logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -55,6 +58,13 @@ class ServedModel:
             raise EngineDeadError(
                 f"The servers of {self._given[0]!r} serve {roots[0]!r} now, and served {self._root!r} when this run "
                 "was made. One model for a run is expected; make a new ServerEngine for the new one."
+            )
+        if len(different := dict.fromkeys(roots)) > 1:
+            logger.warning(
+                "The servers of %r serve several models under this name: %s. One is expected, or rows are by "
+                "different models; serve the same one everywhere, from the same path.",
+                self._given[0],
+                ", ".join(different),
             )
 
 

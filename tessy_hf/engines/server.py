@@ -114,11 +114,6 @@ class ServerEngine:
         """Whether a server has said what it serves."""
         return self._served.is_known
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's Hub id or folder."""
-        return self.files.model
-
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -248,9 +243,8 @@ class _Session:
 
     @property
     def roots(self) -> list[str]:
-        """What the servers say they serve, in the order of their addresses."""
-        roots, fixed = self.client.roots, self._engine.addresses.fixed
-        return [roots[server] for server in (fixed or sorted(roots))]
+        """What the servers in use say they serve."""
+        return [self.client.roots[replica.url] for replica in self.replicas]
 
     def release(self, row: str) -> None:
         self.replicas.release(row)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Measure, Request, Scores, load_tokenizer
 from tessy_hf.engines.devices import pick_device, share_cores
-from tessy_hf.engines.model_files import ModelFiles
+from tessy_hf.engines.model_files import ModelFiles, refuse_code
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ class TransformersEngine:
             raise SettingsError(
                 f"max_batch is {max_batch}; at least one row must fit. Pass for instance max_batch=64."
             )
-        if options.get("trust_remote_code"):
-            raise SettingsError(
-                "trust_remote_code=True is not supported: code of a checkpoint is never run. Use an architecture that "
-                "transformers has, or serve the model with vLLM (ServerEngine)."
-            )
+        refuse_code(options)
         self.model = str(model)
         self.files = ModelFiles(self.model, revision)
         self._dtype = dtype
@@ -95,7 +91,7 @@ class TransformersEngine:
     @property
     def identity(self) -> dict[str, Any]:
         """Model (a folder by its content), revision, precision, and each option that may change the text."""
-        options = {name: _plain(value) for name, value in self._options.items() if name not in NOT_IDENTITY}
+        options = {name: plain(value) for name, value in self._options.items() if name not in NOT_IDENTITY}
         identity = {"engine": "transformers", **self.files.identity}
         return {**identity, "dtype": str(self._dtype), **({"options": options} if options else {})}
 
@@ -177,7 +173,7 @@ class TransformersEngine:
         return f"TransformersEngine({self.model!r})"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return an option's value as plain data, the same in every process."""
     return json.loads(json.dumps(value, default=lambda it: it.to_dict() if hasattr(it, "to_dict") else str(it)))
 

@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessy_hf.engines.base import Completion, Measure, Request, Scores, derive_seed, load_tokenizer
-from tessy_hf.engines.model_files import ModelFiles
+from tessy_hf.engines.model_files import ModelFiles, refuse_code
+from tessy_hf.engines.transformers import plain
 from tessy_hf.engines.vllm_process import Kind, Output, Started, VLLMProcess, check_installed
 from tessy_hf.errors import EngineDeadError, RequestError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+DECISIVE = frozenset(
+    "attention_backend attention_config calculate_kv_scales config_format disable_sliding_window generation_config "
+    "hf_config_path hf_overrides kv_cache_dtype load_format logits_processors model_impl model_loader_extra_config "
+    "override_generation_config quantization_config".split()
+)
+"""Options of vLLM that decide what a model writes, besides ``quantization``; most others are for speed and memory."""
 
 
 class VLLMEngine:
@@ -34,7 +42,7 @@ class VLLMEngine:
             the last prompt.
 
     Raises:
-        SettingsError: ``data_parallel_size`` is above 1.
+        SettingsError: ``data_parallel_size`` is above 1, or an option would run code that comes with the model.
     """
 
     MAX_RESTARTS = 2
@@ -46,6 +54,7 @@ class VLLMEngine:
                 f"VLLMEngine got data_parallel_size={options['data_parallel_size']}. It runs one replica of the "
                 "model; start replicas with `vllm serve` and pass their addresses to ServerEngine."
             )
+        refuse_code(options)
         self.model = str(model)
         self.streams = True
         self.measures: frozenset[Measure] = frozenset(("logprobs", "entropies", "score"))
@@ -59,13 +68,14 @@ class VLLMEngine:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model (a folder by its content), revision and precision."""
-        quantization = self._options.get("quantization")
+        """Model (a folder by its content), revision, precision, and each option of :data:`DECISIVE`."""
+        options = {name: plain(value) for name, value in self._options.items() if name in DECISIVE}
         return {
             "engine": "vllm",
             **self.files.identity,
             "dtype": self._dtype,
-            "quantization": quantization,
+            "quantization": self._options.get("quantization"),
+            **({"options": options} if options else {}),
         }
 
     @property

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
+from tessy_hf.engines.model_files import refuse_code
 from tessy_hf.errors import EngineDeadError, RequestError
 
 _log = logging.getLogger("tessy_hf")
@@ -166,11 +167,15 @@ class VLLMProcess:
         model: Hub id or folder.
         options: Arguments of ``vllm.EngineArgs``; they override :data:`DEFAULTS`.
 
+    Raises:
+        SettingsError: An option would run code that comes with the model.
+
     Attributes:
         started: What vLLM says of itself; ``None`` before :meth:`start`.
     """
 
     def __init__(self, model: str, options: dict[str, Any]) -> None:
+        refuse_code(options)
         self.model = model
         self.started: Started | None = None
         self._options = {**DEFAULTS, "model": model, **options}

@@ -18,6 +18,41 @@ from tessy_hf.text.transcript import Preview, TokenList
 
 
 class Judge:
+    """A rule of who writes next at work on one author of one row. Each word of the author's text is judged once."""
+
+    def __init__(self) -> None:
+        self._judged = 0  # words of the author's text that are known to be its own to write
+
+    @property
+    def waits(self) -> bool:
+        """Whether a word is judged only when it is complete."""
+        return True
+
+    @property
+    def lookahead(self) -> int:
+        """How many words beyond a word must have begun before it is judged."""
+        return 0
+
+    async def first_of_other_kind(self, chunk: Chunk) -> int | None:
+        """Return the index of the first word, of those not judged yet, that the other author is to write."""
+        raise NotImplementedError
+
+    def settle(self, count: int) -> None:
+        """Forget the first ``count`` words of the text: they are settled."""
+        self._judged = max(0, self._judged - count)
+
+    def restart(self) -> None:
+        """Judge the author's text from its first word on."""
+        self._judged = 0
+
+    def _next(self, stop: int) -> range:
+        """Return the words before ``stop`` that are to be judged now."""
+        asked = range(self._judged, max(self._judged, stop))
+        self._judged = asked.stop
+        return asked
+
+
+class PredictorJudge(Judge):
     """One author's boundary predictor at work on one row.
 
     Args:
@@ -27,8 +62,8 @@ class Judge:
     """
 
     def __init__(self, predictor: BoundaryPredictor, reader: TokenList, *, own_kind: bool) -> None:
+        super().__init__()
         self._predictor, self._reader, self._own_kind = predictor, reader, own_kind
-        self._judged = 0  # words of the author's text that are known to be of its own kind
 
     @property
     def waits(self) -> bool:
@@ -40,19 +75,9 @@ class Judge:
         """How many words beyond a word must have begun before it is judged."""
         return self._predictor.lookahead
 
-    def settle(self, count: int) -> None:
-        """Forget the first ``count`` words of the text: they are settled."""
-        self._judged = max(0, self._judged - count)
-
-    def restart(self) -> None:
-        """Judge the author's text from its first word on."""
-        self._judged = 0
-
     async def first_of_other_kind(self, chunk: Chunk) -> int | None:
         """Return the index of the first word, of those not judged yet, that is not the author's kind of text."""
-        stop = chunk.complete if self.waits else chunk.begun
-        asked = range(self._judged, max(self._judged, stop))
-        self._judged = asked.stop
+        asked = self._next(chunk.complete if self.waits else chunk.begun)
         if not asked:
             return None
         followed = range(asked.start, min(asked.stop, len(chunk.words) - self.lookahead))

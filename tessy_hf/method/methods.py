@@ -185,8 +185,10 @@ class _Row:
         laid.append(text.text("thinking") + (before if text.closed else ""))
         whole = [*laid.ids, *(marker if text.closed else ())]
         whole += student.vocabulary.encode(text.text("answer"), whole[-1]).ids
-        scores = await student.engine.score(whole[: len(ids)], whole[len(ids) :], row=key, order=self.prompt.order)
-        student.engine.release(key)
+        try:
+            scores = await student.engine.score(whole[: len(ids)], whole[len(ids) :], row=key, order=self.prompt.order)
+        finally:
+            student.engine.release(key)
         found = surprise(*scores)
         return found and found.rsr
 

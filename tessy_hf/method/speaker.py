@@ -5,11 +5,12 @@ A speaker is a light description until :meth:`Speaker.start`, so that it can be 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.engines.base import Engine
@@ -21,6 +22,9 @@ from tessy_hf.text.tool_rendering import check_tools
 from tessy_hf.text.vocabulary import Vocabulary
 from tessy_hf.trajectory import Author, Message, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _EXPECTED = (
     f"Expected is one of {', '.join(FAMILIES)}, or the markers: ThinkingFormat(open=..., close=..., end_marker=..., "
     "key=...), or ThinkingFormat(final_answer=...) for a model without thinking; in YAML as a mapping."
@@ -30,6 +34,7 @@ _EXPECTED = (
 class _Tokenizer(NamedTuple):
     """The engine's tokenizer, read."""
 
+    source: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     thinking_format: ThinkingFormat
     end_ids: frozenset[int]
@@ -103,15 +108,17 @@ class Speaker:
 
     @property
     def _tokenizer(self) -> _Tokenizer:
-        tokenizer = self.engine.tokenizer
-        if self._loaded is None or self._loaded.vocabulary.tokenizer is not tokenizer:
+        source = self.engine.tokenizer
+        if self._loaded is None or self._loaded.source is not source:
+            tokenizer = source
             if self.chat_template is not None:
+                tokenizer = copy.copy(source)  # another speaker may share the engine
                 tokenizer.chat_template = self.chat_template
             vocabulary = Vocabulary(tokenizer, self.engine.model)
             found = detect(vocabulary, self.given_format, **self.template_options)
             before = found.close.partition(found.end_marker)[0] if found.thinks else ""
             closing = before, vocabulary.encode_template(found.close[len(before) :])
-            self._loaded = _Tokenizer(vocabulary, found, end_ids(found, vocabulary), closing)
+            self._loaded = _Tokenizer(source, vocabulary, found, end_ids(found, vocabulary), closing)
         return self._loaded
 
     @property

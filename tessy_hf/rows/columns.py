@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 
     from tessy_hf.text.vocabulary import Vocabulary
 
-COLUMNS = (
-    "messages",
-    "thinking",
-    "answer",
-    "spans",
-    "teacher_tokens",
-    "student_tokens",
-    "teacher_token_ratio",
-    "student_token_ratio",
-    "thinking_teacher_token_ratio",
-    "discarded_teacher_tokens",
-    "discarded_student_tokens",
-    "generated_teacher_tokens",
-    "generated_student_tokens",
-    "finish_reason",
-    "exhausted_budget",
-    "error",
-    "verdict",
-    "teacher_score",
-    "candidates",
-    "teacher_reference",
-    "method",
-    "run_fingerprint",
-    "seed",
-)
+_TYPES = {
+    "messages": "messages",
+    "thinking": "string",
+    "answer": "string",
+    "spans": "spans",
+    "teacher_tokens": "int32",
+    "student_tokens": "int32",
+    "teacher_token_ratio": "float64",
+    "student_token_ratio": "float64",
+    "thinking_teacher_token_ratio": "float64",
+    "discarded_teacher_tokens": "int32",
+    "discarded_student_tokens": "int32",
+    "generated_teacher_tokens": "int32",
+    "generated_student_tokens": "int32",
+    "finish_reason": "string",
+    "exhausted_budget": "string",
+    "error": "string",
+    "verdict": "float64",
+    "teacher_score": "float64",
+    "candidates": "candidates",
+    "teacher_reference": "string",
+    "method": "string",
+    "run_fingerprint": "string",
+    "seed": "int64",
+}
+COLUMNS = tuple(_TYPES)
 
 _MESSAGE_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id"))
 """Keys of messages that hold no thinking."""
@@ -111,31 +112,8 @@ def schema(thinking_key: str | None = None, calls: bool = False) -> dict[str, An
         "judgement": text,
         "chosen": Value("bool"),
     }
-    return {
-        "messages": List(message),
-        "thinking": text,
-        "answer": text,
-        "spans": List(span),
-        "teacher_tokens": Value("int32"),
-        "student_tokens": Value("int32"),
-        "teacher_token_ratio": Value("float64"),
-        "student_token_ratio": Value("float64"),
-        "thinking_teacher_token_ratio": Value("float64"),
-        "discarded_teacher_tokens": Value("int32"),
-        "discarded_student_tokens": Value("int32"),
-        "generated_teacher_tokens": Value("int32"),
-        "generated_student_tokens": Value("int32"),
-        "finish_reason": text,
-        "exhausted_budget": text,
-        "error": text,
-        "verdict": Value("float64"),
-        "teacher_score": Value("float64"),
-        "candidates": List(candidate),
-        "teacher_reference": text,
-        "method": text,
-        "run_fingerprint": text,
-        "seed": Value("int64"),
-    }
+    lists = {"messages": List(message), "spans": List(span), "candidates": List(candidate)}
+    return {name: lists[kind] if kind in lists else Value(kind) for name, kind in _TYPES.items()}
 
 
 def thinking_key(keys: Collection[str]) -> str | None:

@@ -227,18 +227,16 @@ def write_rows(
     overwrite: bool = False,
 ) -> int:
     """Write a dataset of finished rows, see :meth:`tessy_hf.transform.TessyTransform.write`."""
-    from datasets import Dataset
-
     output, features = Output(path, overwrite=overwrite), features_of(rows)
-    hashed = hashed_columns(settings, list(features))
+    hashed, wanted = hashed_columns(settings, list(features)), set[RowKey]()
 
     def tables() -> Iterator[pa.Table]:
-        return parquet.tables(rows.with_format(None), features)
+        for table in parquet.tables(rows.with_format(None), features):
+            wanted.update(parquet.keys(table, settings.id_column, hashed))
+            yield table
+        output.check_old(fingerprint, settings, lambda: wanted)  # all are known, none is replaced
 
-    def wanted() -> list[RowKey]:
-        return [key for table in tables() for key in parquet.keys(table, settings.id_column, hashed)]
-
-    output.check_old(fingerprint, settings, wanted if isinstance(rows, Dataset) else None)
+    output.check_old(fingerprint, settings)
     return output.write(tables(), features, record)
 
 

@@ -116,7 +116,7 @@ def recall(fingerprint: str) -> RunRecord | None:
         return None
     try:
         return RunRecord.model_validate_json(_cached(fingerprint).read_text("utf-8"))
-    except (FileNotFoundError, ValidationError):  # the cache may be of another version
+    except (OSError, ValueError):  # the cache may be of another version
         return None
 
 

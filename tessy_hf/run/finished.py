@@ -167,7 +167,6 @@ class Rows:
 
 
 def _released(features: Features) -> Features:
-
     ours = SOURCE_TOOLS in features or features.get(TOOLS) == Value("string")  # a run stores what it showed as strings
     unseen = set() if ours else {TOOLS}
     names = {name: f"source_{name}" if name in TRAINERS_OWN | unseen else name for name in features}

@@ -58,7 +58,9 @@ class OpenStores:
 
     async def close(self) -> None:
         """Write what is left."""
-        if self.commits is not None:
-            self.commits.close()
-        if self.outbox is not None:
-            await self.outbox.close()
+        try:
+            if self.commits is not None:
+                self.commits.close()
+        finally:
+            if self.outbox is not None:
+                await self.outbox.close()

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tessy_hf.errors import PartsError
 from tessy_hf.run.shared_rows import SharedRows
 from tessy_hf.trajectory import RowKey
 
@@ -44,7 +43,7 @@ class Outbox:
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
         self._due = self._hurried = False
-        self._failure: PartsError | None = None
+        self._failure: Exception | None = None
         self._reading = asyncio.Lock()
         self._refreshed = float("-inf")
 
@@ -126,7 +125,7 @@ class Outbox:
                 rows, self._rows, self._bytes, self._due = self._rows, {}, 0, False
                 try:
                     await asyncio.to_thread(self.shared.write, rows)
-                except PartsError as error:
+                except Exception as error:  # noqa: BLE001 - raised to those who wait
                     self._failure = error
                 for key in rows:
                     waiting = self._waiting.pop(key)

@@ -125,10 +125,12 @@ class Run:
         """Cancel what is under way, close the engines, end the loop."""
         if self._loop.is_closed():
             return
-        self._call(self._stop()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            self._call(self._stop()).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     # --- start and end
 
@@ -166,9 +168,11 @@ class Run:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         self._progress.close()
-        if self._stores is not None:
-            await self._stores.close()
-        await asyncio.gather(self._teacher.close(), self._student.close())
+        try:
+            if self._stores is not None:
+                await self._stores.close()
+        finally:  # a full disk keeps no engine alive
+            await asyncio.gather(self._teacher.close(), self._student.close())
 
     def _own(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""

@@ -61,7 +61,7 @@ class SharedRows:
     def _writing(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - file systems of fsspec raise errors of their own libraries
             raise PartsError(
                 f"{what} cannot be written to {self.folder}: {error}. A folder that this user may write to, with free "
                 "space, is expected; check it and run again, nothing that is in the journal is lost."

@@ -31,6 +31,9 @@ CACHE_BYTES = 256 << 20
 PROMPT_HASH = "prompt_hash"
 """The column with the hash of what a row answers."""
 
+SHARED = ["key", PROMPT_HASH]
+"""The first columns of shared rows."""
+
 _WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az", "hf"})
 """Storage that has no folders; making one would at most make a bucket of a misspelt name."""
 
@@ -120,7 +123,8 @@ class ParquetRows:
         """
 
         def read(file: Any) -> list[pa.Table]:
-            asked = [PROMPT_HASH] if PROMPT_HASH in file.schema_arrow.names else ["messages", *hashed]
+            shared = file.schema_arrow.names[:2] == SHARED  # else such a column is of the prompts
+            asked = [PROMPT_HASH] if shared else ["messages", *hashed]
             names = list(dict.fromkeys([id_column, "finish_reason", "run_fingerprint", *asked]))
             missing = [name for name in names if name not in file.schema_arrow.names]
             if missing:
@@ -132,8 +136,9 @@ class ParquetRows:
 
         for group, found in enumerate(self._read(path, read)):
             for number, row in enumerate(found.to_pylist()):
-                besides = {name: row[name] for name in hashed}
-                asked = row.get(PROMPT_HASH) or finished_prompt_hash(decoded(row["messages"]), besides)
+                besides = {name: row[name] for name in hashed if name in row}
+                chat = decoded(row["messages"]) if "messages" in row else None
+                asked = row[PROMPT_HASH] if chat is None else finished_prompt_hash(chat, besides)
                 place = Place(path, group, number, row["finish_reason"] == "error")
                 yield RowKey(str(row[id_column]), asked), row["run_fingerprint"], place
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from tessy_hf.errors import JournalError, PromptError
+from tessy_hf.errors import DatasetError, JournalError, PromptError
 from tessy_hf.manifest import RunRecord, differences
+from tessy_hf.rows import run_record
 from tessy_hf.rows.prompt import PromptReader, read_prompts
 from tessy_hf.run.journal import Counts, Journal
 from tessy_hf.run.journal_file import is_journal
@@ -84,14 +85,15 @@ def plan(dataset: Any, settings: Settings, fingerprint: str, record: Callable[[]
             else:
                 yield key
 
+    left = keys()
+    sample = list(islice(left, SAMPLE))
     if journal is not None:
-        for line in other_runs(journal, record, keys()):
+        for line in other_runs(journal, record, sample):
             say(line)
-    unusable = done = 0  # those were counted to look them up in other journals
     if journal is None or not journal.path.exists():
-        counts = Counts(to_do=sum(1 for _ in keys()))
+        counts = Counts(to_do=len(sample) + sum(1 for _ in left))
     else:
-        counts = journal.plan(keys(), other_prompts)
+        counts = journal.plan(chain(sample, left), other_prompts)
         journal.close()
     for line in why_anew(other_prompts, settings):
         say(line)
@@ -126,10 +128,13 @@ def other_runs(journal: JournalReader, record: Callable[[], RunRecord], keys: It
 
 
 def _why(other: JournalReader, record: Callable[[], RunRecord]) -> str:
-    described = other.description()
+    try:
+        described = run_record.parse(other.description() or "{}", other.path)
+    except DatasetError:
+        return "is of another version of tessy-hf"
     if described is None:
         return "does not say what it is"
-    found = differences(RunRecord.model_validate_json(described), record())
+    found = differences(described, record())
     named = [f"{name} ({_brief(before)}, now {_brief(now)})" for name, (before, now) in found.items()]
     return f"differs in {', '.join(named[:4])}" if named else "is of another version of tessy-hf"
 

@@ -175,11 +175,7 @@ def test_an_annotator_is_let_think_unless_its_template_closes_thinking(tmp_path)
     closing = CHATML.removesuffix("{% endif %}") + closed + "{% endif %}"
     engine = Annotator()
     speaker = Speaker(engine, chat_template=closing, template_options={"enable_thinking": False})
-    original = engine.tokenizer.chat_template
-    try:
-        found = annotate(traces(2), speaker, tmp_path / "b")
-    finally:
-        engine.tokenizer.chat_template = original
+    found = annotate(traces(2), speaker, tmp_path / "b")
     assert engine.requests == 2 and found.counts == {"accepted": 2}
 
 

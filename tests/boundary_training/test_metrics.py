@@ -15,7 +15,7 @@ from tessy_hf.boundary_training.metrics import evaluate, evaluate_readings, plot
 from tessy_hf.boundary_training.readings import Reading, attribute, is_causal, read
 from tessy_hf.boundary_training.segments import Segment, word_kinds
 from tessy_hf.method.chunk import Chunk, Marks
-from tessy_hf.method.judging import Judge
+from tessy_hf.method.judging import PredictorJudge
 from tessy_hf.text.transcript import Transcript
 from tests.boundary.test_predictor import NAMED, save
 from tests.rules import vocabulary
@@ -257,6 +257,6 @@ def test_the_method_finds_the_boundary_that_is_read_with_a_look_ahead(tmp_path, 
         reader = Transcript({}, [vocabulary]).reader(vocabulary)
         ends = [end for _, end in vocabulary.encode(text).offsets]
         chunk = Chunk.read(text, ends, Marks(), kept="", stopped=True, lookahead=2)
-        found = asyncio.run(Judge(predictor, reader, own_kind=own_kind).first_of_other_kind(chunk))
+        found = asyncio.run(PredictorJudge(predictor, reader, own_kind=own_kind).first_of_other_kind(chunk))
         assert found == next((i for i, kind in enumerate(kinds) if kind != own_kind), None)
     predictor.close()

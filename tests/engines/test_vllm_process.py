@@ -9,7 +9,7 @@ import pytest
 
 from tessy_hf import demo
 from tessy_hf.engines.vllm import VLLMEngine
-from tessy_hf.engines.vllm_process import Connection, Output
+from tessy_hf.engines.vllm_process import Connection, Output, VLLMProcess
 from tessy_hf.errors import EngineDeadError, SettingsError
 
 
@@ -59,6 +59,20 @@ def test_messages_are_read_in_an_event_loop(connections):
 def test_replicas_of_a_model_are_left_to_servers():
     with pytest.raises(SettingsError, match="data_parallel_size=2.*ServerEngine"):
         VLLMEngine(demo.STUDENT, data_parallel_size=2)
+
+
+def test_code_of_a_checkpoint_is_not_run():
+    with pytest.raises(SettingsError, match="trust_remote_code"):
+        VLLMEngine(demo.STUDENT, trust_remote_code=True)
+    with pytest.raises(SettingsError, match="trust_remote_code"):
+        VLLMProcess(demo.STUDENT, {"trust_remote_code": True})
+
+
+def test_options_that_decide_the_text_are_in_the_identity():
+    plain = VLLMEngine(demo.STUDENT, gpu_memory_utilization=0.4, hf_token="secret").identity
+    assert plain == VLLMEngine(demo.STUDENT).identity
+    for decisive in ({"hf_overrides": {"rope_theta": 5.0}}, {"kv_cache_dtype": "fp8"}, {"load_format": "dummy"}):
+        assert VLLMEngine(demo.STUDENT, **decisive).identity == {**plain, "options": decisive}
 
 
 @pytest.mark.slow

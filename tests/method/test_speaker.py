@@ -30,3 +30,13 @@ def test_a_model_id_and_an_engine_stand_for_speakers():
     assert as_speaker(speaker) is speaker
     with pytest.raises(SettingsError, match="An engine is expected"):
         as_speaker(7)
+
+
+def test_speakers_that_share_an_engine_keep_their_own_chat_templates():
+    engine = ScriptedEngine({})
+    template = engine.tokenizer.chat_template
+    speakers = [Speaker(engine, chat_template=word + template) for word in ("first", "second")] + [Speaker(engine)]
+    for _ in range(2):  # whichever of them rendered last
+        prompts = [one.vocabulary.decode(one.open_turn([{"role": "user", "content": "hi"}])[0]) for one in speakers]
+        assert prompts == ["first" + prompts[2], "second" + prompts[2], prompts[2]]
+    assert engine.tokenizer.chat_template == template

@@ -149,6 +149,20 @@ def test_only_files_of_the_same_run_and_prompts_are_replaced(tmp_path, name, opt
         assert out.read_text() == content
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stream_replaces_no_row_that_it_does_not_have(tmp_path, name):
+    def run(rows, overwrite=False):
+        with scripted(journal=None) as transform:
+            return transform.write(transform.map(rows.to_iterable_dataset()), tmp_path / name, overwrite=overwrite)
+
+    assert run(prompts(4)) == 4 and run(prompts(9)) == 9
+    there = (tmp_path / name).read_bytes()
+    with pytest.raises(OutputError, match="5 of its 9 rows answer prompts that are not among these"):
+        run(prompts(4))
+    assert (tmp_path / name).read_bytes() == there
+    assert run(prompts(4), overwrite=True) == 4
+
+
 def test_a_stream_is_written_as_it_comes(tmp_path):
     source = prompts(70).to_iterable_dataset()
     with scripted() as transform:

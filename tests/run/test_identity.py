@@ -1,5 +1,6 @@
 """A row is looked up by its id and all that it asks: no prompt ever gets the row of another."""
 
+import asyncio
 import hashlib
 import json
 import shutil
@@ -295,6 +296,14 @@ def test_a_new_run_in_a_journal_says_what_is_different(tmp_path, capfd):
     assert "not reused" not in capfd.readouterr().err  # said once
 
 
+def test_a_journal_beside_it_whose_record_cannot_be_read_stops_no_run(tmp_path, capfd):
+    path, first = str(tmp_path / "rows.journal"), scripted(journal=None).run_fingerprint
+    run(prompts(3), scripted(journal=path))
+    Journal(path, first).describe(json.dumps({"fingerprint": first, "of_a_later_version": 1}))
+    assert scripted(journal=path, seed=1).plan(prompts(3)) == Counts(to_do=3)
+    assert "which is of another version of tessy-hf: they are not reused" in capfd.readouterr().err
+
+
 def test_rows_of_the_same_prompts_in_other_journals_are_named_at_the_start_of_a_run(tmp_path, capfd):
     run(prompts(3), scripted(journal=str(tmp_path / "first.journal")))
     run(prompts(9).select(range(6, 9)), scripted(journal=str(tmp_path / "others.journal"), seed=5))
@@ -344,6 +353,28 @@ def test_a_server_that_was_down_says_what_it_serves_before_rows_are_looked_up(pa
         assert rows_of(asking(a="What is 7 + 1 ?"), again) == [first] and not server.texts
     record = JournalReader(tmp_path / "rows.journal", first["run_fingerprint"]).description()
     assert json.loads(record)["student"]["model"]["root"] == "1"
+
+
+def test_replicas_that_serve_several_models_under_one_name_are_told(patient, caplog):
+    with serving("/ckpt/1") as one, serving("/ckpt/2") as other:
+        rows_of(asking(a="What is 7 + 1 ?"), served([one.url, other.url], journal=None))
+    assert "serve several models under this name: /ckpt/1, /ckpt/2" in caplog.text
+
+
+def test_a_listed_server_that_is_not_used_does_not_say_what_the_model_is(tmp_path, caplog):
+    ports = sorted(free_ports(2), key=str)
+    wrong = FakeServer(models=[{"id": "other", "max_model_len": 2048, "root": "/ckpt/0"}], at=("127.0.0.1", ports[0]))
+    with wrong, serving("/ckpt/1", at=("127.0.0.1", ports[1])) as right:
+        (tmp_path / "servers.txt").write_text(f"{wrong.url}\n{right.url}\n")
+        engine = ServerEngine("student", base_url=f"file://{tmp_path}/servers.txt", tokenizer=str(demo.STUDENT))
+
+        async def started():
+            await engine.start()
+            told = engine.identity["root"]
+            await engine.close()
+            return told
+
+        assert asyncio.run(started()) == "/ckpt/1" and "several models" not in caplog.text
 
 
 def test_servers_that_serve_another_model_while_a_run_is_made_are_refused(patient):

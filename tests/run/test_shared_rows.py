@@ -1,7 +1,9 @@
 """Finished rows on storage that all hosts see: what one host has put there, no other writes again."""
 
+import asyncio
 import random
 import signal
+import threading
 import time
 import uuid
 
@@ -10,13 +12,16 @@ import pytest
 from datasets import load_dataset
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tessy_hf import ScriptedEngine
 from tessy_hf.cluster.merge import Merge
-from tessy_hf.errors import PartsError, RequestError
+from tessy_hf.errors import JournalError, PartsError, RequestError
 from tessy_hf.rows import run_record
 from tessy_hf.rows.prompt import PromptReader
 from tessy_hf.run import outbox
+from tessy_hf.run.journal import Journal
 from tessy_hf.run.shared_rows import SharedRows
 from tessy_hf.run.storage import ParquetRows, file_system
+from tessy_hf.trajectory import RowKey
 from tests import crashes
 from tests.crashes import Work
 from tests.test_transform import play, prompts, rows_of, scripted
@@ -165,6 +170,64 @@ def test_storage_that_breaks_in_mid_run_ends_it_and_costs_no_row(tmp_path):
     rows_of(prompts(200), scripted(fault=lambda request: again.append(request.row), **given), batch_size=100)
     assert len(done & set(again)) <= 8, "finished rows were written again"
     assert list(Merge(["breaking://run"], prompts(200)).rows()) == rows_of(prompts(200), scripted())
+
+
+class Strange(MemoryFileSystem):
+    """A file system whose errors are its library's own, as those of gcsfs and adlfs are."""
+
+    protocol = "strange"
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        raise ArithmeticError("quota exceeded")
+
+
+def test_errors_of_a_storage_s_own_kind_end_the_run(tmp_path):
+    fsspec.register_implementation("strange", Strange, clobber=True)
+    with pytest.raises(PartsError, match="cannot be written to strange://run: quota exceeded"):
+        rows_of(prompts(3), scripted(parts="strange://run"))
+
+
+def test_whoever_waits_for_rows_is_told_of_any_error():
+    class Broken:
+        folder = "broken"
+
+        def done(self, key):
+            return False
+
+        def write(self, rows):
+            raise ArithmeticError("a value that Arrow cannot hold")
+
+    async def put():
+        box = outbox.Outbox(Broken(), lambda: 1, lambda: True)
+        box.add(RowKey("a"), {"thinking": "", "answer": "", "finish_reason": "stop"})
+        async with asyncio.timeout(30):
+            await box.stored()
+
+    with pytest.raises(ArithmeticError, match="Arrow"):
+        asyncio.run(put())
+
+
+def test_a_journal_that_cannot_be_closed_keeps_neither_engines_nor_parts(tmp_path, monkeypatch):
+    def full(journal):
+        raise JournalError("the disk is full")
+
+    closed, before = [], set(threading.enumerate())
+    monkeypatch.setattr(ScriptedEngine, "close", lambda engine: asyncio.sleep(0, closed.append(engine.model)))
+    monkeypatch.setattr(Journal, "close", full)
+    transform = scripted(parts=str(tmp_path / "parts"), journal=str(tmp_path / "journal"))
+    transform(prompts(2)[:])
+    with pytest.raises(JournalError, match="disk is full"):
+        transform.close()
+    assert len(closed) == 2 and "tessy" not in {one.name for one in set(threading.enumerate()) - before}
+
+
+def test_a_prompt_s_own_column_is_not_taken_for_the_hash_of_shared_rows(tmp_path):
+    rows, out = prompts(3).add_column("prompt_hash", ["x", "y", "z"]), tmp_path / "rows.parquet"
+    with scripted(journal=None) as transform:
+        written = transform.map(rows)
+        transform.write(written, out)
+        merged = Merge([str(out)], rows, settings=transform.settings)
+    assert [row["answer"] for row in merged.rows()] == written["answer"]
 
 
 def test_what_may_pass_is_tried_again():

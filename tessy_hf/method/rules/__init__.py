@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from tessy_hf.engines.base import Measure
 from tessy_hf.errors import SettingsError
-from tessy_hf.method.rules.base import Judge, Rule, Word
+from tessy_hf.method.judging import Judge
+from tessy_hf.method.rules.base import Rule, Word
 from tessy_hf.method.rules.entropy import Entropy
 from tessy_hf.method.rules.every import Every
 from tessy_hf.method.rules.function import Function

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from tessy_hf.engines.base import Measure
 from tessy_hf.errors import SettingsError
 from tessy_hf.method.chunk import LOOKBACK, Chunk
+from tessy_hf.method.judging import Judge
 from tessy_hf.method.row import Row
 from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Author
@@ -36,32 +37,6 @@ class Word(NamedTuple):
     before: str
     logprob: float | None = None
     entropy: float | None = None
-
-
-class Judge(Protocol):
-    """A rule at work on one author of one row."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether a word is judged only when it is complete."""
-        ...
-
-    @property
-    def lookahead(self) -> int:
-        """How many words beyond a word must have begun before it is judged."""
-        ...
-
-    async def first_of_other_kind(self, chunk: Chunk) -> int | None:
-        """Return the index of the first word, of those not judged yet, that the other author is to write."""
-        ...
-
-    def settle(self, count: int) -> None:
-        """Forget the first ``count`` words of the text: they are settled."""
-        ...
-
-    def restart(self) -> None:
-        """Judge the author's text from its first word on."""
-        ...
 
 
 class Rule(BaseModel):
@@ -106,31 +81,17 @@ class Rule(BaseModel):
         return await turn.go_on()
 
 
-class WordJudge:
+class WordJudge(Judge):
     """Judges each word, once it is complete, by a function of that word."""
 
-    waits, lookahead = True, 0
-
     def __init__(self, author: Author, row: Row, hands_over: Callable[[Word], bool]) -> None:
+        super().__init__()
         self._author, self._row, self._hands_over = author, row, hands_over
-        self._judged = 0
-
-    def settle(self, count: int) -> None:
-        """Forget the first ``count`` words of the text: they are settled."""
-        self._judged = max(0, self._judged - count)
-
-    def restart(self) -> None:
-        """Judge the author's text from its first word on."""
-        self._judged = 0
 
     async def first_of_other_kind(self, chunk: Chunk) -> int | None:
         """Return the first word, of those not judged yet, that the other author is to write."""
-        return next((word for word in self._next(chunk) if self._hands_over(self._word(chunk, word))), None)
-
-    def _next(self, chunk: Chunk) -> range:
-        asked = range(self._judged, max(self._judged, chunk.complete))
-        self._judged = asked.stop
-        return asked
+        asked = self._next(chunk.complete)
+        return next((word for word in asked if self._hands_over(self._word(chunk, word))), None)
 
     def _word(self, chunk: Chunk, word: int) -> Word:
         row, tokens = self._row.trajectory, chunk.tokens(word)

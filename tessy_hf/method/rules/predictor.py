@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tessy_hf.method.judging import Judge as PredictorJudge
+from tessy_hf.method.judging import Judge, PredictorJudge
 from tessy_hf.method.row import Row
-from tessy_hf.method.rules.base import Judge, Rule
+from tessy_hf.method.rules.base import Rule
 from tessy_hf.plan import Plan
 from tessy_hf.trajectory import Author
 

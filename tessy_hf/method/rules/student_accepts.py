@@ -9,9 +9,10 @@ from pydantic import Field
 
 from tessy_hf.engines.base import Measure
 from tessy_hf.method.chunk import Chunk
+from tessy_hf.method.judging import Judge
 from tessy_hf.method.likelihood import Likelihood
 from tessy_hf.method.row import Row
-from tessy_hf.method.rules.base import Judge, Rule, Word, WordJudge
+from tessy_hf.method.rules.base import Rule, Word, WordJudge
 from tessy_hf.trajectory import Author
 
 
@@ -49,7 +50,7 @@ class _Reader(WordJudge):
 
     async def first_of_other_kind(self, chunk: Chunk) -> int | None:
         """Return the first word that the student refuses, or the place after the last one where it refuses the end."""
-        asked = self._next(chunk)
+        asked = self._next(chunk.complete)
         if not 0 < self._p <= 1:
             return None if self._p == 0 or not (asked or chunk.closed) else asked.start
         least = math.log(self._p)
