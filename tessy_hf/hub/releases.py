@@ -38,29 +38,28 @@ HARMLESS = ("dtype", "quantization", "attn_implementation")
 
 
 @contextmanager
-def opened(name: str, token: str | None = None) -> Iterator[tuple[Repository, str]]:
+def opened(name: str) -> Iterator[tuple[Repository, str]]:
     """Open a release by name; yields the repository and the release's commit.
 
     Args:
         name: ``user/name@v1.0.0``, or with a branch or commit; without one, ``main``.
-        token: A token, where the repository is private and the environment has none.
 
     Raises:
         HubError: There is no such release.
     """
     repo_id, _, revision = name.partition("@")
     with tempfile.TemporaryDirectory(prefix="tessy-read-") as folder:
-        repo = Repository(repo_id, Path(folder), token=token)
+        repo = Repository(repo_id, Path(folder))
         yield repo, repo.resolve(revision or "main")
 
 
-def manifests(name: str, token: str | None = None) -> list[Manifest]:
+def manifests(name: str) -> list[Manifest]:
     """Return the manifests of a release, one for each pushed split.
 
     Raises:
         HubError: There is no such release, or the repository holds none.
     """
-    with opened(name, token) as (repo, commit):
+    with opened(name) as (repo, commit):
         return _manifests(repo, commit, name)
 
 
@@ -273,19 +272,18 @@ class Difference:
     facts: list[tuple[str, str, str]]
 
 
-def diff(repo_id: str, before: str, after: str, token: str | None = None) -> list[Difference]:
+def diff(repo_id: str, before: str, after: str) -> list[Difference]:
     """Compare two releases of a dataset. Files that both have are not downloaded.
 
     Args:
         repo_id: The dataset.
         before: A tag, branch or commit.
         after: Another.
-        token: A token, where the repository is private and the environment has none.
 
     Raises:
         HubError: One of them is not there or has no manifest.
     """
-    with opened(f"{repo_id}@{before}", token) as (repo, first):
+    with opened(f"{repo_id}@{before}") as (repo, first):
         second = repo.resolve(after)
         old, new = (
             {(manifest.config_name, manifest.split): manifest for manifest in _manifests(repo, commit, repo_id)}
