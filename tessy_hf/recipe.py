@@ -232,7 +232,7 @@ def _change(given: Any, change: str) -> None:
         )
     try:
         inner[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # of a date that there is not
         raise SettingsError(f"{change!r} is not an override: {error}. A YAML value is expected.") from error
 
 

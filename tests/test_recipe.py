@@ -156,6 +156,8 @@ def test_a_recipe_can_be_changed_by_dotted_names(tmp_path):
     changes = ["temperature=0.25", "teacher.options.device=cpu", "id_column=null"]
     changed = read(recipe, changes)[2]
     assert (changed["temperature"], changed["id_column"]) == (0.25, None)
+    with pytest.raises(SettingsError, match="is not an override: month must be in 1..12. A YAML value is expected"):
+        read(recipe, ["id_column=2024-13-45"])
     with pytest.raises(SettingsError, match="'method.x=1' is not an override"):
         read(recipe, ["method.x=1"])
 

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 LABELS = {0: "capability", 1: "style"}
 
+CHECKPOINTS = "boundary-checkpoints"
+"""A folder of our own within the output, for it is deleted: `checkpoints` may be another training's."""
+
 
 def load_base(settings: TrainingSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model with a new head for two labels, and its tokenizer.
@@ -133,7 +136,7 @@ def fit(
     judged = [encode(segment, vocabulary, *convention, end_id) for segment in validation]
     held_out = _Validation(validation, judged, vocabulary, *convention)
     style_weight = weight_of_style(examples, settings.style_weight)
-    checkpoints = folder / "checkpoints" / _fingerprint(settings, examples)
+    checkpoints = folder / CHECKPOINTS / _fingerprint(settings, examples)
     trainer = WeightedTrainer(
         model=network,
         args=_arguments(settings, len(examples), checkpoints),
@@ -145,7 +148,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # prints to stdout
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / CHECKPOINTS)
     if settings.tune_bias:
         _tune_bias(network, held_out.readings(trainer.predict(judged).predictions), validation)
     kept = ("epoch", "eval_loss", "eval_char_f1", "eval_span_f1", "eval_boundary_within_1_word")

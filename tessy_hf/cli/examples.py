@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -43,8 +44,8 @@ def examples(
     for source, target in zip([found[name], *prompts], targets, strict=True):
         shutil.copyfile(source, target)
         console.print(str(target), highlight=False, soft_wrap=True)
-    command = f"tessy synthesize {targets[0]} {targets[1] if prompts else 'prompts.jsonl'} rows.parquet --limit 20"
-    console.print(f"next: {command}", highlight=False, soft_wrap=True)
+    words = ["tessy", "synthesize", targets[0], targets[1] if prompts else "prompts.jsonl", "rows.parquet"]
+    console.print(f"next: {shlex.join(map(str, words))} --limit 20", markup=False, highlight=False, soft_wrap=True)
 
 
 def recipes() -> dict[str, Path]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from tessy_hf.errors import OutputError
 
 
 def load(
@@ -16,6 +19,16 @@ def load(
 
     with quiet():
         return loading.load(data, split, config, streaming=streaming, line_column=line_column)
+
+
+def check_page(out: Path) -> None:
+    """Refuse to write a page over rows.
+
+    Raises:
+        OutputError: The name does not end as a page's does.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{out} would be overwritten with a page. A name that ends in .html is expected; pass one.")
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from tessy_hf.cli.files import quiet
-from tessy_hf.errors import SettingsError
+from tessy_hf.cli.files import check_page, quiet
+from tessy_hf.errors import OutputError, SettingsError
 
 
 def report(
@@ -41,6 +42,7 @@ def report(
     from tessy_hf.engines.scoring import load_student
     from tessy_hf.report.page import write_report, write_space
 
+    check_page(out)
     write, out = (write_report, out) if space is None else (write_space, space)
     with quiet():
         vocabulary = load_student(tokenizer)[0] if tokenizer is not None else None
@@ -90,16 +92,19 @@ def analyze(
     from tessy_hf.engines.scoring import load_student
     from tessy_hf.report import compare_page
     from tessy_hf.report.compare import analyze as compare
+    from tessy_hf.report.compare import with_surprise
     from tessy_hf.rows.loading import load, short_names
 
+    check_page(out)
     if student is None and tokenizer is None:
         raise SettingsError("No tokenizer given. Pass --student or --tokenizer with the model to be trained.")
     if columns is not None and student is None:
         raise SettingsError("--columns needs the student's likelihoods. Pass --student with the model to be trained.")
-    vocabulary, scorer = load_student(tokenizer or str(student), student)
     datasets = {name: load(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
-    if columns is not None:
-        _write_surprise(datasets, vocabulary, scorer, columns)
+    files = _new_files(datasets, columns) if columns is not None else []
+    vocabulary, scorer = load_student(tokenizer or str(student), student)
+    for rows, file in zip(datasets.values(), files, strict=False):
+        with_surprise(rows, vocabulary, scorer).to_parquet(str(file))
     result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
     if as_json:
         typer.echo(json.dumps(result))
@@ -116,10 +121,14 @@ def analyze(
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
 
 
-def _write_surprise(datasets: dict[str, Any], vocabulary: Any, scorer: Any, folder: Path) -> None:
-    from tessy_hf.report.compare import with_surprise
+def _new_files(names: Iterable[str], folder: Path) -> list[Path]:
+    """Return a new file in a folder for each dataset.
 
+    Raises:
+        OutputError: One is there, or would be there twice.
+    """
+    files = [folder / f"{name.removesuffix('.parquet').replace('/', '--')}.parquet" for name in names]
+    if there := next((file for file in files if file.exists() or files.count(file) > 1), None):
+        raise OutputError(f"{there} is there already, or would be twice. Pass another folder to --columns.")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in datasets.items():
-        file = name.removesuffix(".parquet").replace("/", "--") + ".parquet"
-        with_surprise(rows, vocabulary, scorer).to_parquet(str(folder / file))
+    return files

@@ -26,7 +26,7 @@ def serve(
     """
     from tessy_hf.serve.server import serve as run_server
 
-    called = name or Path(recipe).stem
+    called = name or (Path(recipe).stem if Path(recipe).exists() else recipe.rpartition("/")[2])
 
     def ready(url: str) -> None:
         Console(stderr=True).print(f"{called} is served at {url}", highlight=False, soft_wrap=True)

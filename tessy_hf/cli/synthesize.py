@@ -189,7 +189,7 @@ def open_transform(recipe: str, changes: list[str], run: str | None) -> TessyTra
     from tessy_hf import recipe as recipes
     from tessy_hf.hub import releases
 
-    described = releases.recipe(releases.run_of(recipe, run))
+    described = releases.recipe(releases.run_of(recipe, run), changes)
     teacher, student, settings = recipes.build(described, recipe, changes)
     transform = TessyTransform(teacher=teacher, student=student, **settings)
     transform.recipe = recipe

@@ -216,13 +216,14 @@ class Candidate:
 def resume(
     repo: Repository, spec: ReleaseSpec, submission: Submission, base: Base | None, other_splits: Mapping[str, Info]
 ) -> Candidate | None:
-    """Return the candidate that an earlier attempt uploaded completely, with the same rows, if there is one."""
+    """Return the candidate that an earlier attempt uploaded completely: the same rows, pushed with the same words."""
     side = repo.refs()[0].get(branch_of(spec))
     there = read_manifest(repo, side, spec.config_name, spec.split)
     adds_to = base.manifest.version if base else None
-    if side is None or there is None or (there.version, there.appends_to) != (spec.version, adds_to):
+    asked = (spec.version, adds_to, spec.failures, list(spec.complete), spec.license)
+    if there is None or asked != (there.version, there.appends_to, there.failures, there.complete, there.license):
         return None
-    if other_rows(submission, there):
+    if side is None or other_rows(submission, there):
         return None
     repo.say(f"the side branch {branch_of(spec)} is complete from an earlier attempt")
     summary = json.loads(repo.read(f"{spec.records}/statistics.json", side) or "{}")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from tessy_hf.hub.repository import Repository, read_tables
 from tessy_hf.hub.versions import read_manifest
 from tessy_hf.manifest import Manifest, ModelRecord, RunRecord, SourceRecord, SpeakerRecord
 from tessy_hf.rows import parquet as shards
+from tessy_hf.settings import SPEED
+from tessy_hf.text.thinking_format import FAMILIES
 from tessy_hf.trajectory import RowKey
 
 if TYPE_CHECKING:
@@ -31,31 +33,33 @@ if TYPE_CHECKING:
 SHOWN = 5
 """Most row ids listed in a difference."""
 
+HARMLESS = ("dtype", "quantization", "attn_implementation")
+"""Options that a release sets by itself. Others may run code or send keys elsewhere: users repeat them by `--set`."""
+
 
 @contextmanager
-def opened(name: str, token: str | None = None) -> Iterator[tuple[Repository, str]]:
+def opened(name: str) -> Iterator[tuple[Repository, str]]:
     """Open a release by name; yields the repository and the release's commit.
 
     Args:
         name: ``user/name@v1.0.0``, or with a branch or commit; without one, ``main``.
-        token: A token, where the repository is private and the environment has none.
 
     Raises:
         HubError: There is no such release.
     """
     repo_id, _, revision = name.partition("@")
     with tempfile.TemporaryDirectory(prefix="tessy-read-") as folder:
-        repo = Repository(repo_id, Path(folder), token=token)
+        repo = Repository(repo_id, Path(folder))
         yield repo, repo.resolve(revision or "main")
 
 
-def manifests(name: str, token: str | None = None) -> list[Manifest]:
+def manifests(name: str) -> list[Manifest]:
     """Return the manifests of a release, one for each pushed split.
 
     Raises:
         HubError: There is no such release, or the repository holds none.
     """
-    with opened(name, token) as (repo, commit):
+    with opened(name) as (repo, commit):
         return _manifests(repo, commit, name)
 
 
@@ -124,23 +128,56 @@ def _model(model: ModelRecord) -> str:
 # --- reproducing it
 
 
-def recipe(run: RunRecord) -> dict[str, Any]:
+def recipe(run: RunRecord, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Return a run's recipe for :mod:`tessy_hf.recipe`, with models at the commits that were used.
 
+    Args:
+        run: The record, written by whoever published the release.
+        changes: The user's overrides. What could do harm has to be among them.
+
     Raises:
-        HubError: The record does not name the models.
+        HubError: The record does not name the models, or asks for what only the user may allow.
     """
     if run.student is None:
         raise HubError(
             f"The record of run {run.fingerprint} does not name its models. One made by a TessyTransform is expected; "
             "ask the publisher for the recipe."
         )
-    teacher = {"teacher": _speaker(run.teacher)} if run.teacher is not None else {}
-    return {**run.settings, **teacher, "student": _speaker(run.student)}
+    speakers = {
+        author: _speaker(speaker)
+        for author, speaker in (("teacher", run.teacher), ("student", run.student))
+        if speaker is not None
+    }
+    settings = {name: value for name, value in run.settings.items() if name not in SPEED - {"rows_in_flight"}}
+    repeated = tuple(change.partition("=")[0] for change in changes)
+    if harmful := [f"{name}={value}" for name, value in _harmful(run) if not name.startswith(repeated)]:
+        raise HubError(
+            f"The record of run {run.fingerprint} sets {', '.join(harmful)}. By such settings a publisher can run "
+            "programs here or send your keys elsewhere, so a release does not set them. If you trust this one, repeat "
+            f"them: {' '.join(f'--set {shlex.quote(one)}' for one in harmful)}"
+        )
+    return {**settings, **speakers}
+
+
+def _harmful(run: RunRecord) -> Iterator[tuple[str, Any]]:
+    """Iterate over names and values of a record that only the user may set."""
+    verifier = run.settings.get("verifier")
+    for name in ("network", "files"):
+        if isinstance(verifier, Mapping) and verifier.get(name):
+            yield f"verifier.{name}", verifier[name]
+    for author, speaker in (("teacher", run.teacher), ("student", run.student)):
+        for name, value in _options(speaker).items() if speaker is not None else ():
+            if value is not None and (name not in HARMLESS or "/" in str(value)):  # attention of a repository is code
+                yield f"{author}.options.{name}", value
+
+
+def _options(speaker: SpeakerRecord) -> dict[str, Any]:
+    """Return an engine's options, those for its library beside its own."""
+    return {**speaker.options, **speaker.options.get("options", {}), "options": None}
 
 
 def _speaker(speaker: SpeakerRecord) -> dict[str, Any]:
-    options = {**speaker.options, "revision": _revision(speaker.model)}
+    options = {**_options(speaker), "revision": _revision(speaker.model)}
     if speaker.tokenizer is not None:
         options |= {"tokenizer": speaker.tokenizer.name, "revision": _revision(speaker.tokenizer)}
     described: dict[str, Any] = {
@@ -150,10 +187,14 @@ def _speaker(speaker: SpeakerRecord) -> dict[str, Any]:
         "chat_template": speaker.chat_template,
         "template_options": speaker.template_options,
     }
+    stated = speaker.thinking_format or {}
+    if stated.get("name", "") not in FAMILIES:  # the user's own; a family is found again
+        unread = ("prompted",)  # read from the template each time
+        described["thinking_format"] = {n: v for n, v in stated.items() if v is not None and n not in unread} or None
     if speaker.boundary is not None:
-        stated = speaker.boundary.model_dump(exclude={"model"})
+        labels = speaker.boundary.model_dump(exclude={"model"})
         model = speaker.boundary.model
-        described["boundary"] = {"model": model.name, "revision": _revision(model), **stated}
+        described["boundary"] = {"model": model.name, "revision": _revision(model), **labels}
     return described
 
 
@@ -190,7 +231,7 @@ def _irreproducible(run: RunRecord, changes: list[str]) -> str | None:
     if run.source is None or "/" not in (run.source.id or ""):
         return "its prompts are not a dataset on the Hub, or the record does not name it."
     try:
-        recipes.build(recipe(run), run.fingerprint, changes)
+        recipes.build(recipe(run, changes), run.fingerprint, changes)
     except TessyError as error:
         return str(error)
     speakers = [speaker for speaker in (run.teacher, run.student) if speaker is not None]
@@ -231,19 +272,18 @@ class Difference:
     facts: list[tuple[str, str, str]]
 
 
-def diff(repo_id: str, before: str, after: str, token: str | None = None) -> list[Difference]:
+def diff(repo_id: str, before: str, after: str) -> list[Difference]:
     """Compare two releases of a dataset. Files that both have are not downloaded.
 
     Args:
         repo_id: The dataset.
         before: A tag, branch or commit.
         after: Another.
-        token: A token, where the repository is private and the environment has none.
 
     Raises:
         HubError: One of them is not there or has no manifest.
     """
-    with opened(f"{repo_id}@{before}", token) as (repo, first):
+    with opened(f"{repo_id}@{before}") as (repo, first):
         second = repo.resolve(after)
         old, new = (
             {(manifest.config_name, manifest.split): manifest for manifest in _manifests(repo, commit, repo_id)}

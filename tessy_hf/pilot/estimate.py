@@ -139,8 +139,13 @@ def _pilot(transform: TessyTransform, prompts: Any, rows: int, keep: bool) -> tu
     settings = transform.settings
     if settings.journal is None and settings.parts is None:
         raise SettingsError("The pilot's rows cannot be kept without a journal. Pass journal='auto', or a path.")
-    given = undone(prompts, settings, transform.run_fingerprint)
-    return transform, _first(given, rows + 1, prompts.features)
+    first = _first(undone(prompts, settings, transform.run_fingerprint), rows + 1, prompts.features)
+    if len(first) < 2:
+        raise DatasetError(
+            "Only one prompt has no row yet. A pilot that keeps its rows needs two, as the first loads the models. "
+            "Run it without --keep."
+        )
+    return transform, first
 
 
 def _run_pilot(
@@ -149,7 +154,7 @@ def _run_pilot(
     """Write the rows of the pilot; return them, the seconds it took, and what they waited for."""
     with run:
         next(iter(prompts.select([0]).map(run, batched=True, load_from_cache_file=False)))  # loads the models
-        prompts = prompts.select(range(1, len(prompts))) if keep and len(prompts) > 1 else prompts
+        prompts = prompts.select(range(1, len(prompts))) if keep else prompts  # the first is found in the journal
         before, begin = run.loads(), time.monotonic()
         written = list(prompts.map(run, batched=True, load_from_cache_file=False, keep_in_memory=True))
         seconds, after = time.monotonic() - begin, run.loads()

@@ -28,25 +28,24 @@ def names(found: dict[str, Any]) -> list[str]:
     return ["map", "tokens", *authors, *(["nll"] if found["nll"] else []), "words"]
 
 
-def draw(name: str, found: dict[str, Any], theme: figures.ThemeName = "light") -> Figure:
+def draw(name: str, found: dict[str, Any]) -> Figure:
     """Draw one figure.
 
     Args:
         name: One of :func:`names`.
         found: The comparison.
-        theme: The colors.
 
     Raises:
         TessyError: matplotlib is not installed.
     """
-    return figures.paint(_DRAW[name], found, theme, _WIDE if name == "words" else figures.SIZE)
+    return figures.paint(_DRAW[name], found, _WIDE if name == "words" else figures.SIZE)
 
 
-def image(name: str, found: dict[str, Any], theme: figures.ThemeName = "light", kind: figures.Kind = "svg") -> bytes:
+def image(name: str, found: dict[str, Any], kind: figures.Kind = "svg") -> bytes:
     """Draw one figure and return it as a file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # in SVG the page's font is used
-        return figures.save(draw(name, found, theme), theme, kind)
+        return figures.save(draw(name, found), kind)
 
 
 def describe(name: str, found: dict[str, Any]) -> str:
@@ -69,24 +68,26 @@ def describe(name: str, found: dict[str, Any]) -> str:
 # --- the figures
 
 
-def _colors(theme: figures.Theme, found: dict[str, Any]) -> dict[str, str]:
-    return dict(zip(found["names"], theme.datasets, strict=False))
+def _colors(found: dict[str, Any]) -> dict[str, str]:
+    return dict(zip(found["names"], figures.COLORS.datasets, strict=False))
 
 
-def _map(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
+def _map(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     first, second = (
         f"principal component {at + 1} ({percent(part)} of the variance)"
         for at, part in enumerate(found["pca"]["explained"])
     )
     figures.name_axes(axes, "How the texts differ: near dots share words", first, second)
-    sides = list(zip(_colors(theme, found).items(), found["pca"]["points"], found["pca"]["centres"], strict=True))
+    sides = list(zip(_colors(found).items(), found["pca"]["points"], found["pca"]["centres"], strict=True))
     for (name, color), points, _ in sides:
         some = points[:: -(-len(points) // POINTS)]
         x, y = zip(*some, strict=True)
         axes.scatter(x, y, s=7, color=color, alpha=0.35, linewidths=0, label=name)
     for size, ((_, color), _, centre) in zip((260, 130, 50), sides, strict=False):  # rings where centers coincide
-        axes.scatter([centre[0]], [centre[1]], s=size, color=color, edgecolors=theme.text, linewidths=1.5, zorder=3)
+        axes.scatter(
+            [centre[0]], [centre[1]], s=size, color=color, edgecolors=figures.COLORS.text, linewidths=1.5, zorder=3
+        )
     axes.grid(visible=True, axis="both")
     axes.set(xticks=[], yticks=[])
     figures.put_legend(axes)
@@ -95,33 +96,33 @@ def _map(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
         handle.set(alpha=1, sizes=[36])
 
 
-def _tokens(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
+def _tokens(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     figures.name_axes(axes, "How long a text is", "mean number of tokens per text (student's tokenizer)", "")
     bars = []
-    for name, color in _colors(theme, found).items():
+    for name, color in _colors(found).items():
         thinking, answer = (found["tokens"][name][part]["mean"] for part in ("thinking", "answer"))
         parts: list[figures.Part] = [(thinking, {"color": color}), (answer, {"color": color, "alpha": 0.45})]
         note = f"{thinking:,.0f} thinking, {answer:,.0f} answer (paler)"
         bars.append(figures.Bar(name, parts, f"{thinking + answer:,.0f}", note))
-    figures.draw_bars(axes, bars, theme)
+    figures.draw_bars(axes, bars)
     axes.xaxis.set_major_formatter(figures.thousands)
 
 
-def _authors(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
+def _authors(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     figures.name_axes(axes, "Who wrote the tokens", "share of the tokens (%)", "")
     bars = []
     for name, tokens in found["authors"].items():
         if tokens:
             shares = {author: 100 * (share(tokens[author], sum(tokens.values())) or 0) for author in AUTHORS}
-            bars.append(figures.Bar(name, figures.author_parts(shares, theme), f"teacher {_teacher(tokens)}"))
-    figures.draw_bars(axes, bars, theme, margin=0.31)
+            bars.append(figures.Bar(name, figures.author_parts(shares), f"teacher {_teacher(tokens)}"))
+    figures.draw_bars(axes, bars, margin=0.31)
     axes.set_xticks(range(0, 101, 20))
     figures.put_legend(axes)
 
 
-def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
+def _nll(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     figures.name_axes(
         axes,
@@ -130,32 +131,34 @@ def _nll(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
         "",
     )
     bars = []
-    for name, color in _colors(theme, found).items():
+    for name, color in _colors(found).items():
         for kind, one in found["nll"][name].items():
             look: dict[str, Any] = {"color": color, "alpha": 1 if kind == "all" else 0.5}
             label = f"{name}: all" if kind == "all" else kind
             bars.append(figures.Bar(label, [(one["nll"], look)], f"{one['nll']:.2f}"))
-    figures.draw_bars(axes, bars, theme)
+    figures.draw_bars(axes, bars)
 
 
-def _words(figure: Figure, found: dict[str, Any], theme: figures.Theme) -> None:
+def _words(figure: Figure, found: dict[str, Any]) -> None:
     from matplotlib.patches import Rectangle
 
     axes = figure.subplots()
     axes.set_title("Typical words: uses in 1,000 words of the dataset", pad=12)
     words, rates = found["words"]["words"], found["words"]["per_thousand"]
-    colors = list(_colors(theme, found).values())
+    colors = list(_colors(found).values())
     darkest = max(max(line) for line in rates) ** 0.5 or 1
     for y, line in enumerate(rates):
         for x, rate in enumerate(line):
             strength = 0.75 * rate**0.5 / darkest
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=colors[y], alpha=strength, linewidth=0))
             said = "" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
-            axes.text(x, y, said, ha="center", va="center", size=8.5, color=theme.text)
+            axes.text(x, y, said, ha="center", va="center", size=8.5, color=figures.COLORS.text)
     axes.grid(visible=False)
     axes.set(xlim=(-0.5, len(words) - 0.5), ylim=(len(rates) - 0.5, -0.5))
-    axes.set_xticks(range(len(words)), words, rotation=45, ha="right", rotation_mode="anchor", color=theme.text)
-    axes.set_yticks(range(len(rates)), found["names"], color=theme.text)
+    axes.set_xticks(
+        range(len(words)), words, rotation=45, ha="right", rotation_mode="anchor", color=figures.COLORS.text
+    )
+    axes.set_yticks(range(len(rates)), found["names"], color=figures.COLORS.text)
     axes.tick_params(length=0)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Theme:
+class Colors:
     """The colors of a figure. Authors, and datasets, are distinguishable with every kind of color vision."""
 
     text: str
@@ -40,21 +40,16 @@ class Theme:
         return self.teacher if author == "teacher" else self.student
 
 
-THEMES = {
-    "light": Theme(
-        "#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", ("#0e8a66", "#7b4fc9", "#4a5560")
-    ),
-    "dark": Theme("#e8eaed", "#a5adb8", "#3a4048", "#64b5f0", "#f0a35e", "#15181c", ("#4fc79c", "#b79bf2", "#b9c2cc")),
-}
+COLORS = Colors("#1b1f24", "#57606a", "#d8dee4", "#0b69a8", "#d9731a", "#ffffff", ("#0e8a66", "#7b4fc9", "#4a5560"))
+"""Light; pages put their own colors, light or dark, in place of these."""
 
-ThemeName = Literal["light", "dark"]
 Kind = Literal["svg", "png"]
 NAMES = ("teacher_share", "share_along_row", "span_lengths", "tokens_by_part")
 SURPRISE = "surprise_along_row"
 """The figure of rows that say how the student finds them."""
 SIZE = (6.4, 3.6)  # inches
 STYLE = Path(__file__).with_name("figures.mplstyle")
-Drawing = Callable[["Figure", dict[str, Any], Theme], None]
+Drawing = Callable[["Figure", dict[str, Any]], None]
 
 
 def names(summary: dict[str, Any]) -> tuple[str, ...]:
@@ -62,37 +57,36 @@ def names(summary: dict[str, Any]) -> tuple[str, ...]:
     return (*NAMES, SURPRISE) if summary.get("surprise") else NAMES
 
 
-def draw(name: str, summary: dict[str, Any], theme: ThemeName = "light") -> Figure:
+def draw(name: str, summary: dict[str, Any]) -> Figure:
     """Draw one figure.
 
     Args:
         name: One of :func:`names`.
         summary: The dataset's statistics.
-        theme: The colors.
 
     Raises:
         TessyError: matplotlib is not installed.
     """
-    return paint(_DRAW[name], summary, theme)
+    return paint(_DRAW[name], summary)
 
 
-def paint(drawing: Drawing, data: dict[str, Any], theme: ThemeName, size: tuple[float, float] = SIZE) -> Figure:
+def paint(drawing: Drawing, data: dict[str, Any], size: tuple[float, float] = SIZE) -> Figure:
     """Draw on a new figure of a size in inches."""
-    with style(THEMES[theme]) as new_figure:
+    with style() as new_figure:
         figure: Figure = new_figure(figsize=size)
-        drawing(figure, data, THEMES[theme])
+        drawing(figure, data)
         return figure
 
 
-def image(name: str, summary: dict[str, Any], theme: ThemeName = "light", kind: Kind = "svg") -> bytes:
+def image(name: str, summary: dict[str, Any], kind: Kind = "svg") -> bytes:
     """Draw one figure and return it as a file, the same bytes for the same summary and version of matplotlib."""
-    return save(draw(name, summary, theme), theme, kind)
+    return save(draw(name, summary), kind)
 
 
-def save(figure: Figure, theme: ThemeName, kind: Kind) -> bytes:
+def save(figure: Figure, kind: Kind) -> bytes:
     """Encode a figure."""
     buffer = io.BytesIO()
-    with style(THEMES[theme]):
+    with style():
         plain = {"Date": None} if kind == "svg" else {"Software": None}
         transparent = kind == "svg"  # in the report the page's background shows
         figure.savefig(buffer, format=kind, transparent=transparent, metadata=plain, dpi=120)
@@ -130,26 +124,26 @@ def describe(name: str, summary: dict[str, Any]) -> str:
 # --- the figures
 
 
-def _teacher_share(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+def _teacher_share(figure: Figure, summary: dict[str, Any]) -> None:
     axes = figure.subplots()
     row, thinking = (summary["teacher_share"][part] for part in ("row", "thinking"))
     name_axes(
         axes, "How much of a row the teacher wrote", "share of a row's tokens by the teacher (%)", "number of rows"
     )
     if not row["count"]:
-        return _nothing(axes, theme)
+        return _nothing(axes)
     edges = [100 * edge for edge in row["histogram"]["edges"]]
-    axes.stairs(row["histogram"]["counts"], edges, fill=True, color=theme.teacher, alpha=0.85, label="whole row")
-    axes.stairs(thinking["histogram"]["counts"], edges, color=theme.text, linewidth=1.3, label="thinking alone")
+    axes.stairs(row["histogram"]["counts"], edges, fill=True, color=COLORS.teacher, alpha=0.85, label="whole row")
+    axes.stairs(thinking["histogram"]["counts"], edges, color=COLORS.text, linewidth=1.3, label="thinking alone")
     middle = 100 * row["quantiles"]["0.5"]
-    axes.axvline(middle, color=theme.text, linewidth=1.1, linestyle=(0, (4, 3)), label=f"median row, {middle:.0f}%")
+    axes.axvline(middle, color=COLORS.text, linewidth=1.1, linestyle=(0, (4, 3)), label=f"median row, {middle:.0f}%")
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 10))
     _whole_numbers(axes)
     put_legend(axes)
 
 
-def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+def _share_along_row(figure: Figure, summary: dict[str, Any]) -> None:
     position = summary["position"]
     panels = figure.subplots(1, 2, sharey=True, width_ratios=[4, 1])
     panels[0].set_title("Who writes where in a row")
@@ -163,15 +157,15 @@ def _share_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> N
         axes.grid(visible=False)
         axes.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 10 if part == "thinking" else 50))
         if any(share is None for share in shares):
-            _nothing(axes, theme)
+            _nothing(axes)
             continue
-        axes.stairs([100] * len(shares), edges, baseline=shares, fill=True, color=theme.student, label="student")
-        axes.stairs(shares, edges, fill=True, color=theme.teacher, label="teacher")
+        axes.stairs([100] * len(shares), edges, baseline=shares, fill=True, color=COLORS.student, label="student")
+        axes.stairs(shares, edges, fill=True, color=COLORS.teacher, label="teacher")
     for axes in [axes for axes in panels if not axes.texts][:1]:
         put_legend(axes)
 
 
-def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+def _span_lengths(figure: Figure, summary: dict[str, Any]) -> None:
     axes = figure.subplots()
     name_axes(
         axes,
@@ -181,7 +175,7 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
     )
     spans = summary["spans"]
     if not any(spans[author]["count"] for author in AUTHORS):
-        return _nothing(axes, theme)
+        return _nothing(axes)
     edges = spans["teacher"]["histogram"]["edges"]
     first = 0 if any(spans[author]["histogram"]["counts"][0] for author in AUTHORS) else 1
     labels = [str(low) if high - low == 1 else f"{low}–{high - 1}" for low, high in pairwise(edges)]
@@ -190,13 +184,13 @@ def _span_lengths(figure: Figure, summary: dict[str, Any], theme: Theme) -> None
         own = spans[author]
         heights = [100 * spans / max(own["count"], 1) for spans in own["histogram"]["counts"][first:]]
         median = "none" if not own["count"] else f"median {count(own['quantiles']['0.5'])} tokens"
-        axes.bar([p + shift for p in places], heights, 0.4, color=theme.of(author), label=f"{author}, {median}")
+        axes.bar([p + shift for p in places], heights, 0.4, color=COLORS.of(author), label=f"{author}, {median}")
     axes.set_xticks(places, labels[first:])
     axes.tick_params(axis="x", length=0, labelsize=9 if len(labels) < 12 else 7)
     put_legend(axes)
 
 
-def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+def _tokens_by_part(figure: Figure, summary: dict[str, Any]) -> None:
     axes = figure.subplots()
     name_axes(axes, "What the tokens were spent on", "number of tokens (discarded: rolled back at a boundary)", "")
     tokens, discarded = summary["tokens"], summary["discarded"]
@@ -206,18 +200,18 @@ def _tokens_by_part(figure: Figure, summary: dict[str, Any], theme: Theme) -> No
         "discarded": {author: discarded[author]["tokens"] for author in AUTHORS},
     }
     if not any(tokens for by_author in spent.values() for tokens in by_author.values()):
-        return _nothing(axes, theme)
+        return _nothing(axes)
     bars = []
     for label, by_author in spent.items():
         total = sum(by_author[author] for author in AUTHORS)
         note = f"teacher {percent(by_author['teacher'] / total)}" if total else ""
-        bars.append(Bar(label, author_parts(by_author, theme), f"{total:,}", note))
-    draw_bars(axes, bars, theme)
+        bars.append(Bar(label, author_parts(by_author), f"{total:,}", note))
+    draw_bars(axes, bars)
     axes.xaxis.set_major_formatter(thousands)
     put_legend(axes)
 
 
-def _surprise_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -> None:
+def _surprise_along_row(figure: Figure, summary: dict[str, Any]) -> None:
     axes = figure.subplots()
     name_axes(
         axes, "How surprising the student finds it", "from the beginning to the end of the thinking (%)", "nats a word"
@@ -225,7 +219,7 @@ def _surprise_along_row(figure: Figure, summary: dict[str, Any], theme: Theme) -
     for author, along in summary["surprise"]["along"].items():
         places = [100 * (at + 0.5) / len(along) for at, one in enumerate(along) if one is not None]
         own = [one for one in along if one is not None]
-        axes.plot(places, own, color=theme.of(author), marker="os"[author == "student"], markersize=4, label=author)
+        axes.plot(places, own, color=COLORS.of(author), marker="os"[author == "student"], markersize=4, label=author)
     axes.set(xlim=(0, 100), xticks=range(0, 101, 10), ylim=(0, None))
     put_legend(axes)
 
@@ -242,8 +236,8 @@ _DRAW: dict[str, Drawing] = {
 
 
 @contextmanager
-def style(theme: Theme) -> Iterator[Any]:
-    """Apply a theme while a figure is drawn or saved; yields matplotlib's ``Figure`` class."""
+def style() -> Iterator[Any]:
+    """Apply our style while a figure is drawn or saved; yields matplotlib's ``Figure`` class."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -252,10 +246,10 @@ def style(theme: Theme) -> Iterator[Any]:
             'Figures need matplotlib, which is not installed. Run: pip install "tessy-hf[report]"'
         ) from error
     colors = {
-        **{f"{name}.color": theme.muted for name in ("xtick", "ytick")},
-        **{name: theme.text for name in ("text.color", "axes.labelcolor", "axes.titlecolor")},
-        **{name: theme.line for name in ("axes.edgecolor", "grid.color")},
-        **{f"{kind}.facecolor": theme.background for kind in ("figure", "axes", "savefig")},
+        **{f"{name}.color": COLORS.muted for name in ("xtick", "ytick")},
+        **{name: COLORS.text for name in ("text.color", "axes.labelcolor", "axes.titlecolor")},
+        **{name: COLORS.line for name in ("axes.edgecolor", "grid.color")},
+        **{f"{kind}.facecolor": COLORS.background for kind in ("figure", "axes", "savefig")},
     }
     with matplotlib.rc_context(colors, STYLE):  # type: ignore[arg-type]
         yield Figure
@@ -281,12 +275,12 @@ class Bar(NamedTuple):
     note: str = ""
 
 
-def author_parts(lengths: Mapping[str, float], theme: Theme) -> list[Part]:
+def author_parts(lengths: Mapping[str, float]) -> list[Part]:
     """Return the parts of a bar that both authors share."""
-    return [(lengths[author], {"color": theme.of(author), "label": author}) for author in AUTHORS]
+    return [(lengths[author], {"color": COLORS.of(author), "label": author}) for author in AUTHORS]
 
 
-def draw_bars(axes: Axes, bars: Sequence[Bar], theme: Theme, margin: float = 0.17) -> None:
+def draw_bars(axes: Axes, bars: Sequence[Bar], margin: float = 0.17) -> None:
     """Draw bars one below the other, with room for their totals: ``margin``, a share of the longest bar."""
     plain: Any = {"textcoords": "offset points", "va": "center"}
     for at, bar in enumerate(bars):
@@ -294,10 +288,10 @@ def draw_bars(axes: Axes, bars: Sequence[Bar], theme: Theme, margin: float = 0.1
         for length, look in bar.parts:
             axes.barh(at, length, 0.56, left=left, **{**look, "label": None if at else look.get("label")})
             left += length
-        axes.annotate(bar.total, (left, at), (7, 0), color=theme.text, weight="bold", **plain)
-        axes.annotate(bar.note, (0, at + 0.28), (0, -8), color=theme.muted, size=8.5, **plain)
+        axes.annotate(bar.total, (left, at), (7, 0), color=COLORS.text, weight="bold", **plain)
+        axes.annotate(bar.note, (0, at + 0.28), (0, -8), color=COLORS.muted, size=8.5, **plain)
     longest = max(sum(length for length, _ in bar.parts) for bar in bars)
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], color=theme.text)
+    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], color=COLORS.text)
     axes.set(ylim=(len(bars) - 0.4, -0.45), xlim=(0, (1 + margin) * longest))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
@@ -319,8 +313,8 @@ def put_legend(axes: Axes) -> None:
     )  # fmt: skip
 
 
-def _nothing(axes: Axes, theme: Theme) -> None:
-    axes.text(0.5, 0.5, "no tokens", transform=axes.transAxes, ha="center", va="center", color=theme.muted)
+def _nothing(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "no tokens", transform=axes.transAxes, ha="center", va="center", color=COLORS.muted)
     axes.set(xticks=[], yticks=[])
 
 

@@ -10,7 +10,7 @@ import hashlib
 from importlib import resources
 from typing import Any
 
-from tessy_hf.report.figures import THEMES
+from tessy_hf.report.figures import COLORS
 
 
 def render(template: str, script: str | None = None, **fields: Any) -> str:
@@ -39,11 +39,11 @@ def drawn(image: bytes, description: str, *, wide: bool = False) -> dict[str, An
     """Return a light SVG figure for a page; it takes the page's font, and its colors, light or dark."""
     from markupsafe import Markup
 
-    light, svg = THEMES["light"], image.decode()
+    svg = image.decode()
     svg = svg[svg.index("<svg") :]
     variables = {
-        light.text: "text", light.muted: "muted", light.line: "line", light.teacher: "teacher",
-        light.student: "student-fill", **{color: f"dataset-{at}" for at, color in enumerate(light.datasets)},
+        COLORS.text: "text", COLORS.muted: "muted", COLORS.line: "line", COLORS.teacher: "teacher",
+        COLORS.student: "student-fill", **{color: f"dataset-{at}" for at, color in enumerate(COLORS.datasets)},
     }  # fmt: skip
     for color, variable in variables.items():
         svg = svg.replace(color, f"var(--{variable})")

@@ -76,7 +76,7 @@ class Tally(Counter[Any]):
 class Statistics:
     """Counts from which a dataset's card, figures and report are made.
 
-    Incremental (:meth:`add` one table of rows after the other) and mergeable (:meth:`merge` those of other shards).
+    Incremental: :meth:`add` one table of rows after the other.
 
     Attributes:
         rows: The number of rows.
@@ -154,13 +154,6 @@ class Statistics:
                 if part == "thinking":
                     at = int(place * steps)
                     totals.update({("at", author, at): 1, ("at", author, at, "nats"): nats})
-
-    def merge(self, other: Statistics) -> None:
-        """Count all that ``other`` has counted."""
-        self.rows += other.rows
-        self.sample = self.sample or other.sample
-        for name, tally in other.counts.items():
-            self.counts[name].update(tally)
 
     def summary(self) -> dict[str, Any]:
         """Return all numbers as JSON values.

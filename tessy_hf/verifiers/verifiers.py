@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal, InvalidOperation
 from secrets import token_hex
@@ -38,8 +39,12 @@ class Exact:
     column: str = "reference_answer"
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
-        """Judge a row."""
-        return str(row["answer"]).split() == str(row[self.column]).split()
+        """Judge a row.
+
+        Raises:
+            ValueError: There is no expected text.
+        """
+        return str(row["answer"]).split() == _expected(row, self.column).split()
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,25 @@ class Number:
         Raises:
             ValueError: The expected text has no number.
         """
-        expected = _last_number(str(row[self.column]))
+        expected = _last_number(_expected(row, self.column))
         if expected is None:
             raise ValueError(f"column {self.column!r} is {row[self.column]!r}, in which there is no number")
         return _last_number(row["answer"]) == expected
 
 
+def _expected(row: Mapping[str, Any], column: str) -> str:
+    """Return what an answer is held against; a row that lacks it is nobody's fault but the prompts'.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if row[column] is None:
+        raise ValueError(f"column {column!r} is None; the expected text of each row is needed")
+    return str(row[column])
+
+
 def _last_number(text: str) -> Decimal | None:
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     try:
         return Decimal(found[-1].replace(",", "")) if found else None
     except InvalidOperation:
@@ -87,7 +103,7 @@ class MathVerify:
         Raises:
             ValueError: The expected text is not mathematics.
         """
-        texts = json.dumps([str(row[self.column]), row["answer"]])
+        texts = json.dumps([_expected(row, self.column), row["answer"]])
         limits: Any = {"seconds": self.seconds, "memory_mb": self.memory_mb}
         limits |= {"network": True, "files": True}  # runs only our own code
         code, output = sandbox.run({"main.py": _MATH}, texts, **limits)
@@ -121,9 +137,9 @@ print(verify(gold, parse(answer)) if gold else "no gold")
 class PythonTests:
     """The program in the answer's last fenced block passes its tests in :mod:`tessy_hf.verifiers.sandbox`.
 
-    The column holds Python code that uses the program's names, such as ``assert add(1, 2) == 3``, or a list of
-    ``{"input": ..., "output": ...}`` with the standard input and the expected standard output. ``network`` and
-    ``files`` let programs use the network, and read and write all that this user may.
+    The column holds Python code that uses the program's names, such as ``assert add(1, 2) == 3``, or a list, also as
+    JSON, of ``{"input": ..., "output": ...}`` with the standard input and the expected standard output. ``network``
+    and ``files`` let programs use the network, and read and write all that this user may.
     """
 
     name: ClassVar[str] = "python-tests"
@@ -140,10 +156,11 @@ class PythonTests:
             ValueError: The column holds no tests.
             SandboxError: This system cannot keep programs from the network or from files.
         """
-        blocks, tests = _FENCED.findall(row["answer"]), row[self.column]
-        if not isinstance(tests, (str, list)) or not tests:
+        blocks, tests = _FENCED.findall(row["answer"]), _tests(row[self.column])
+        if tests is None:
             raise ValueError(
-                f"column {self.column!r} is {tests!r}; expected is Python code or a list of {{input, output}}"
+                f"column {self.column!r} is {row[self.column]!r}; expected is Python code or a list of "
+                "{input, output}, both texts"
             )
         if not blocks:
             return False
@@ -176,6 +193,17 @@ class PythonTests:
             raise SettingsError(
                 f"The verifier {self} cannot run the simplest program on this machine. Raise seconds or memory_mb."
             )
+
+
+def _tests(given: Any) -> str | list[dict[str, str]] | None:
+    """Return tests as code or as a list; ``None`` for what would test nothing: as code, JSON does nothing."""
+    with suppress(ValueError):
+        given = json.loads(given) if isinstance(given, str) else given
+    if isinstance(given, list) and given:
+        texts = (test.get(name) for test in given for name in ("input", "output") if isinstance(test, Mapping))
+        whole = all(isinstance(test, Mapping) for test in given) and all(isinstance(text, str) for text in texts)
+        return given if whole else None
+    return given if isinstance(given, str) and given.strip() else None
 
 
 def _lines(text: str) -> list[str]:

@@ -301,11 +301,12 @@ def test_a_killed_training_goes_on_from_its_last_epoch(trained, base, tmp_path):
     if label_shift:
         pytest.skip("once is enough")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "checkpoints").mkdir()  # of another training, whose folder this one is written into
     killed = subprocess.run([sys.executable, "-c", KILLED, base, str(tmp_path)], env=environment, timeout=200)
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "model.safetensors").exists()
     again = train_boundary(segments(), tmp_path, base=base, label_shift=0, author="student", **QUICK)
     assert again.evaluation.overall == made.evaluation.overall
-    assert not (tmp_path / "checkpoints").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoints"]
 
 
 # --- the recipes and the data that come with the package

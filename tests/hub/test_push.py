@@ -12,6 +12,7 @@ from tessy_hf import demo, push_to_hub
 from tessy_hf.cluster.merge import Merge
 from tessy_hf.errors import DatasetError, HubError, JournalError, RequestError, VersionError
 from tessy_hf.hub import releases
+from tessy_hf.hub.candidate import Candidate
 from tessy_hf.manifest import Manifest, RunRecord, SourceRecord
 from tessy_hf.rows import parquet as shards
 from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo, clients_of
@@ -468,6 +469,20 @@ def test_plain_push_to_hub_works_on_our_columns(hub, streamed):
         expected = list(rows)
     back = load_dataset("ada/plain", split="train")
     assert list(back) == expected and back.features == rows.features
+
+
+@pytest.mark.slow
+def test_another_attempt_with_other_words_is_not_the_one_that_died(hub, monkeypatch):
+    def die(*_):
+        raise HubError("The Hub did not promote.")
+
+    with monkeypatch.context() as dying, pytest.raises(HubError, match="did not promote"):
+        dying.setattr(Candidate, "promote", die)
+        push(finished(20))
+    push(finished(20), license="mit", failures="drop")
+    told = manifest_at(hub, "v1.0.0")
+    assert (told.license.license, told.failures, told.failures_split) == ("mit", "drop", None)
+    assert "failures" not in load_dataset(REPO, revision="v1.0.0")
 
 
 # --- reading back

@@ -104,6 +104,9 @@ def test_rows_of_a_pilot_can_be_kept_and_the_next_pilot_writes_others(tmp_path):
         assert run.plan(PROMPTS)[:3] == (4, 0, 8)  # and the row with which the models were loaded
         assert estimate(run, PROMPTS, rows=20, keep=True).pilot_rows == 7
         assert run.plan(PROMPTS).done == 12
+        one_more = Dataset.from_dict({"prompt": [*PROMPTS["prompt"], "calc 99"]})
+        with pytest.raises(DatasetError, match="Only one prompt has no row yet"):  # it would be found, at no cost
+            estimate(run, one_more, rows=3, keep=True)
         with pytest.raises(DatasetError, match="run without --keep if all rows are written"):
             estimate(run, PROMPTS, rows=3, keep=True)
     with transform(0, 0, journal=None) as run, pytest.raises(SettingsError, match="cannot be kept without a journal"):

@@ -266,8 +266,13 @@ def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
     code, _ = tessy(*given, "--student", demo.STUDENT, "--out", tmp_path / "b.html", "--columns", tmp_path / "scored")
     scored = load_dataset("parquet", data_files=str(tmp_path / "scored" / "tessy.parquet"), split="train")
     assert code == 0 and min(scored["student_rsr"]) > 0
+    before = (tmp_path / "tessy.parquet").read_bytes()
+    code, printed = tessy(*given, "--student", demo.STUDENT, "--columns", tmp_path)
+    assert code == 2 and "is there already" in " ".join(printed.split())
+    assert (tmp_path / "tessy.parquet").read_bytes() == before
     for words, seen in [
         (given, "No tokenizer given"),
+        ([*given, "--tokenizer", demo.STUDENT, "--out", given[1]], "would be overwritten with a page"),
         ([*given, "--tokenizer", demo.STUDENT, "--columns", tmp_path], "--columns needs"),
         ([*given, "--tokenizer", tmp_path / "none"], "cannot be loaded"),
         ([*given[:2], tmp_path / "none.parquet", "--tokenizer", demo.STUDENT], "there is no such file"),

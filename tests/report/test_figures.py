@@ -71,15 +71,14 @@ def test_tokens_by_part_are_drawn_with_their_totals(summary):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", figures.NAMES)
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_figure_has_a_title_units_a_legend_and_the_same_bytes_again(summary, name, theme):
-    figure = figures.draw(name, summary, theme)
+def test_every_figure_has_a_title_units_a_legend_and_the_same_bytes_again(summary, name):
+    figure = figures.draw(name, summary)
     told = " ".join(texts(figure))
     assert "tokens" in told and ("%" in told or name == "tokens_by_part")
     assert any(axes.get_legend() for axes in figure.axes)
     for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
-        drawn = figures.image(name, summary, theme, kind)
-        assert drawn.startswith(start) and drawn == figures.image(name, summary, theme, kind)
+        drawn = figures.image(name, summary, kind=kind)
+        assert drawn.startswith(start) and drawn == figures.image(name, summary, kind=kind)
         assert len(drawn) < 60_000
 
 

@@ -127,15 +127,6 @@ def test_batches_do_not_matter(rows, size):
     assert same(count(*reversed(cut)).summary() | {"methods": {"tessy": 300}, "sample": whole["sample"]}, whole)
 
 
-def test_shards_counted_apart_are_merged(rows):
-    whole = count(table(rows))
-    first, second = count(table(rows.select(range(100)))), count(table(rows.select(range(100, 300))))
-    first.merge(pickle.loads(pickle.dumps(second)))
-    assert same(first.summary(), whole.summary())
-    first.merge(Statistics())
-    assert same(first.summary(), whole.summary())
-
-
 def test_no_rows_have_no_mean_and_the_summary_is_json(rows):
     for summary in (Statistics().summary(), count(table(rows.select([]))).summary(), count(table(rows)).summary()):
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary

@@ -30,6 +30,8 @@ RIGHT = [
     (Number(), "2e3", 2000, True),
     (Number(), ".5", "the half, 0.5", True),
     (Number(), "none", "7", False),
+    (Number(), "x = \N{MINUS SIGN}5", "5", False),
+    (Number(), "x = \N{MINUS SIGN}5", "-5", True),
 ]
 
 
@@ -41,6 +43,12 @@ def test_texts_and_numbers(verifier, answer, expected, right):
 def test_a_reference_without_a_number_is_told():
     with pytest.raises(ValueError, match="'reference_answer' is 'none', in which there is no number"):
         says(Number(), "7", "none")
+
+
+@pytest.mark.parametrize("verifier", [Exact(), Number(), MathVerify()])
+def test_a_row_without_a_reference_is_told(verifier):
+    with pytest.raises(ValueError, match="'reference_answer' is None"):
+        says(verifier, "None", None)
 
 
 MATH = [
@@ -87,13 +95,19 @@ ECHO = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
         (ECHO, [{"input": "1 2\n", "output": "3\n"}, {"input": "4 5", "output": "9  "}], True),
         (ECHO, [{"input": "1 2", "output": "3"}, {"input": "4 5", "output": "8"}], False),
         (ECHO, [{"input": "", "output": "3"}], False),
+        (ECHO, '[{"input": "1 2", "output": "3"}]', True),
+        (ECHO, '[{"input": "1 2", "output": "4"}]', False),  # as code, a list passes whatever was written
     ],
 )
 def test_python_tests(answer, tests, right):
     assert says(PythonTests(seconds=3.0), answer, tests) is right
 
 
-@pytest.mark.parametrize("tests", ["", [], None, 3])
+@pytest.mark.parametrize(
+    "tests",
+    ["", " \n", [], None, 3, '{"inputs": ["1"], "outputs": ["2"]}', "[]", ["x"], [{"in": "1"}], [{"input": "1"}],
+     [{"input": 1, "output": 2}]],
+)  # fmt: skip
 def test_a_column_without_tests_is_told(tests):
     with pytest.raises(ValueError, match="'tests' is"):
         says(PythonTests(), ADD, tests)
