@@ -148,6 +148,11 @@ class Chunk(NamedTuple):
         start = max(self.lead, self.end(index))
         return self.text[start : self.end(index + 1)] if index < len(self.words) else ""
 
+    def space(self, index: int) -> str:
+        """Return the white space before a word, or after the last one."""
+        text = self.text[self.end(index) :]
+        return text[: len(text) - len(text.lstrip())]
+
     def tokens(self, word: int) -> slice:
         """Return the places of the tokens that hold a part of a word."""
         return covering(self.ends, *self.words[word])

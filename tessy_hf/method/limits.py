@@ -7,6 +7,8 @@ chunks end. Knows nothing of engines or predictors.
 from __future__ import annotations
 
 from collections import deque
+from functools import cache
+from math import inf
 
 from tessy_hf.method.chunk import Chunk
 from tessy_hf.text.transcript import TokenList
@@ -78,13 +80,16 @@ class Limits:
         """Forget the first ``count`` words of the author's text: they are settled. ``None``: the turn is over."""
         self._seen = 0 if count is None else self._seen - count
 
-    def apply(self, chunk: Chunk, boundary: int | None, *, waits: bool = False) -> tuple[int, Ending | None]:
+    def apply(
+        self, chunk: Chunk, boundary: int | None, *, waits: bool = False, must_keep: bool = False
+    ) -> tuple[int, Ending | None]:
         """Apply loop detector and budget to the words before a boundary.
 
         Args:
             chunk: The author's text.
             boundary: The first word that is not the author's to write; ``None`` where all are.
             waits: Whether words are judged only when they are complete.
+            must_keep: Whether the word before the boundary is the one that made it, and is kept all the same.
 
         Returns:
             How many words may be kept, and how the row ends if that is all; ``None`` where it goes on.
@@ -96,28 +101,63 @@ class Limits:
         looped = self._loops.feed(chunk.upto(kept)[chunk.size(seen) :])
         if looped is not None:
             stop = chunk.size(seen) + looped
-            return max(n for n in range(seen, kept + 1) if chunk.size(n) <= stop), Ending("repetition")
-        tail = chunk.text[chunk.end(kept) :] if boundary is None else chunk.word(kept) if waits else ""
-        if boundary is None and len(tail) > LONGEST_WORD:
-            return kept, Ending("repetition")
-        if boundary is None and chunk.lookahead:
-            tail = ""  # words that are held count once they are judged, or the end would depend on the chunks
-        return self._within_budget(chunk, kept, tail)
+            kept = max(n for n in range(seen, kept + 1) if chunk.size(n) <= stop)
+            return self._within_budget(chunk, kept, _stages(chunk, kept - 1), Ending("repetition"))
+        if boundary is None:
+            judged = chunk.begun - chunk.lookahead if chunk.lookahead else chunk.complete
+            return self._within_budget(chunk, kept, _stages(chunk, judged), None)
+        at_start = not (waits or must_keep)
+        return self._within_budget(chunk, kept, _stages(chunk, boundary - must_keep, at_start=at_start), None)
 
-    def _within_budget(self, chunk: Chunk, kept: int, tail: str) -> tuple[int, Ending | None]:
-        """Return how many words fit. The row also ends at a word too long to fit, whoever writes it."""
-        if self.tokens_left >= _MOST_TOKENS_PER_CHARACTER * (chunk.size(kept) + len(tail)):
-            return kept, None  # spares the exact count while the budget is far
-        left = self.tokens_left
-        for count in range(kept):
-            if self._pieces(chunk.word(count)) > left + SLACK:
-                return count, Ending("length", "word")
-            left = self._budget - self._counter.preview(chunk.upto(count + 1)).length
-            if left < 0:
-                return count, Ending("length", "thinking")
-        return kept, Ending("length", "word") if self._pieces(tail) > left + SLACK else None
+    def _within_budget(self, chunk: Chunk, kept: int, stages: int, ending: Ending | None) -> tuple[int, Ending | None]:
+        """Return how many words fit. The row also ends at a word too long to fit, whoever writes it.
+
+        The text is read in the order in which it was written, so that the chunks make no difference. A word counts
+        once it is judged. One that is held or half written ends the row where it cannot fit behind all before it.
+        """
+        far = self.tokens_left >= _MOST_TOKENS_PER_CHARACTER * len(chunk.text)
+        if far and len(chunk.text) <= LONGEST_WORD:
+            return kept, ending  # spares the exact count
+
+        @cache
+        def left(count: int) -> float:
+            if far or not count:
+                return inf if far else self.tokens_left
+            return self._budget - self._counter.preview(chunk.upto(count)).length
+
+        for stage in range(stages):
+            word, begun = divmod(stage, 2)
+            judged = max(0, word - chunk.lookahead + (begun and chunk.lookahead > 0))
+            if judged and left(judged) < 0:
+                return judged - 1, Ending("length", "thinking")
+            misfit = self._misfit(chunk.word(word) if begun else chunk.space(word), left(word))
+            if misfit is not None:
+                return judged, misfit
+        over = next((count for count in range(kept) if left(count + 1) < 0), None)
+        return (kept, ending) if over is None else (over, Ending("length", "thinking"))
+
+    def _misfit(self, text: str, left: float) -> Ending | None:
+        """Return how the row ends at a word, or at white space, that is too long."""
+        if text and left < inf and self._pieces(text[:LONGEST_WORD]) > left + SLACK:
+            return Ending("length", "word")
+        return Ending("repetition") if len(text) > LONGEST_WORD else None
 
     def _pieces(self, word: str) -> int:
         """Count the tokens of a word's whole pieces."""
         starts = range(0, len(word) - PIECE + 1, PIECE)
         return sum(len(self._counter.vocabulary.encode(word[start : start + PIECE]).ids) for start in starts)
+
+
+def _stages(chunk: Chunk, word: int, *, at_start: bool = False) -> int:
+    """Return how much was written when a word could be judged, as twice a number of words.
+
+    The white space before a word is a stage, and so is the word.
+
+    Args:
+        chunk: The author's text.
+        word: Which word.
+        at_start: Whether, without look-ahead, it is judged by its first letter and not when it is complete.
+    """
+    if chunk.lookahead:  # until the word so far ahead begins, or the thinking ends
+        return 2 * min(word + chunk.lookahead, len(chunk.words)) + 1
+    return 2 * word + (1 if at_start else 2)

@@ -159,8 +159,8 @@ class Turn:
 
     def limit(self, chunk: Chunk, boundary: int | None) -> tuple[int, Ending | None]:
         """Return how many words before the boundary the limits allow, and how the row ends if they end it."""
-        waits = self._judge is not None and self._judge.waits and not self._must_keep
-        return self._row.limits.apply(chunk, boundary, waits=waits)
+        waits = self._judge is not None and self._judge.waits
+        return self._row.limits.apply(chunk, boundary, waits=waits, must_keep=self._must_keep)
 
     # --- lines 10, 11
 

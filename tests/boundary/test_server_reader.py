@@ -5,13 +5,16 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3ForTokenClassification
 
 from tessy_hf import BoundaryPredictor, recipe
 from tessy_hf.boundary.predictor import SHIPPED
 from tessy_hf.errors import BoundaryError, EngineDeadError, SettingsError
+from tests.boundary.test_predictor import NAMED, save
 from tests.engines import servers
 from tests.engines.servers import FakeServer, replying, status
-from tests.rules import ids_of
+from tests.rules import ids_of, scripted, spans, write
 from tests.worlds import TEXT
 
 QUICK = {"retry_timeout": 0.3, "timeout": 5.0}
@@ -57,6 +60,32 @@ def test_labels_are_the_servers_and_calls_are_batched(since):
     assert {key: first[key] for key in ("model", "task", "use_activation")} == {
         "model": "small", "task": "token_classify", "use_activation": False
     }  # fmt: skip
+
+
+def test_all_readers_judge_alike_with_a_look_ahead(tmp_path, monkeypatch):
+    """Windows that grow, are rolled back and end in end tokens, by each way through the network."""
+    folder = save(tmp_path, label_shift=0, lookahead=2, eos_token_id=7, window=16, initializer_range=0.5, **NAMED)
+    stock = Qwen3ForTokenClassification.from_pretrained(folder).eval()
+
+    def logits(window):
+        with torch.inference_mode():
+            return stock(input_ids=torch.tensor([window])).logits[0].tolist()
+
+    def rows(**options):
+        predictor = BoundaryPredictor.from_pretrained(folder, **options)
+        texts = TEXT, TEXT[60:]
+        found = [spans(write(*map(scripted, texts), (predictor, predictor), chunk_tokens=k)) for k in (3, 40)]
+        predictor.close()
+        return found
+
+    with pooling(models=[{"id": "small", "root": folder, "max_model_len": 256}], classify=logits) as server:
+        found = [rows(engine="server", base_url=server.url, **QUICK)]
+    found += [rows(device="cpu")]  # in few calls, from a cache
+    monkeypatch.setattr("tessy_hf.boundary.window_cache.small_qwen3", lambda network: None)
+    found += [rows(device="cpu")]  # by transformers, from a cache
+    monkeypatch.setattr("tessy_hf.boundary.window_cache.can_cache", lambda network: False)
+    found += [rows(device="cpu")]  # each window whole
+    assert len(found[0][0]) > 4 and all(row == found[0][0] for two in found for row in two)
 
 
 @pytest.mark.parametrize("mishap", [status(503), status(429), servers.cut, replying(b"<html>busy</html>")])

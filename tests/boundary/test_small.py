@@ -36,8 +36,8 @@ def test_it_fits_into_ten_megabytes():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10_000_000
 
 
-def test_it_is_the_default_and_judges_words_as_they_begin(found):
-    assert (found.model, found.label_shift, found.lookahead, found.causal) == (SHIPPED, 0, 0, True)
+def test_it_is_the_default_and_reads_two_words_beyond(found):
+    assert (found.model, found.label_shift, found.lookahead, found.causal) == (SHIPPED, 0, 2, True)
 
 
 def test_the_figures_on_the_held_out_segments_are_those_of_the_card(found, card):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tessy_hf.engines.scripted import Script
 from tessy_hf.errors import EngineDeadError, RequestError
+from tessy_hf.method.limits import SLACK
 from tessy_hf.text.vocabulary import words
 from tessy_hf.trajectory import Prompt
 from tests.rules import (
@@ -88,13 +89,19 @@ def test_a_predictor_that_looks_ahead_hands_over_before_the_next_word(k):
     assert row.closed
 
 
-def simulate(teacher, student, is_style):
-    """Tell what algorithm 1 makes of scripts, word by word and with no tokens at all.
+def simulate(teacher, student, is_style, *, lookahead=0, budget=100_000, kind="qwen"):
+    """Tell what algorithm 1 makes of scripts of short words, word by word and with no chunks at all.
 
     Args:
         teacher: What the teacher writes at each take-over; it writes on into the next texts.
         student: What the student writes.
         is_style: From the text before a word and the word to whether it is style (None: no telling).
+        lookahead: How many words beyond a word must have begun before it is judged.
+        budget: The most tokens of thinking.
+        kind: The student's tokenizer.
+
+    Returns:
+        Spans, and whether the thinking was closed.
     """
     scripts, turns = {"teacher": teacher, "student": student}, {"teacher": 0, "student": 0}
     accepted, author, result = "", "student", []
@@ -103,18 +110,54 @@ def simulate(teacher, student, is_style):
         turns[author] += 1
         spoken = words(text)
         style = [is_style(accepted + text[:start], text[start:end]) for start, end in spoken]
-        own = author == "student"
-        other = next((i for i, kind in enumerate(style) if kind is not None and kind != own), None)
-        kept = len(spoken) if other is None else max(1, other)
-        piece = text[: spoken[kept - 1][1]] if kept else ""
+        other = next((i for i, kind in enumerate(style) if kind is not None and kind != (author == "student")), None)
+        ends = [0, *(end for _, end in spoken)]
+        room = [budget - len(ids_of(accepted + text[:end], kind)) for end in ends]
+        kept, how = first_that_ends(text, spoken, room, other, lookahead)
+        piece = text[: ends[kept]]
         accepted += piece
         if piece and result and result[-1][0] == author:
             result[-1] = (author, result[-1][1] + piece)
         elif piece:
             result.append((author, piece))
-        if other is None:
-            return result
+        if how != "other":
+            return result, how == "closed"
         author = "teacher" if author == "student" else "student"
+
+
+def first_that_ends(text, spoken, room, other, lookahead):
+    """Return how many words of a turn are kept, and whether the other author, the budget or the close ends it.
+
+    Args:
+        text: The whole script from here.
+        spoken: Its words.
+        room: The tokens of the budget that are left after each number of words.
+        other: The first word that is not the author's kind.
+        lookahead: How many words beyond a word must have begun before it is judged.
+    """
+    moments = []  # in the order of writing: how many words stand, and how many of them are judged
+    for word, (start, _) in enumerate([*spoken, (ends_at(spoken), 0)]):
+        if text[start : start + 1].isspace():
+            moments.append((word, word - lookahead))
+        if word < len(spoken):
+            moments.append((word, word - lookahead + (lookahead > 0)))
+    for stand, judged in [*moments, (len(spoken), len(spoken))]:
+        last = len(spoken) if other is None else max(1, other)
+        over = next((n for n in range(1, min(judged, last) + 1) if room[n] < 0), None)
+        if over is not None:
+            return over - 1, "length"
+        if other is not None and judged > other:
+            return last, "other"
+        if other is not None and not lookahead and stand >= last:
+            return last, "other"
+        if room[stand] < -SLACK:
+            return max(0, judged), "length"
+    return len(spoken), "closed"
+
+
+def ends_at(spoken):
+    """Return where the last word ends."""
+    return spoken[-1][1] if spoken else 0
 
 
 simple_words = st.lists(
@@ -141,8 +184,9 @@ def simple_scripts(names):
     student=simple_scripts([" Stu", " dye,"]),
     kinds=st.tuples(*[st.sampled_from(KINDS)] * 3),
     k=st.sampled_from(CHUNKS),
+    budget=st.one_of(st.just(100_000), st.integers(1, 30)),
 )
-def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, lookahead, teacher, student, kinds, k):
+def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, lookahead, teacher, student, kinds, k, budget):
     student = [text.lstrip() if index == 0 else text for index, text in enumerate(student)]
 
     def is_style(before, word):
@@ -160,9 +204,10 @@ def test_a_row_is_what_a_word_by_word_simulation_gives(label_shift, lookahead, t
             lookahead=lookahead,
         ),
         chunk_tokens=k,
+        max_thinking_tokens=budget,
     )
-    assert spans(row) == simulate(teacher, student, is_style)
-    assert row.closed
+    expected = simulate(teacher, student, is_style, lookahead=lookahead, budget=budget, kind=kinds[1])
+    assert (spans(row), row.closed) == expected
 
 
 # --- decision 2: progress
@@ -701,20 +746,69 @@ def test_an_endless_word_is_cut_off():
     assert (row.finish_reason, row.text("thinking")) == ("repetition", "all")
 
 
-@pytest.mark.parametrize("text", ["all " + "10" * 9000, "all" + "\n" * 9000, "all 1,2" + ",1,2" * 4000])
-@pytest.mark.parametrize("method", ["alternate", "student"])
+ENDLESS = ["so be it all " + "10" * 9000, "so be it all" + "\n" * 9000, "so be it all 1,2" + ",1,2" * 4000]
+
+
+@pytest.mark.parametrize("text", ENDLESS)
+@pytest.mark.parametrize(("method", "lookahead"), [("student", 0), *(("alternate", ahead) for ahead in (0, 1, 2, 4))])
 @pytest.mark.parametrize("k", [1, 8, "stream"])
-def test_the_thinking_budget_binds_where_no_word_ends(text, method, k):
+def test_the_thinking_budget_binds_where_no_word_ends(text, method, lookahead, k):
     row = write(
         CannedEngine(),
         scripted([text]),
-        both(always_style),
+        both(always_style, lookahead=lookahead),
         chunk_tokens=k,
         thinking=method,
         max_thinking_tokens=50,
     )
-    assert (row.finish_reason, row.budget, row.text("thinking")) == ("length", "word", "all")
+    judged = 4 - lookahead + (lookahead > 0 and not text.endswith("\n"))  # a word that has begun lets one be judged
+    assert (row.finish_reason, row.budget, row.text("thinking")) == ("length", "word", " ".join(text.split()[:judged]))
     assert row.generated["student"] <= 2 * 50 + 20
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 4])
+@pytest.mark.parametrize("k", [1, 8, 40, "stream"])
+def test_a_turn_never_passes_what_is_left_of_the_budget_by_more_than_a_chunk(lookahead, k):
+    text = " ".join(["incomprehensibilities", "so", "2,718,281"] * 40)
+    for budget in (1, 2, 5, 20, 60):
+        row = write(
+            CannedEngine(),
+            scripted([text]),
+            both(always_style, lookahead=lookahead),
+            chunk_tokens=k,
+            max_thinking_tokens=budget,
+        )
+        assert row.finish_reason == "length"
+        assert len(ids_of(row.text("thinking"))) <= budget
+        longest = len(ids_of(" incomprehensibilities"))
+        assert row.generated["student"] <= budget + SLACK + longest + (k if isinstance(k, int) else 8)
+
+
+@pytest.mark.parametrize("convention", [{}, {"label_shift": 1}, {"lookahead": 1}, {"lookahead": 3}], ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "all" + "\n" * 400 + "Zoo it",
+        "all it be " + "10" * 400 + " Zoo it so be",
+        "be " * 600,
+        ("so " * 7 + "be ") * 99,
+    ],
+)
+def test_where_a_row_ends_does_not_depend_on_k_though_one_chunk_holds_all(convention, text):
+    rule = after_comma if "label_shift" in convention else by_first_letter_of(convention.get("lookahead", 0))
+    for budget in (50, 5000):
+        rows = (
+            write(
+                scripted([" Tea Zoo"]),
+                scripted([text, " it"]),
+                both(rule, **convention),
+                chunk_tokens=k,
+                max_thinking_tokens=budget,
+            )
+            for k in (7, ENOUGH, "stream")
+        )
+        ends = {(str(spans(row)), row.finish_reason, row.budget) for row in rows}
+        assert len(ends) == 1, ends
 
 
 def test_an_answer_that_goes_round_in_circles_is_called_repetition():

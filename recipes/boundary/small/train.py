@@ -58,7 +58,7 @@ PRE_TOKENS = (
     r"|\s+(?!\S)|\s+"
 )
 VOCABULARY = 6144
-LOOKAHEAD = 0
+LOOKAHEAD = 2
 """The look-ahead that is shipped, in words."""
 BIAS = 0.0
 """Added to the log-odds of style, for a better F1."""
