@@ -335,7 +335,7 @@ def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: i
     for name in ("surprisal", "rank", "rsr"):
         rows = rows.add_column(f"student_{name}", [one and getattr(one, name) for one in found])
     each = zip(texts, scores, strict=True)
-    return rows.add_column(heat.WORDS, [text and _by_word(text, vocabulary, scored.logprobs) for text, scored in each])
+    return rows.add_column(heat.WORDS, [text and _by_word(text, vocabulary, logprobs) for text, (logprobs, _) in each])
 
 
 def _by_word(text: Text, vocabulary: Vocabulary, logprobs: Sequence[float]) -> list[float]:
