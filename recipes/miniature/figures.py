@@ -10,14 +10,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import results
 from claims import CLAIMS, HEAD, Claim
+from plots import Series, draw_bars, draw_clouds, draw_lines, draw_points, picture, spread
 
-Series = dict[str, list[tuple[float, float, float]]]  # for each line its points: x, mean, standard deviation
-COLORS = ("#0e8a66", "#7b4fc9", "#c2571a", "#1f6fb2", "#8a6d0e", "#57606a")
+WORDS = 12
+"""Words that are shown of those typical of the sets."""
 AGREES, DIFFERS, OPEN = "agrees", "does not agree", "cannot be judged here"
 
 
@@ -109,7 +110,7 @@ def by_limit(found: Found, names: Sequence[str], claim: Claim) -> Seen:
 def by_epoch(found: Found, names: Sequence[str], claim: Claim) -> Seen:
     """Show the change in-domain over the epochs; each point is of fewer prompts than the final examination."""
     series: Series = {}
-    gains: dict[str, list[float]] = {"epoch 9 above epoch 1": [], "epoch 9 above no training": []}
+    gains: dict[str, list[float]] = {}
     for method in ("tessy", "teacher-only"):
         each = [found.units[name] for name in names if found.units[name]["method"] == method]
         start = [found.examined(f"student-{one['level']}-{one['seed']}")[0] for one in each]
@@ -197,13 +198,14 @@ def authors(found: Found, names: Sequence[str], claim: Claim) -> Seen:
     shares = [100 * one["authors"]["tessy"]["teacher"] / sum(one["authors"]["tessy"].values()) for one in each]
     words, per = each[0]["words"]["words"], each[0]["words"]["per_thousand"]
     heads = ["word (per thousand words)", *each[0]["names"]]
-    rows = [[word, *(f"{line[at]:.1f}" for line in per)] for at, word in enumerate(words)]
+    most = sorted(range(len(words)), key=lambda at: -max(line[at] for line in per))[:WORDS]
+    rows = [[words[at], *(f"{line[at]:.1f}" for line in per)] for at in most]
     values = {"teacher": [(share, 0.0) for share in shares], "student": [(100 - share, 0.0) for share in shares]}
+    note = f"The teacher wrote {results.spread(shares)}% of tessy's tokens. **{OPEN.capitalize()}**: words and share "
     return Seen(
         results.table(heads, rows),
-        {"the teacher writes more than half of the tokens": [share - 50 for share in shares]},
-        lambda axes: draw_bars(axes, values, "share of tessy's tokens in %", ("share",)),
-        f"The teacher wrote {results.spread(shares)}% of tessy's tokens.",
+        draw=lambda axes: draw_bars(axes, values, "share of tessy's tokens in %", ("share",)),
+        note=note + "follow from how the two styles were made.",
     )
 
 
@@ -280,10 +282,9 @@ def write(out: Path, path: Path, plan: Mapping[str, Sequence[str]]) -> None:
         section, verdict = show(found, path, name, units)
         sections.append(section)
         verdicts.append([f"[{name}](#{anchor(name)})", CLAIMS[name].title, verdict])
-    done = [found.units[unit] for units in plan.values() for unit in units if unit in found.units]
     parts = [HEAD, results.table(["", "", "here"], verdicts), *sections]
-    if done:
-        parts.append(results.run_table(list(found.units.values()), json.loads((out / "scale.json").read_text())))
+    scale = json.loads((out / "scale.json").read_text())
+    parts += [results.run_table(list(found.units.values()), scale)] if found.units else []
     path.write_text("\n\n".join(parts) + "\n")
 
 
@@ -334,74 +335,3 @@ def judge(differences: Mapping[str, Sequence[float]]) -> tuple[str, str]:
         f"{what}: {results.spread(values, '+', digits)} ({judged[what]})" for what, values in differences.items()
     )
     return f"{said}. **{verdict.capitalize()}.**", verdict
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation; of one value the latter is 0."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def picture(path: Path, draw: Callable[[Any], None], panels: int) -> None:
-    """Draw a small figure of one or more panels beside each other."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path.parent.mkdir(exist_ok=True)
-    figure = Figure(figsize=(6.4, 3.0 if panels == 1 else 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for panel in axes:
-        panel.grid(color="#e3e7ec", linewidth=0.8)
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0, labelsize=8)
-    draw(axes if panels > 1 else axes[0])
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-
-
-def draw_bars(axes: Any, values: Mapping[str, Sequence[Sequence[float]]], x: str, names: Sequence[str] = ()) -> None:
-    """Draw a line for each condition, with mean and deviation of each number."""
-    for at, name in enumerate(names or ("in-domain", "out-of-domain")):
-        middles, deviations = zip(*(spread([one[at] for one in each]) for each in values.values()), strict=True)
-        places = [place + 0.2 * at - 0.1 * (not names) for place in range(len(values))]
-        look = {"color": COLORS[at], "markersize": 6, "capsize": 2.5, "elinewidth": 1.2, "label": name}
-        axes.errorbar(middles, places, xerr=deviations, fmt="os"[at], **look)
-    axes.set_yticks(range(len(values)), list(values))
-    axes.set_ylim(len(values) - 0.5, -0.6)
-    axes.set_xlabel(x, fontsize=8)
-    if not names:
-        axes.legend(fontsize=7, frameon=False)
-
-
-def draw_lines(axes: Any, series: Series, x: str, y: str) -> None:
-    """Draw lines with the deviation as a band."""
-    for (name, line), color in zip(series.items(), COLORS, strict=False):
-        places, middles, deviations = zip(*line, strict=True)
-        axes.plot(places, middles, color=color, label=name, marker="o" if len(line) < 12 else None, markersize=4)
-        low, high = zip(*((m - s, m + s) for m, s in zip(middles, deviations, strict=True)), strict=True)
-        axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
-
-
-def draw_points(axes: Any, points: Mapping[str, Sequence[float]], x: str, y: str) -> None:
-    """Draw named points."""
-    for name, (across, up) in points.items():
-        axes.plot([across], [up], "o", color=COLORS[0], markersize=5)
-        axes.annotate(name, (across, up), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-
-
-def draw_clouds(axes: Sequence[Any], firsts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the first two principal components of the sets of one student, a panel for each teacher."""
-    for panel, (teacher, one) in zip(axes, firsts.items(), strict=False):
-        for name, points, color in zip(one["names"], one["pca"]["points"], COLORS, strict=False):
-            panel.plot(*zip(*points, strict=True), "o", color=color, markersize=2, alpha=0.5, label=name)
-        panel.set_title(f"teacher: {teacher}", fontsize=8)
-    axes[0].legend(fontsize=6, frameon=False, markerscale=2)
