@@ -106,6 +106,8 @@ def settings_page() -> str:
         words = plain(field.description or "")
         kind = names.sub(lambda found: TYPES[found[1]], str(documented[name].annotation))
         kind = re.sub(r"Annotated\[Any, .*\]|^Any$", "name | mapping | function", kind)
+        kind = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", re.sub(r"Literal\[(.+?)\]", r"\1", kind))
+        kind = re.sub(r"by author\[(\w+)\]", r"{teacher: \1, student: \1}", kind)
         lines += [f"## `{name}`", "", f"`{kind}`, by default `{field.default!r}`", "", words, ""]
     return "\n".join(lines)
 

@@ -120,29 +120,29 @@ class Settings(Checked):
     method: Method = "tessy"
     """The data recipe: who writes the thinking and who the answer (paper, section 3.4 and figure 9)."""
     switch: Annotated[Any, BeforeValidator(rules.build)] = Field(default="predictor", validate_default=True)
-    """The rule of who writes next while authors take turns: "predictor" (the paper's, by boundary predictors), or
-    "entropy", "student-accepts", "likeliest" and "every" with their numbers, for instance ``{"every": 5}``, or a
-    function of a word; see :mod:`tessy_hf.method.rules`."""
+    """The rule that decides who writes next: "predictor" (the paper's, with boundary predictors); "entropy",
+    "student-accepts", "likeliest" or "every" with a number, for instance ``{"every": 5}``; or a function of a word.
+    See :mod:`tessy_hf.method.rules`."""
     chunk_tokens: TokenCount | Literal["auto"] | PerAuthor[TokenCount] = "auto"
-    """k, the most tokens asked of an author at once: a number (the paper uses 20), one for each author, or "auto" to
-    follow the lengths of each author's spans. A speed knob: greedy rows do not depend on it."""
+    """k, the most tokens that an author is asked for at once: a number (the paper uses 20), one for each author, or
+    "auto" to follow the lengths of each author's spans. It changes the speed; greedy rows do not depend on it."""
     stream: bool = False
-    """Whether an author's turn is taken as one stream, broken off at its boundary, instead of chunk by chunk; engines
-    that cannot stream go on in chunks. A speed knob as well."""
+    """Whether to request an author's turn as one stream, which is closed at the boundary, and not chunk by chunk.
+    Engines that cannot stream are still asked for chunks. It changes the speed; greedy rows do not depend on it."""
     temperature: Temperature | PerAuthor[Temperature] = 0.6
-    """Sampling temperature, of both authors or of each, as all sampling: ``{"teacher": 1.0, "student": 0.6}``. 0 is
-    greedy. The paper uses 0.6."""
+    """Sampling temperature; 0 is greedy. The paper uses 0.6. Like all sampling settings it may be one number, or one
+    for each author: ``{"teacher": 1.0, "student": 0.6}``."""
     top_p: Share | PerAuthor[Share] = 1.0
     """Nucleus sampling mass."""
     top_k: TokenCount | PerAuthor[TokenCount] | None = None
-    """How many of the most probable tokens to draw from; all by default."""
+    """Sample only from this many most probable tokens; by default from all."""
     min_p: Share | PerAuthor[Share] | None = None
-    """Least probability of a token to draw, as a share of the most probable one's."""
+    """Sample only tokens whose probability is at least this share of the most probable token's."""
     repetition_penalty: Penalty | PerAuthor[Penalty] | None = None
-    """Above 1, makes tokens that the prompt or the text has already less probable. Penalties that count what one
-    request wrote are not offered: rows would depend on how they are cut into requests."""
+    """Values above 1 make tokens less probable that are in the prompt or the text already. There are no frequency and
+    presence penalties: servers count them per request, so rows would depend on how they are split into requests."""
     seed: int = 0
-    """The run's seed. Each row draws from (seed, row key, position), so a rerun repeats it."""
+    """The run's seed. Tokens are sampled from (seed, row key, position), so a rerun gives the same rows."""
     max_thinking_tokens: int = Field(default=32_768, ge=1)
     """Budget of a row's thinking, in the student's tokens."""
     max_answer_tokens: int = Field(default=8_192, ge=1)
@@ -150,35 +150,35 @@ class Settings(Checked):
     prompt_column: str = "prompt"
     """The column with the prompt: a string, or a list of chat messages ending in the user's turn."""
     id_column: str | None = None
-    """The column that tells rows apart. Without one, equal prompts are one and the same row."""
+    """The column with unique ids. Without one, rows are identified by their prompts, and equal prompts share a row."""
     best_of: int | None = Field(default=None, ge=1)
-    """The most candidates to write for a row: by default 5 for ``teacher-score``, else 1. The teacher scores all of
-    its 5; a verifier's are written one after the other, until it finds one right."""
+    """The most candidates to write for a row: by default 5 for ``teacher-score``, else 1. ``teacher-score`` writes all
+    of them. With a verifier, they are written one after the other until one is right."""
     verifier: Any = None
-    """What says whether a finished candidate is right: the name of one in :mod:`tessy_hf.verifiers.verifiers`, a
-    mapping with its ``name`` and arguments, or a function of a row that returns a bool or a number, 1 for right."""
+    """Decides whether a finished candidate is right: the name of a verifier in :mod:`tessy_hf.verifiers.verifiers`, a
+    mapping with its ``name`` and arguments, or a function of a row that returns a bool or a number (1 for right)."""
     chosen_by: Literal["rsr"] | None = None
-    """What chooses among candidates that are equal otherwise: ``rsr``, the least Rank-Surprisal Ratio under the
-    student (arXiv 2601.14249). The score of a candidate is minus its ratio; all ``best_of`` candidates are written."""
+    """Chooses among equally good candidates: ``rsr`` keeps the one with the lowest Rank-Surprisal Ratio under the
+    student (arXiv 2601.14249). All ``best_of`` candidates are written; the score of each is its negative ratio."""
     system_prompt: str | None = None
     """A system message for both models, put before each prompt."""
 
     # What follows changes how fast and how safely a run goes, never what it writes: it is not in the fingerprint.
     rows_in_flight: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
-    """Rows written at the same time, across all batches of the run: a number, or "auto" for as many as the engines'
-    caches hold rows of the lengths that are seen."""
+    """How many rows are written at the same time, across all batches: a number, or "auto" for as many as fit into the
+    engines' caches."""
     journal: _Path | None = "auto"
-    """Where rows are kept as they are written, so that a rerun looks them up and goes on: a file, "auto" for one next
-    to the datasets cache, or None for no journal."""
+    """Where rows are kept as they are written, so that a rerun can resume: a file, "auto" for a file next to the
+    datasets cache, or None for no journal."""
     parts: _Path | None = None
-    """Where finished rows are put for other hosts to see, as small Parquet files: a folder as fsspec names it, a path
-    or for instance ``s3://bucket/run``. Rows that any host has put there are looked up."""
+    """A folder through which hosts share finished rows, as small Parquet files: a path, or any address that fsspec
+    knows, such as ``s3://bucket/run``. Rows that are there are not written again."""
     request_timeout: float = Field(default=3600.0, gt=0)
     """Seconds that an engine or a predictor may take for one request. A row that waits longer fails and is tried
     again."""
     max_attempts: int = Field(default=3, ge=1)
-    """How often a row whose engine failed is tried, over all runs with the same journal, before the failure is final.
-    Each try goes on after what was kept."""
+    """How often a row whose engine failed is tried before the failure is final, over all runs with the same journal.
+    Each try resumes from the last kept span."""
 
     @classmethod
     def check(cls, **given: Any) -> Self:

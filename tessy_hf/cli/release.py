@@ -48,7 +48,7 @@ def push(
     prompts_split: Annotated[str, typer.Option(help="Which split of the prompts.")] = "train",
     prompts_config: Annotated[str | None, typer.Option(help="Which configuration of the prompts.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="The recipe of the rows, where they and this machine do not have its record.")
+        str | None, typer.Option(help="The recipe of the rows, if neither they nor this machine have its record.")
     ] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, as for synthesize.")] = None,
     run: Annotated[str | None, typer.Option(help="Which run of a journal, if it holds several.")] = None,
@@ -58,7 +58,8 @@ def push(
     live_main: Annotated[bool, typer.Option("--live-main", help="Show it on the card of main, too.")] = False,
     live_minutes: Annotated[float, typer.Option(help="Minutes between two commits of the progress.")] = 10,
     space: Annotated[
-        Path | None, typer.Option(help="A folder of `tessy report --space`, to be a Space of the same name.")
+        Path | None,
+        typer.Option(help="A folder that `tessy report --space` wrote, to publish as a Space of the same name."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Maximum uncompressed size of a file.")] = "500MB",
 ) -> None:

@@ -26,7 +26,8 @@ JournalPath = Annotated[Path, typer.Argument(help="A journal file.", show_defaul
 
 def status(
     journal: Annotated[
-        Path | None, typer.Argument(help="A journal; without one, all that are here, below and in the default place.")
+        Path | None,
+        typer.Argument(help="A journal; by default all journals in this folder, below it, and in the default place."),
     ] = None,
 ) -> None:
     """Show how far runs are: recipe, models, dates, progress, and which settings differ."""

@@ -61,8 +61,8 @@ def synthesize(
 ) -> None:
     """Synthesize a finished row for each prompt, teacher and student together.
 
-    Exit codes: 0, all rows are there; 1, more rows failed for good than --allow-failures says (rows whose prompts
-    cannot be used do not count); 2, the run could not start or go on, and one sentence says why; 130, Ctrl-C.
+    Exit codes: 0, all rows are there; 1, more rows failed for good than --allow-failures permits (rows whose prompts
+    cannot be used do not count); 2, the run could not start or continue, and one sentence says why; 130, Ctrl-C.
     """
     from tessy_hf.rows.output import Output
     from tessy_hf.rows.parquet import tables

@@ -28,7 +28,7 @@ def view(
     config: Annotated[str | None, typer.Option(help="Which configuration, on the Hub.")] = None,
     run: Annotated[str | None, typer.Option(help="Which run of a journal, if it holds several.")] = None,
 ) -> None:
-    """Show rows in the terminal, colored by author; of a journal also those that are being written."""
+    """Show rows in the terminal, colored by author; for a journal, also rows that are being written."""
     from tessy_hf.report.show import ShownRow, legend
     from tessy_hf.run.finished import half_written, open_rows
 
