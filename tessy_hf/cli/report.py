@@ -103,8 +103,9 @@ def analyze(
     datasets = {name: load(source, split) for name, source in zip(short_names(sources), sources, strict=True)}
     files = _new_files(datasets, columns) if columns is not None else []
     vocabulary, scorer = load_student(tokenizer or str(student), student)
-    for rows, file in zip(datasets.values(), files, strict=False):
-        with_surprise(rows, vocabulary, scorer).to_parquet(str(file))
+    if scorer is not None:
+        for rows, file in zip(datasets.values(), files, strict=False):
+            with_surprise(rows, vocabulary, scorer).to_parquet(str(file))
     result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
     if as_json:
         typer.echo(json.dumps(result))

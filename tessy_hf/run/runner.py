@@ -10,7 +10,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -99,17 +99,14 @@ class Run:
     def submit(self, batch: Columns, caller: asyncio.AbstractEventLoop | None) -> Future[dict[str, list[Any]]]:
         """Hand a batch to the loop. ``caller`` distinguishes one pass over a dataset from the next."""
         if caller is None:
-            return self._call(self._batch(batch, set()))
+            return asyncio.run_coroutine_threadsafe(self._batch(batch, set()), self._loop)
         if caller not in self._passes:
             self._passes[caller] = _Pass(caller)
-        return self._call(self._batch(batch, self._passes[caller].enter()))
+        return asyncio.run_coroutine_threadsafe(self._batch(batch, self._passes[caller].enter()), self._loop)
 
     def write(self, prompt: Prompt, asked: Asked) -> Future[tuple[dict[str, Any], Origin]]:
         """Write one row outside of any dataset, after the first batch. To stop it, cancel the future."""
-        return self._call(self._alone(prompt, asked))
-
-    def _call(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return asyncio.run_coroutine_threadsafe(self._alone(prompt, asked), self._loop)
 
     def expect(self, rows: int | None, found: int | None = None) -> None:
         """Expect so many rows, and where a plan has told it, so many that are there already: it is not told again."""
@@ -126,7 +123,7 @@ class Run:
         if self._loop.is_closed():
             return
         try:
-            self._call(self._stop()).result()
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -139,9 +136,9 @@ class Run:
         for speaker in (self._teacher, self._student):
             if not getattr(speaker.engine, "identity_is_known", True):  # of a server that was down
                 await speaker.engine.start()
-        settings, fingerprint = self._settings, await asyncio.to_thread(self._identify)
-        self._stores = stores = OpenStores(settings, fingerprint, self.window)
-        made_of = self._teacher, self._student, settings, fingerprint, self.meter
+        fingerprint = await asyncio.to_thread(self._identify)
+        self._stores = stores = OpenStores(self._settings, fingerprint, self.window)
+        made_of = self._teacher, self._student, self._settings, fingerprint, self.meter
         self._synthesis = Synthesis(*made_of, stores.commits, stores.outbox)
         self.fingerprint = fingerprint
         return stores
