@@ -138,8 +138,8 @@ class Run:
                 await speaker.engine.start()
         fingerprint = await asyncio.to_thread(self._identify)
         self._stores = stores = OpenStores(self._settings, fingerprint, self.window)
-        made_of = self._teacher, self._student, self._settings, fingerprint, self.meter
-        self._synthesis = Synthesis(*made_of, stores.commits, stores.outbox)
+        self._made_of = self._teacher, self._student, self._settings, fingerprint, self.meter
+        self._synthesis = Synthesis(*self._made_of, stores.commits, stores.outbox)
         self.fingerprint = fingerprint
         return stores
 
@@ -185,8 +185,7 @@ class Run:
         async with self._admission:
             await self.window.enter()
         task.add_done_callback(self._leave)
-        made_of = self._teacher, self._student, self._settings, self.fingerprint, self.meter
-        return await self._row(prompt, {}, Synthesis(*made_of, None, None, asked))
+        return await self._row(prompt, {}, Synthesis(*self._made_of, None, None, asked))
 
     async def _batch(self, batch: Columns, seen: set[str]) -> dict[str, list[Any]]:
         self._own(asyncio.current_task())

@@ -81,7 +81,7 @@ def test_all_readers_judge_alike_with_a_look_ahead(tmp_path, monkeypatch):
     with pooling(models=[{"id": "small", "root": folder, "max_model_len": 256}], classify=logits) as server:
         found = [rows(engine="server", base_url=server.url, **QUICK)]
     found += [rows(device="cpu")]  # in few calls, from a cache
-    monkeypatch.setattr("tessy_hf.boundary.window_cache.small_qwen3", lambda network: None)
+    monkeypatch.setattr("tessy_hf.boundary.window_cache.small_qwen3", lambda network, window: None)
     found += [rows(device="cpu")]  # by transformers, from a cache
     monkeypatch.setattr("tessy_hf.boundary.window_cache.can_cache", lambda network: False)
     found += [rows(device="cpu")]  # each window whole
