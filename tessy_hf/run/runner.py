@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -122,12 +122,12 @@ class Run:
         """Cancel what is under way, close the engines, end the loop."""
         if self._loop.is_closed():
             return
-        try:
-            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        stopped = asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+        wait([stopped])
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        stopped.result()
 
     # --- start and end
 
@@ -165,11 +165,7 @@ class Run:
             task.cancel()
         await asyncio.gather(*own, return_exceptions=True)
         self._progress.close()
-        try:
-            if self._stores is not None:
-                await self._stores.close()
-        finally:  # a full disk keeps no engine alive
-            await asyncio.gather(self._teacher.close(), self._student.close())
+        await _close(self._stores, self._teacher, self._student)
 
     def _own(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any]:
         """Keep a task until it is done, to cancel it at the end."""
@@ -260,6 +256,14 @@ async def _start(teacher: Speaker, student: Speaker, *, together: bool) -> None:
     else:
         await teacher.start()
         await student.start()
+
+
+async def _close(stores: OpenStores | None, *speakers: Speaker) -> None:
+    try:
+        if stores is not None:
+            await stores.close()
+    finally:  # a full disk keeps no engine alive
+        await asyncio.gather(*(speaker.close() for speaker in speakers))
 
 
 async def _report_stalls(meter: Meter, progress: Progress) -> None:
