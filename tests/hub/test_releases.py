@@ -54,4 +54,6 @@ def test_a_release_does_not_set_what_could_do_harm():
             releases.recipe(bad)
         assert all(f"--set {name}" in str(told.value) for name in names)
         assert releases.recipe(bad, names)["student"]
+        with pytest.raises(HubError, match="If you trust this one"):
+            releases.recipe(bad, [names[0].partition(".")[0] + ".opt=1", "=", *names[1:]])
     assert "journal" not in releases.recipe(run.model_copy(update={"settings": {**run.settings, "journal": "/x"}}))
