@@ -14,7 +14,7 @@ from rich.console import Console
 
 import tessy_hf
 from tessy_hf.cli import boundary, examples, release, report, rows, serve, synthesize, view
-from tessy_hf.errors import MergeError, TessyError
+from tessy_hf.errors import MergeError, OutputError, TessyError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
@@ -90,8 +90,16 @@ def for_command_line(text: str) -> str:
     return text
 
 
+_PATHS = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
 def _known(error: BaseException | None) -> TessyError | None:
-    """Return the error of ours that an error comes from: `datasets` and others wrap what a function raises."""
+    """Return the error of ours that an error comes from: `datasets` and others wrap what a function raises.
+
+    A path that cannot be used is the user's to change, whichever command was to read or write it.
+    """
+    if isinstance(error, _PATHS) and error.filename is not None:
+        return OutputError(f"{error.filename} cannot be used: {error.strerror}. Pass another path, or fix this one.")
     while error is not None and not isinstance(error, TessyError):
         error = error.__cause__
     return error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tessy_hf.cli.files import load
@@ -115,15 +115,23 @@ def show(
         if as_json:
             typer.echo(manifest.to_json(), nl=False)
             continue
-        table = Table("", f"{release}, split {manifest.split} of {manifest.config_name}", show_edge=False)
-        for name, value in releases.outline(manifest):
-            table.add_row(name, Text(value))
+        head = _plain(f"{release}, split {manifest.split} of {manifest.config_name}")
+        table = Table("", Column(head), show_edge=False)
+        for fact in releases.outline(manifest):
+            table.add_row(*map(_plain, fact))
         console.print(table)
         name = f"{release.partition('@')[0]}@v{manifest.version}"
         for run in manifest.runs:
             console.print()
             for line in releases.how_to_reproduce(name, run, several=len(manifest.runs) > 1):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                console.print(_plain(line), soft_wrap=True)
+
+
+def _plain(value: object) -> Text:
+    """Return what a publisher wrote as text that neither styles nor drives the terminal."""
+    from tessy_hf.report.show import visible
+
+    return Text(visible(str(value)))
 
 
 def diff(
@@ -136,12 +144,12 @@ def diff(
 
     console = Console()
     for change in releases.diff(repo, before, after):
-        table = Table(f"{change.split} of {change.config_name}", before, after, show_edge=False)
+        table = Table(Column(_plain(f"{change.split} of {change.config_name}")), before, after, show_edge=False)
         table.add_row("rows", *map(str, change.rows))
         for fact in change.facts:
-            table.add_row(*map(Text, fact))
+            table.add_row(*map(_plain, fact))
         console.print(table)
         for what in ("added", "removed", "changed"):
             ids, count = getattr(change, what)
             some = f" ({', '.join(map(str, ids))}{', …' if count > len(ids) else ''})" if count else ""
-            console.print(f"{what}: {count} rows{some}", markup=False, highlight=False, soft_wrap=True)
+            console.print(_plain(f"{what}: {count} rows{some}"), soft_wrap=True)

@@ -116,7 +116,8 @@ def analyze(
         means = ", ".join(f"{part} {lengths[part]['mean']:,.1f}" for part in ("thinking", "answer"))
         lines.append(f"{name}: mean tokens: {means}")
     for name, one in (result["surprise"] or {}).items():
-        lines.append(f"{name}: RSR {one['rsr']:.2f} (surprisal {one['surprisal']:.3f} nats, rank {one['rank']:.2f})")
+        means = f"surprisal {one['surprisal']:.3f} nats, rank {one['rank']:.2f}"
+        lines.append(f"{name}: no text scored" if one["rsr"] is None else f"{name}: RSR {one['rsr']:.2f} ({means})")
     for line in lines:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)

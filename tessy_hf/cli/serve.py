@@ -14,7 +14,7 @@ from tessy_hf.cli.synthesize import open_transform
 def serve(
     recipe: Annotated[str, typer.Argument(help="A YAML recipe, or a release: user/name@v1.0.0.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen on; anyone who reaches it may ask.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; by default the recipe's.")] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; further ones get 429.")] = 256,
     change: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: temperature=0.5.")] = None,

@@ -81,7 +81,12 @@ class Sources:
         files = ParquetRows(system)
         for file in found:
             schema = files.schema(file)
-            message = schema.field("messages").type.value_type
+            messages = schema.field("messages").type if "messages" in schema.names else None
+            if not (messages and (pa.types.is_list(messages) or pa.types.is_large_list(messages))):
+                raise PartsError(
+                    f"{file} has no column 'messages' with lists. Finished rows are expected; leave out other files."
+                )
+            message = messages.value_type
             keys = set(message.names) if pa.types.is_struct(message) else None  # messages with tool calls are JSON
             self._describe(run_record.of_schema(schema), keys)
             known = self._settings_known

@@ -149,8 +149,8 @@ def recipe(run: RunRecord, changes: Sequence[str] = ()) -> dict[str, Any]:
         if speaker is not None
     }
     settings = {name: value for name, value in run.settings.items() if name not in SPEED - {"rows_in_flight"}}
-    repeated = tuple(change.partition("=")[0] for change in changes)
-    if harmful := [f"{name}={value}" for name, value in _harmful(run) if not name.startswith(repeated)]:
+    repeated = tuple(f"{change.partition('=')[0]}." for change in changes)
+    if harmful := [f"{name}={value}" for name, value in _harmful(run) if not f"{name}.".startswith(repeated)]:
         raise HubError(
             f"The record of run {run.fingerprint} sets {', '.join(harmful)}. By such settings a publisher can run "
             "programs here or send your keys elsewhere, so a release does not set them. If you trust this one, repeat "

@@ -25,7 +25,8 @@ _WIDE = (12.8, 3.4)  # inches
 def names(found: dict[str, Any]) -> list[str]:
     """Return the names of the figures that can be drawn; some need spans or a scorer."""
     authors = ["authors"] if any(found["authors"].values()) else []
-    return ["map", "tokens", *authors, *(["nll"] if found["nll"] else []), "words"]
+    scored = ["nll"] if any((found["nll"] or {}).values()) else []  # none where all prompts are too long
+    return ["map", "tokens", *authors, *scored, "words"]
 
 
 def draw(name: str, found: dict[str, Any]) -> Figure:

@@ -199,10 +199,9 @@ def _tests(given: Any) -> str | list[dict[str, str]] | None:
     """Return tests as code or as a list; ``None`` for what would test nothing: as code, JSON does nothing."""
     with suppress(ValueError):
         given = json.loads(given) if isinstance(given, str) else given
-    if isinstance(given, list) and given:
-        texts = (test.get(name) for test in given for name in ("input", "output") if isinstance(test, Mapping))
-        whole = all(isinstance(test, Mapping) for test in given) and all(isinstance(text, str) for text in texts)
-        return given if whole else None
+    if isinstance(given, list):
+        pairs = [(test.get("input"), test.get("output")) if isinstance(test, Mapping) else (None,) for test in given]
+        return given if pairs and all(isinstance(text, str) for pair in pairs for text in pair) else None
     return given if isinstance(given, str) and given.strip() else None
 
 

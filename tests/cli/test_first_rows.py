@@ -135,6 +135,8 @@ def test_examples_are_listed_and_copied_with_their_prompts(tessy, tmp_path):
     assert len([json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]) == 60
     code, printed = tessy("examples", "miniature", tmp_path)
     assert code == 2 and "miniature.yaml" in printed and "is there already" in printed
+    code, printed = tessy("examples", "miniature", tmp_path / "prompts.jsonl")
+    assert code == 2 and "prompts.jsonl cannot be used: File exists. Pass another path" in " ".join(printed.split())
     code, printed = tessy("examples", "miniatur")
     assert code == 2 and "Did you mean 'miniature'?" in printed
 

@@ -160,6 +160,13 @@ def test_no_rows_at_all_are_told(tmp_path):
             Merge([source], prompts(3))
 
 
+@pytest.mark.parametrize("rows", [prompts(3), prompts(3).add_column("messages", ["a chat"] * 3)])
+def test_files_that_hold_no_rows_are_told(tmp_path, rows):
+    rows.to_parquet(tmp_path / "prompts.parquet")
+    with pytest.raises(PartsError, match="no column 'messages' with lists. Finished rows are expected"):
+        Merge([tmp_path / "prompts.parquet"], prompts(3))
+
+
 def test_prompts_without_the_columns_are_told(hosts):
     with pytest.raises(DatasetError, match="no column 'prompt'"):
         Merge(hosts, prompts(40).rename_column("prompt", "question"))

@@ -224,7 +224,7 @@ def test_words_of_doubt_are_counted_by_method():
 
 
 def test_figures_show_what_was_found_and_only_what_there_is(found):
-    assert page.names(found) == ["map", "tokens", "words"]
+    assert page.names(found) == page.names({**found, "nll": {"a": {}, "b": {}}}) == ["map", "tokens", "words"]
     (axes,) = page.draw("map", found).axes
     assert [len(one.get_offsets()) for one in axes.collections] == [12, 12, 1, 1]
     assert axes.collections[2].get_offsets()[0].tolist() == pytest.approx(found["pca"]["centres"][0])
