@@ -330,7 +330,7 @@ def judge(differences: Mapping[str, Sequence[float]]) -> tuple[str, str]:
         judged[what] = AGREES if middle > deviation else DIFFERS if middle < -deviation else OPEN
     words = set(judged.values())
     verdict = DIFFERS if DIFFERS in words else OPEN if OPEN in words else AGREES
-    digits = 1 if max(abs(mean(values)) for values in differences.values()) >= 1 else 3
+    digits = 2 if max(abs(mean(values)) for values in differences.values()) >= 1 else 3
     said = "; ".join(
         f"{what}: {results.spread(values, '+', digits)} ({judged[what]})" for what, values in differences.items()
     )

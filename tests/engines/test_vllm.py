@@ -22,6 +22,7 @@ from tessy_hf.method.methods import write
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Draft, Prompt
 from tests.engines.contract import ModelContract, request
+from tests.rules import CannedEngine, said
 from tests.worlds import R1_KEEPS, save_models
 
 pytestmark = [
@@ -244,15 +245,15 @@ AUTHORS = {
 }
 
 
-def write_by_all(kind, ways, **plan):
-    """Write a few rows with each of some settings, greedily, with one pair of engines."""
+def write_by_all(kind, ways, teacher=None, **plan):
+    """Write a few rows with each of some settings, greedily unless they say, with one pair of engines."""
     speakers = demo.transform(kind, journal=None)
-    teacher, student = speakers.teacher, speakers.student
+    teacher, student = teacher or speakers.teacher, speakers.student
     asked = [Prompt(row["id"], [{"role": "user", "content": row["prompt"]}]) for row in demo.prompts(8, seed=2)]
 
     async def rows(settings):
         limits = {"temperature": 0, "max_thinking_tokens": 160, "max_answer_tokens": 32}
-        given = Settings.check(**limits, **settings, **plan)
+        given = Settings.check(**{**limits, **settings, **plan})
         drafts = [Draft(prompt.key, judged=given.judged) for prompt in asked]
         work = (
             write(prompt, teacher, student, given.plan(prompt.key), draft)
@@ -305,6 +306,25 @@ def test_greedy_rows_of_every_rule_are_those_of_transformers(plan):
         wrote = {span.author for row in written[name][1] for span in row.spans if span.part == "thinking"}
         assert wrote == {"teacher", "student"}, name
         assert {row.finish_reason for row in written[name][1]} <= {"stop", "length", "repetition"}, name
+
+
+class Candidates(CannedEngine):
+    """Writes one of some texts, by the seed of the request: the same candidates whoever scores them."""
+
+    texts = (" 1 + 2 = 3 .", " therefore ( 2 ) we get it", " hmm now 7 + 1 = 8", " okay so 4 * 2 = 8")
+
+    async def complete(self, request):
+        return said(self.texts[request.seed % len(self.texts)])
+
+
+def test_of_the_same_candidates_the_same_are_the_likeliest_with_transformers():
+    ways = {"likeliest": {"switch": {"name": "likeliest", "candidates": 4, "words": 4}}}
+    plan = {"temperature": {"teacher": 0.6, "student": 0}, "max_thinking_tokens": 60}
+    found = {kind: write_by_all(kind, ways, Speaker(Candidates()), **plan) for kind in ("vllm", "transformers")}
+    rows = {kind: [row.spans for row in written["likeliest"][1]] for kind, written in found.items()}
+    assert rows["vllm"] == rows["transformers"]
+    chosen = {span.text for row in rows["vllm"] for span in row if span.author == "teacher"}
+    assert 1 < len(chosen) <= 12
 
 
 def test_harmony_and_r1_write_the_rows_that_they_write_with_transformers(tmp_path):

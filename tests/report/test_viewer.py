@@ -530,7 +530,8 @@ def test_heat_colors_words_by_surprise_and_foreign_text_stays_text(driver, tmp_p
     assert len(reader.all(".heat")) == words
     assert reader.texts(".heat")[0] == row["thinking"].split()[0]
     assert reader.one(".heat").get_attribute("title") == "9.00 nats"
-    assert [one.value_of_css_property("--warmth") for one in reader.all(".heat")[:2]] == ["100%", "0%"]
+    warmth = "return [...document.querySelectorAll('.heat')].map((e) => e.style.getPropertyValue('--warmth'))"
+    assert reader.js(warmth)[:2] == ["100%", "0%"]
     assert reader.js("return document.querySelector('#row .text').textContent") == text
     reader.keys("h")
     reader.wait(lambda: not reader.all(".heat"))
