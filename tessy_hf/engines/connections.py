@@ -11,7 +11,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -143,22 +143,21 @@ class Connections:
         """Close all connections."""
         await self._session.close()
 
-    def limits(self, server: str) -> _Limits:
+    @asynccontextmanager
+    async def limits(self, server: str) -> AsyncIterator[None]:
         """Limit the time of a step, and raise what goes wrong in it as errors of ours, in the library's own words."""
-        return _Limits(self, server, self._timeout)
-
-    def failure(self, server: str, error: BaseException) -> Exception | None:
-        """Return what an error of the library is for us, if it is one."""
-        if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-            return self._unreachable(server, error)
-        if isinstance(error, TimeoutError):
-            return ReplicaError(f"The server at {server} did not answer within {self._timeout} s.", "lost")
-        if isinstance(error, aiohttp.ClientError):
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise self._unreachable(server, error) from error
+        except TimeoutError as error:
+            raise ReplicaError(f"The server at {server} did not answer within {self._timeout} s.", "lost") from error
+        except aiohttp.ClientError as error:
             words = self.redact(own_words(error).encode()).decode()
-            return ReplicaError(
+            raise ReplicaError(
                 f"The server at {server} broke the connection off: {type(error).__name__}: {words}.", "lost"
-            )
-        return None
+            ) from error
 
     def _unreachable(self, server: str, error: aiohttp.ClientError) -> ReplicaError | EngineDeadError:
         words = own_words(error)
@@ -170,28 +169,6 @@ class Connections:
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             words = f"no connection within {min(CONNECT_SECONDS, self._timeout):g} s"
         return ReplicaError(f"The server at {server} cannot be reached: {words}.", "down")
-
-
-class _Limits:
-    """The context of :meth:`Connections.limits`; as a generator it would cost each request more."""
-
-    __slots__ = ("_connections", "_server", "_time")
-
-    def __init__(self, connections: Connections, server: str, seconds: float) -> None:
-        self._connections, self._server, self._time = connections, server, asyncio.timeout(seconds)
-
-    async def __aenter__(self) -> None:
-        await self._time.__aenter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self._time.__aexit__(kind, error, trace)
-        except TimeoutError as late:
-            error = late
-        if error is not None and (failure := self._connections.failure(self._server, error)) is not None:
-            raise failure from error
 
 
 def _proxy(server: str) -> str | None:
