@@ -113,7 +113,7 @@ def by_epoch(found: Found, names: Sequence[str], claim: Claim) -> Seen:
     gains: dict[str, list[float]] = {}
     for method in ("tessy", "teacher-only"):
         each = [found.units[name] for name in names if found.units[name]["method"] == method]
-        start = [found.examined(f"student-{one['level']}-{one['seed']}")[0] for one in each]
+        start = [found.examined(f"fewer-{one['level']}-{one['seed']}")[0] for one in each]
         lines = [{e: results.domains(x)[0] for e, x in one["by_epoch"].items()} for one in each]
         series[method] = [(0.0, *spread(start))]
         series[method] += [(float(epoch), *spread([line[epoch] for line in lines])) for epoch in lines[0]]

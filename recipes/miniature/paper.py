@@ -62,7 +62,7 @@ FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "figure 6": tuple(("rows", "C", method) for method in ("tessy", "teacher-only", "student-only")),
     "figure 12": (("compare", "C", ""),),
     "figures 16, 17": (("compare", "C", ""),),
-    "figure 11": (("tune", "C", "tessy"), ("tune", "C", "teacher-only")),
+    "figure 11": (("fewer", "C", ""), ("tune", "C", "tessy"), ("tune", "C", "teacher-only")),
     "rules": tuple(("tune", "C", method) for method in (*CORE, *RULES)),
     "best-of-n": (("tune", "C", "tessy"), ("tune", "C", "tessy-best-of-5")),
     "figure 9": (),
@@ -104,6 +104,8 @@ class Plan(dict[str, Unit]):
             unit = replace(unit, method="", n=0)
         elif kind == "teacher":
             unit = replace(unit, level="", seed=0, n=0)
+        elif kind == "fewer":
+            unit = replace(unit, method="", n=0, needs=(self.add("student", level, seed, ""),))
         elif kind == "rows":
             unit = replace(unit, **self._rows(level, seed, method))
         elif kind == "compare":
@@ -158,6 +160,16 @@ def do_student(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
     if folder != demo.STUDENT:
         world.train_student(unit.level, unit.seed, scale.student_steps, folder)
     return {"examined": reproduce.examine(*reproduce.load(folder), scale)}
+
+
+def do_fewer(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
+    """Examine a student on the prompts of :func:`epochs`, before it is fine-tuned."""
+    return {"examined": reproduce.examine(*reproduce.load(reproduce.student_of(unit, out)), fewer(scale))}
+
+
+def fewer(scale: Scale) -> Scale:
+    """Return a scale with a third of the prompts in the examination."""
+    return replace(scale, in_domain=scale.in_domain // 3, out_of_domain=scale.out_of_domain // 3)
 
 
 def do_teacher(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
@@ -257,10 +269,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def epochs(folder: Path, steps: int, scale: Scale) -> dict[str, Any]:
     """Examine the checkpoints of some epochs, on fewer prompts than at the end."""
-    fewer = replace(scale, in_domain=scale.in_domain // 3, out_of_domain=scale.out_of_domain // 3)
     checkpoints = {epoch: folder / f"checkpoint-{epoch * steps}" for epoch in EPOCHS}
     return {
-        str(epoch): reproduce.examine(*reproduce.load(checkpoint), fewer)
+        str(epoch): reproduce.examine(*reproduce.load(checkpoint), fewer(scale))
         for epoch, checkpoint in checkpoints.items()
         if checkpoint.exists()
     }
@@ -307,6 +318,7 @@ def do_distill(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
 
 DO: dict[str, reproduce.Do] = {
     "student": do_student,
+    "fewer": do_fewer,
     "teacher": do_teacher,
     "rows": do_rows,
     "compare": do_compare,

@@ -162,6 +162,17 @@ def test_numbers_of_the_card_are_those_of_the_rows(rows, summary):
         assert told in card, told
 
 
+def test_a_card_tells_how_surprising_the_student_finds_the_rows_where_they_say_so(rows, summary):
+    means = {"student_surprisal": 2.0, "student_rank": 3.0, "student_rsr": 1.5}
+    told = Statistics()
+    told.add(Dataset.from_list([{**row, **means, "student_word_surprisals": [0.5] * 3} for row in rows]).data.table)
+    features = [*manifest().features, *({"name": name, "dtype": "float64"} for name in means)]
+    card = words(cards.dataset_card(told.summary(), manifest(features=features), "me/data"))
+    assert "### How surprising the student finds it" in card and "of the set&#58; 1.50" in card
+    assert "| `student_word_surprisals` |" in card and "come from the prompts: `id`, `prompt`." in card
+    assert "surpris" not in words(cards.dataset_card(summary, manifest(), "me/data"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "given",
