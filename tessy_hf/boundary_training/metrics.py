@@ -33,6 +33,7 @@ from tessy_hf.boundary.predictor import BoundaryPredictor, LabelShift
 from tessy_hf.boundary_training import weaknesses
 from tessy_hf.boundary_training.readings import Probabilities, Reading, is_causal, read
 from tessy_hf.boundary_training.segments import UNKNOWN, Mask, Segment, token_kinds, word_kinds
+from tessy_hf.errors import BoundaryError
 
 BINS = 10
 FURTHEST = 10
@@ -341,12 +342,12 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     """Draw calibration and boundary errors to an image file.
 
     Raises:
-        ImportError: matplotlib is missing.
+        BoundaryError: matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Plots need matplotlib. Run: pip install "tessy-hf[report]"') from error
+        raise BoundaryError('Plots need matplotlib. Run: pip install "tessy-hf[report]"') from error
     figures = evaluation.overall
     figure = Figure(figsize=(9, 4), layout="constrained")
     reliability, errors = figure.subplots(1, 2)

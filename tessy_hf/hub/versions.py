@@ -54,7 +54,7 @@ class ReleaseSpec:
 
         Raises:
             VersionError: The version is not three numbers.
-            DatasetError: A name or the size cannot be used.
+            DatasetError: A name, the size or ``failures`` cannot be used.
         """
         if not _VERSION.fullmatch(str(version)):
             raise VersionError(f"{version!r} is not a valid version. Pass three numbers, such as version='1.0.0'.")
@@ -64,6 +64,8 @@ class ReleaseSpec:
                     f"{what}={name!r} cannot be used. Letters, digits and _ are expected (and for a configuration, "
                     f"neither 'data' nor 'tessy'); choose another {what}."
                 )
+        if failures not in ("split", "drop"):
+            raise DatasetError(f"failures={failures!r} cannot be used. Pass 'split' or 'drop'.")
         plain = ".".join(map(str, numbers(version)))
         size = parquet.checked_size(max_shard_size)
         languages = (language,) if isinstance(language, str) else tuple(language or ())

@@ -327,11 +327,12 @@ def _surprise(texts: Sequence[Scored]) -> dict[str, Any]:
 
 
 def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: int = 4096) -> Dataset:
-    """Return a dataset with the columns :data:`tessy_hf.report.heat.COLUMNS`, null where a row has no text."""
+    """Return a dataset with the columns :data:`tessy_hf.report.heat.COLUMNS` anew, null where a row has no text."""
     texts = list(map(read, rows))
     laid = [_as_trained(text, vocabulary)[:2] if text else ([], 0) for text in texts]
     scores = scorer([(ids[:most], begins) for ids, begins in laid])
     found = [surprise(*one) for one in scores]
+    rows = rows.remove_columns([name for name in rows.column_names if name in heat.COLUMNS])
     for name in ("surprisal", "rank", "rsr"):
         rows = rows.add_column(f"student_{name}", [one and getattr(one, name) for one in found])
     each = zip(texts, scores, strict=True)

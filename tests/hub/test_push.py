@@ -150,6 +150,8 @@ def test_versions_only_grow_and_look_like_versions(hub):
         push(finished(8), "1.5.0")
     with pytest.raises(VersionError, match="is not a valid version"):
         push(finished(8), "next")
+    with pytest.raises(DatasetError, match=r"failures='keep' cannot be used. Pass 'split' or 'drop'"):
+        push(finished(8), "3.0.0", failures="keep")
     with pytest.raises(VersionError, match="Releases do not change"):
         push(finished(8), "2.0.0", config_name="other")
 

@@ -203,6 +203,7 @@ def test_columns_on_request_are_those_figures(student):
     told = analysis.analyze({"a": rows, "b": rows}, student[0], scorer=scorer)["surprise"]["a"]["rows"]
     assert made["student_rsr"][:] == pytest.approx([row["rsr"] for row in told])
     assert made["student_surprisal"][:] == pytest.approx([row["surprisal"] for row in told])
+    assert analysis.with_surprise(made, student[0], scorer)[:] == made[:]  # those that are there are replaced
 
 
 def test_words_of_doubt_are_counted_by_method():
