@@ -59,7 +59,8 @@ CLAIMS = {
     "figure 11": Claim(
         "over the epochs",
         "After a dip at first, tessy's student recovers by the third epoch and gains until the eighth or ninth.",
-        "right answers on a third of the in-domain prompts, before and after some epochs.",
+        "right answers on a third of the in-domain prompts, before and after some epochs. The dip is not part of the "
+        "verdict.",
     ),
     "figure 7": Claim(
         "base against reasoning student",
