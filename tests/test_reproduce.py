@@ -45,6 +45,7 @@ def records(out):
     return {path.stem: path.read_text() for path in (out / "units").glob("*.json")}
 
 
+@pytest.mark.timeout(900)  # a minute and a half on an idle machine
 def test_a_killed_run_goes_on_and_every_kind_of_unit_is_done(recipe, tmp_path):
     reproduce, _ = recipe
     killed = start(tmp_path)
