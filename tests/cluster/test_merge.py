@@ -21,6 +21,8 @@ from tessy_hf.trajectory import RowKey, Span
 from tests.cli.test_cli import tessy as tessy
 from tests.test_transform import prompts, rows_of, scripted
 
+pytestmark = pytest.mark.slow  # all of them together
+
 
 @pytest.fixture
 def hosts(tmp_path):
@@ -82,14 +84,12 @@ def test_missing_rows_are_named_and_nothing_is_written(hosts, tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_rows_that_are_there_twice_and_the_same_are_one(hosts):
     merged = Merge([*hosts, hosts[1]], prompts(40))
     assert merged.report.duplicates == [f"r{i}" for i in range(1, 40, 4)] and not merged.report.differing
     assert list(merged.rows()) == list(Merge(hosts, prompts(40)).rows())
 
 
-@pytest.mark.slow
 def test_what_a_row_had_cost_does_not_make_two_of_it(hosts, tmp_path):
     again = tmp_path / "again"
     rows_of(prompts(1), scripted(parts=str(again)))
@@ -97,7 +97,6 @@ def test_what_a_row_had_cost_does_not_make_two_of_it(hosts, tmp_path):
     assert Merge([*hosts, again], prompts(40)).report.duplicates == ["r0"]
 
 
-@pytest.mark.slow
 def test_rows_that_are_there_twice_and_differ_are_refused_unless_one_is_to_be_taken(hosts, tmp_path):
     again = tmp_path / "again"
     rows_of(prompts(2), scripted(parts=str(again)))
@@ -139,7 +138,6 @@ def test_a_row_that_is_not_finished_in_a_journal_is_missing(tmp_path):
     assert Merge([path], prompts(3)).report.missing == ["r2"]
 
 
-@pytest.mark.slow
 def test_rows_of_several_runs_are_not_mixed(tmp_path):
     sources = []
     for temperature in (0.5, 0.6):
@@ -174,7 +172,6 @@ def test_prompts_without_the_columns_are_told(hosts):
         Merge(hosts, prompts(40).remove_columns("id"))
 
 
-@pytest.mark.slow
 def test_texts_are_not_held_in_memory(tmp_path, monkeypatch):
     """Rows of 40 kB from many parts: a few row groups are in memory at a time, whatever their number."""
     rows = {row["id"]: row for row in rows_of(prompts(40), scripted(long, max_answer_tokens=10**6))}
@@ -227,7 +224,6 @@ def test_a_merge_writes_what_its_output_is_called_or_refuses(hosts, tmp_path):
 # --- the command
 
 
-@pytest.mark.slow
 def test_the_command_finds_a_planted_missing_row_and_a_planted_duplicate(hosts, tessy, tmp_path):
     prompts(40).to_json(tmp_path / "prompts.jsonl")
     arguments = [*hosts, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "rows.parquet"]
@@ -253,7 +249,6 @@ def test_the_command_finds_a_planted_missing_row_and_a_planted_duplicate(hosts, 
     assert code == 0 and rows["id"] == [f"r{i}" for i in range(40)] and rows[5]["answer"] == "the answer is r5 ."
 
 
-@pytest.mark.slow
 def test_shards_of_the_command_make_the_whole(tessy, tmp_path):
     """What a SLURM array does, with the miniature models: shards into one folder of parts, then a merge."""
     from tessy_hf import demo

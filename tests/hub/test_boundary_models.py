@@ -20,6 +20,8 @@ from tests.boundary_training.bases import make_base
 from tests.boundary_training.test_train import QUICK, segments
 from tests.hub_server import READ_TOKEN
 
+pytestmark = pytest.mark.slow  # all of them together
+
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +50,6 @@ def folder(tmp_path_factory):
     return train_boundary(segments(), out, base=base, label_shift=1, window=120, **QUICK).folder
 
 
-@pytest.mark.slow
 def test_a_pushed_predictor_is_one_commit_and_loads_with_the_same_logits(folder, hub, tmp_path):
     commit = push_boundary(folder, "ada/tiny", tag="v1", license="mit", datasets=["ada/spans"])
     repo = hub.repos["models", "ada/tiny"]
@@ -74,7 +75,6 @@ def test_a_pushed_predictor_is_one_commit_and_loads_with_the_same_logits(folder,
     assert torch.equal(torch.tensor(logits), expected)
 
 
-@pytest.mark.slow
 def test_a_second_push_is_a_second_commit_on_top(folder, hub):
     first, second = (push_boundary(folder, "ada/tiny", license=name) for name in ("mit", "apache-2.0"))
     assert hub.repos["models", "ada/tiny"].at(second).parent == first

@@ -20,6 +20,8 @@ from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, 
 from tests.rows import test_tools
 from tests.test_transform import prompts, scripted
 
+pytestmark = pytest.mark.slow  # all of them together
+
 # The client's own upload speaks to httpx2 in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
@@ -54,7 +56,6 @@ def manifest_at(hub, revision):
     return Manifest.model_validate_json(hub.read(REPO, revision, MANIFEST))
 
 
-@pytest.mark.slow
 def test_parts_of_several_hosts_become_one_release(hub, tmp_path):
     for host in range(2):
         with scripted(parts=str(tmp_path / "parts")) as transform:
@@ -69,7 +70,6 @@ def test_parts_of_several_hosts_become_one_release(hub, tmp_path):
     assert told.settings == record.settings and told.teacher == record.teacher
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dataset", "journal"])
 def test_a_release_renders_the_tools_that_the_models_saw(hub, tmp_path, kind):
     prompts = test_tools.DATASETS["structs that Arrow fills in"]
@@ -83,7 +83,6 @@ def test_a_release_renders_the_tools_that_the_models_saw(hub, tmp_path, kind):
         test_tools.check_trained(loaded, transform.student.engine, prompts["id"])
 
 
-@pytest.mark.slow
 def test_a_stream_becomes_one_tagged_release(hub, monkeypatch):
     monkeypatch.setattr(shards, "BATCH_ROWS", 64)
     rows, transform = stream(1000)
@@ -121,7 +120,6 @@ def test_a_stream_becomes_one_tagged_release(hub, monkeypatch):
 # --- versions
 
 
-@pytest.mark.slow
 def test_the_same_again_is_no_work_and_anything_else_is_refused_before_a_row_is_written(hub):
     rows, transform = stream(20)
     with transform:
@@ -156,7 +154,6 @@ def test_versions_only_grow_and_look_like_versions(hub):
         push(finished(8), "2.0.0", config_name="other")
 
 
-@pytest.mark.slow
 def test_a_major_version_replaces_and_the_old_one_stays_as_it_was(hub):
     push(finished(40))
     old = hub.paths(REPO, "v1.0.0")
@@ -170,7 +167,6 @@ def test_a_major_version_replaces_and_the_old_one_stays_as_it_was(hub):
     assert len(load_dataset(REPO, revision="v1.0.0", split="failures")) == 4
 
 
-@pytest.mark.slow
 def test_a_minor_version_adds_the_rows_that_are_new(hub):
     push(finished(40))
     begun = len(hub.requests)
@@ -195,14 +191,12 @@ def mend(row):
     return {**row, "finish_reason": "stop", "error": None, "answer": "13"}
 
 
-@pytest.mark.slow
 def test_rows_with_other_columns_are_not_added(hub):
     push(finished(8))
     with pytest.raises(DatasetError, match=r"other columns than ada/rows@v1\.0\.0"):
         push(finished(8, first=20).remove_columns("question"), "1.1.0")
 
 
-@pytest.mark.slow
 def test_configurations_and_splits_live_side_by_side(hub):
     push(finished(16), "1.0.0")
     push(finished(8, "run-b"), "1.1.0", split="test")
@@ -220,7 +214,6 @@ def test_configurations_and_splits_live_side_by_side(hub):
 # --- refusals come first
 
 
-@pytest.mark.slow
 def test_without_write_access_nothing_starts(hub, monkeypatch):
     push(finished(8))
     rows, transform = stream(20)
@@ -253,7 +246,6 @@ def test_what_cannot_be_pushed_is_told(hub):
     assert not hub.repos
 
 
-@pytest.mark.slow
 def test_no_token_is_ever_written_down(hub, caplog):
     with caplog.at_level("DEBUG", logger="tessy_hf"):
         _, told = push(finished(40))
@@ -264,7 +256,6 @@ def test_no_token_is_ever_written_down(hub, caplog):
 # --- Hubs that differ
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"regular_parquet": True}, {"initial_commit": False}], ids=str)
 def test_servers_may_differ_in_what_is_not_documented(tmp_path, monkeypatch, kind):
     with HubServer(tmp_path / "s", **kind) as server, clients_of(server, tmp_path / "home", monkeypatch):
@@ -274,7 +265,6 @@ def test_servers_may_differ_in_what_is_not_documented(tmp_path, monkeypatch, kin
         assert len(load_dataset(REPO, revision="v1.0.0", split="train")) == 36
 
 
-@pytest.mark.slow
 def test_busy_servers_are_waited_for(hub):
     busy = random.Random(5)
     hub.fault = lambda request: "503" if busy.random() < 0.3 else None
@@ -282,7 +272,6 @@ def test_busy_servers_are_waited_for(hub):
     check_release(hub, "main", "1.0.0", finished(8))
 
 
-@pytest.mark.slow
 def test_a_server_that_stays_away_is_told_and_the_rest_follows_later(hub):
     push(finished(40))
     before = state(hub)
@@ -296,7 +285,6 @@ def test_a_server_that_stays_away_is_told_and_the_rest_follows_later(hub):
     check_release(hub, "main", "2.0.0", finished(60, "run-b"))
 
 
-@pytest.mark.slow
 def test_a_push_that_meets_another_on_main_gives_way(hub, monkeypatch):
     push(finished(8))
 
@@ -351,7 +339,6 @@ def test_a_file_that_is_not_what_was_sent_is_never_released(hub):
 # --- journals and plain pushes
 
 
-@pytest.mark.slow
 def test_a_journal_is_released_with_its_prompts_columns_and_what_it_knows_of_its_run(hub, tmp_path):
     journal = tmp_path / "rows.journal"
     other, _ = stream(7)  # the same run of other prompts, alive in this process
@@ -389,7 +376,6 @@ def forget(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "elsewhere" / "datasets")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "folder", "journal", "dataset"])
 def test_every_way_to_push_has_the_full_manifest_and_all_columns(hub, tmp_path, monkeypatch, kind):
     source = prompts(5).add_column("topic", [f"t{i}" for i in range(5)])
@@ -441,7 +427,6 @@ def test_rows_of_which_nothing_is_known_are_told(hub, tmp_path):
     assert "of run run-a only the fingerprint is known; pass manifest= (--recipe) to name its models" in told
 
 
-@pytest.mark.slow
 def test_a_minor_release_tells_prompts_apart_not_ids(hub):
     def asked(word):
         return prompts(20).map(lambda row: {"prompt": row["prompt"] + word} if row["id"] in ("r3", "r4") else row)
@@ -460,7 +445,6 @@ def test_a_minor_release_tells_prompts_apart_not_ids(hub):
     assert released["failures"]["id"] == ["r3"]  # of the old prompt
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_plain_push_to_hub_works_on_our_columns(hub, streamed):
     """None beside text, and empty beside filled spans, which trips the inference of types from single rows."""
@@ -473,7 +457,6 @@ def test_plain_push_to_hub_works_on_our_columns(hub, streamed):
     assert list(back) == expected and back.features == rows.features
 
 
-@pytest.mark.slow
 def test_another_attempt_with_other_words_is_not_the_one_that_died(hub, monkeypatch):
     def die(*_):
         raise HubError("The Hub did not promote.")
@@ -523,7 +506,6 @@ def test_a_command_is_told_only_where_it_works():
         assert line.startswith("No command reproduces") and why in line
 
 
-@pytest.mark.slow
 def test_the_cards_language_is_given_or_stated_by_the_card_or_by_the_prompts_dataset(hub):
     card = hub.keep(b"---\nlanguage:\n- de\n- en\n---\n")
     hub.repos["datasets", "ada/questions"] = Repo("ada/questions", private=False)
@@ -542,7 +524,6 @@ def test_the_cards_language_is_given_or_stated_by_the_card_or_by_the_prompts_dat
     assert languages("5.0.0")[0] == ["fr"]  # what the card states stays
 
 
-@pytest.mark.slow
 def test_two_releases_are_compared_without_downloading_what_they_share(hub):
     push(finished(40), license="mit")
     changed = finished(48).map(lambda row: {**row, "answer": "7"} if row["id"] == "r7" else row)

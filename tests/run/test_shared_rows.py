@@ -26,6 +26,8 @@ from tests import crashes
 from tests.crashes import Work
 from tests.test_transform import play, prompts, rows_of, scripted
 
+pytestmark = pytest.mark.slow  # all of them together
+
 
 @pytest.fixture(params=["a folder", "memory"])
 def shared(request, tmp_path):
@@ -78,14 +80,12 @@ def test_parts_of_another_run_are_refused(shared):
         other.plan(prompts(2))
 
 
-@pytest.mark.slow
 def test_rows_share_parts_while_there_is_more_to_do_and_none_waits_at_the_end(shared, monkeypatch):
     monkeypatch.setattr(outbox, "LONGEST_WAIT", 1e9)
     rows_of(prompts(200), scripted(parts=shared, rows_in_flight=16, latency=0.001), batch_size=50)
     assert len(names_in(shared)) <= 200 / 8 + 16  # one for eight rows, and less full ones by the last of them
 
 
-@pytest.mark.slow
 def test_a_row_is_put_before_its_batch_is_done(tmp_path, monkeypatch):
     """The first row takes longer than the test, though rows wait for its place."""
     monkeypatch.setattr(outbox, "LONGEST_WAIT", 0.05)
@@ -156,7 +156,6 @@ class Breaking(Flaky):
         MemoryFileSystem.pipe_file(self, path, value, mode, **kwargs)
 
 
-@pytest.mark.slow
 def test_storage_that_breaks_in_mid_run_ends_it_and_costs_no_row(tmp_path):
     fsspec.register_implementation("breaking", Breaking, clobber=True)
     given = {"parts": "breaking://run", "journal": str(tmp_path / "journal"), "rows_in_flight": 4}
@@ -237,7 +236,6 @@ def test_what_may_pass_is_tried_again():
     assert Flaky.attempts > 2
 
 
-@pytest.mark.slow
 def test_a_row_that_failed_is_tried_again_and_yields_to_one_that_did_not(shared):
     def fault(request):
         if request.row == "r1":
@@ -279,7 +277,6 @@ def same(row):
 # --- hosts that die
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_another_host_goes_on_where_one_was_killed(tmp_path, seed):
     """The second host has another disk: all it knows of the first is what is in parts."""
@@ -302,7 +299,6 @@ def test_another_host_goes_on_where_one_was_killed(tmp_path, seed):
     assert [row["id"] for row in merged.rows()] == [f"r{i}" for i in range(120)]
 
 
-@pytest.mark.slow
 def test_hosts_with_the_same_rows_leave_one_of_each(tmp_path):
     settings = {"chunk_tokens": 8, "rows_in_flight": 16, "parts": str(tmp_path / "parts")}
     one = Work("scripts", tmp_path / "one", tuple(range(60)), settings)

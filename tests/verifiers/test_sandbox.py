@@ -17,6 +17,8 @@ import pytest
 from tessy_hf.errors import SandboxError
 from tessy_hf.verifiers import sandbox, verifiers
 
+pytestmark = pytest.mark.slow  # all of them together
+
 NO_NAMESPACES = ('hasattr(libc, "unshare")', "False")
 NO_LANDLOCK = ('sys.platform == "linux" else -1', "False else -1")
 NO_SECCOMP = ("os.uname().machine not in _CALLS", "True")
@@ -87,13 +89,11 @@ def test_what_ordinary_programs_need_is_there(run):
     assert run(program) == (0, "thread\n3.0 9:00:00\n")
 
 
-@pytest.mark.slow
 def test_its_time_is_limited(run):
     assert run("while True: pass", seconds=1.0).code is None
     assert run("import time; time.sleep(60)", seconds=0.5).code is None
 
 
-@pytest.mark.slow
 def test_its_memory_is_limited(run):
     program = "x = bytearray(300 << 20); print(len(x))"
     assert run(program, memory_mb=128).code == 1
@@ -209,7 +209,6 @@ def test_it_cannot_undo_what_shuts_it_in(run, tmp_path):
 # --- the network, other processes
 
 
-@pytest.mark.slow
 def test_it_reaches_no_network_not_even_this_machine(run):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -254,7 +253,6 @@ def test_it_sends_no_signal_to_others(run):
         other.kill()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.8, 30.0])
 def test_nothing_that_it_starts_outlives_it(run, seconds):
     """Neither where it is stopped nor where it leaves by itself; not even what left its session."""
@@ -302,7 +300,6 @@ def wait_for(condition):
 # --- where there is no means
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("means", "told"),
     [
