@@ -20,9 +20,10 @@ from tests.boundary_training.bases import make_base
 from tests.boundary_training.test_train import QUICK, segments
 from tests.hub_server import READ_TOKEN
 
-pytestmark = pytest.mark.slow  # all of them together
-
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+pytestmark = [
+    pytest.mark.slow,  # all of them together
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own
+]
 
 ROOT = Path(__file__).parent.parent.parent
 

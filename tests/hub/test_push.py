@@ -20,10 +20,11 @@ from tests.hub_sweep import MANIFEST, REPO, as_stream, check_release, finished, 
 from tests.rows import test_tools
 from tests.test_transform import prompts, scripted
 
-pytestmark = pytest.mark.slow  # all of them together
-
 # The client's own upload speaks to httpx2 in a deprecated way.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,  # all of them together
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
+]
 
 
 @pytest.fixture
