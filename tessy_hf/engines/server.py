@@ -172,7 +172,7 @@ class ServerEngine:
     def measures(self) -> frozenset[Measure]:
         """Log-probabilities of new and of given ids, where all servers tell them: vLLM's both, SGLang's the latter."""
         told = (MEASURED.get(replica.service.protocol, frozenset()) for replica in self._started.replicas)
-        return frozenset.intersection(*told)
+        return frozenset[Measure](("logprobs", "score")).intersection(*told)
 
     async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], *, row: str = "", order: int = 0) -> Scores:
         """Score a text on the row's replica, which reads all of it."""
