@@ -244,7 +244,7 @@ def bound(transform, prompts, order, rows, in_flight):
         )
 
     begin, cpu = time.perf_counter(), processor_seconds()
-    transform.run()._call(all_rows()).result()
+    asyncio.run_coroutine_threadsafe(all_rows(), transform.run()._loop).result()
     tokens = sum(row["teacher_tokens"] + row["student_tokens"] for row in rows)
     return tokens / (time.perf_counter() - begin), 1e6 * (processor_seconds() - cpu) / tokens
 

@@ -14,7 +14,6 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -52,7 +51,7 @@ class Deltas:
         inbox = channel.inboxes[number] = asyncio.Queue[bytes | None]()
         at, resent, ended, unknown = 0, False, False, HEAD.pack(frames.UNKNOWN, 0, number)
         try:
-            await channel.ask(request, number, stream)
+            channel.ask(request, number, stream)
             while not ended:
                 async with self._connections.limits(server):
                     arrived = [await inbox.get()]
@@ -61,7 +60,7 @@ class Deltas:
                 if unknown in arrived:
                     if resent:
                         raise AnswerError("does not take a prompt that was sent whole")
-                    await channel.ask_again(request, number, stream)
+                    channel.ask_again(request, number, stream)
                     resent = True
                     continue
                 answers = []
@@ -78,7 +77,7 @@ class Deltas:
         finally:
             del channel.inboxes[number]
             if not ended:
-                await channel.cancel(number)
+                channel.cancel(number)
 
     def release(self, row: str) -> None:
         """Forget a row."""
@@ -101,7 +100,7 @@ class Deltas:
         opened = self._channels.get(key)
         if opened is None or opened.done() and (opened.exception() or opened.result().reading.done()):
             opened = self._channels[key] = asyncio.ensure_future(self._open(server))
-        return await asyncio.shield(opened)
+        return opened.result() if opened.done() else await asyncio.shield(opened)
 
     async def _open(self, server: str) -> _Channel:
         url = server.removesuffix("/v1") + frames.PATH
@@ -121,15 +120,16 @@ class _Channel:
         self._free: list[int] = []
         self._profiles: dict[tuple[Any, ...], int] = {}
         self._resent = 0  # prompts that were sent whole again
+        self._outgoing = frames.SendQueue(self._send)
         self.reading = asyncio.create_task(self._read())
 
-    async def ask(self, request: Request, number: int, stream: bool) -> None:
+    def ask(self, request: Request, number: int, stream: bool) -> None:
         """Send a request, of its prompt what the server does not have."""
         of = (request.temperature, request.top_p, request.top_k, request.min_p, request.repetition_penalty)
         profile = self._profiles.get((*of, request.stop_ids))
         if profile is None:
             profile = self._profiles[*of, request.stop_ids] = len(self._profiles)
-            await self._send(HEAD.pack(frames.PROFILE, profile, 0) + sampling(request))
+            self._outgoing.put(HEAD.pack(frames.PROFILE, profile, 0) + sampling(request))
         slot, known = self._slot(request.row)
         begin = known.common(request.prompt_ids)
         new = array("i", request.prompt_ids[begin:])
@@ -146,20 +146,19 @@ class _Channel:
             known.checksum(),
             new,
         )
-        await self._send(ask.encode())
+        self._outgoing.put(ask.encode())
 
-    async def ask_again(self, request: Request, number: int, stream: bool) -> None:
+    def ask_again(self, request: Request, number: int, stream: bool) -> None:
         """Send a request with its whole prompt, which the server has forgotten."""
         self._resent += 1
         if self._resent.bit_count() == 1:
             logger.info("The server at %s did not know %d prompts; they were sent again.", self._server, self._resent)
         self._slot(request.row)[1].replace(0, ())
-        await self.ask(request, number, stream)
+        self.ask(request, number, stream)
 
-    async def cancel(self, number: int) -> None:
+    def cancel(self, number: int) -> None:
         """Take a request back."""
-        with suppress(ReplicaError):
-            await self._send(HEAD.pack(frames.CANCEL, 0, number))
+        self._outgoing.put(HEAD.pack(frames.CANCEL, 0, number))
 
     def release(self, row: str) -> None:
         """Let another row have a row's slot."""
@@ -167,6 +166,7 @@ class _Channel:
             self._free.append(slot[0])
 
     async def close(self) -> None:
+        self._outgoing.close()
         self.reading.cancel()
         await self._socket.close()
 
@@ -178,23 +178,29 @@ class _Channel:
         self._slots.move_to_end(row)
         return self._slots[row]
 
-    async def _send(self, frame: bytes) -> None:
+    async def _send(self, message: bytes) -> None:
         try:
-            await self._socket.send_bytes(frame)
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise _lost(self._server) from error
+            await self._socket.send_bytes(message)
+        except (aiohttp.ClientError, ConnectionError):
+            self._broken()
 
     async def _read(self) -> None:
         """Hand out what arrives; once the connection breaks, tell all who wait."""
         try:
             while (message := await self._socket.receive()).type is aiohttp.WSMsgType.BINARY:
-                inbox = self.inboxes.get(HEAD.unpack_from(message.data.ljust(HEAD.size))[2])
-                if inbox is not None:  # else it was taken back
-                    inbox.put_nowait(message.data)
-            await self._socket.close()
+                for frame in frames.split(message.data):
+                    inbox = self.inboxes.get(HEAD.unpack_from(frame.ljust(HEAD.size))[2])
+                    if inbox is not None:  # else it was taken back
+                        inbox.put_nowait(frame)
+        except ValueError as error:
+            logger.warning("The server at %s sent a message that cannot be read: %s.", self._server, error)
         finally:
-            for inbox in self.inboxes.values():
-                inbox.put_nowait(None)
+            await self._socket.close()
+            self._broken()
+
+    def _broken(self) -> None:
+        for inbox in self.inboxes.values():
+            inbox.put_nowait(None)
 
 
 def _piece(server: str, frame: bytes | None) -> Piece:

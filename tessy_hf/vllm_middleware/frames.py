@@ -1,21 +1,23 @@
 """What client and server send each other over a WebSocket: binary frames, with only the new end of each prompt.
 
 The client names a row by a slot and sends where its new ids begin, the new ids, and a checksum of the whole prompt.
-The server uses a prompt only where its checksum is the same; else it says so and gets the whole. Knows no sockets.
+The server uses a prompt only where its checksum is the same; else it says so and gets the whole. A message has one or
+more frames. Knows no sockets.
 """
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 
-PATH = "/v1/deltas/1"
+PATH = "/v1/deltas/2"
 """With the version of what is sent; below ``/v1``, which vLLM's own authentication guards."""
 
 BLOCK = 256
@@ -38,6 +40,59 @@ AT = 1 << 16
 HEAD = struct.Struct("<BxHI")  # kind; profile or status; request
 _REQUEST = struct.Struct("<BBHIIIIqq8s")
 _ANSWER = struct.Struct("<BBHIi")
+_LENGTH = struct.Struct("<I")
+
+
+def join(frames: Iterable[bytes]) -> bytes:
+    """Return a message: frames, each behind its length."""
+    return b"".join(part for frame in frames for part in (_LENGTH.pack(len(frame)), frame))
+
+
+def split(message: bytes) -> list[bytes]:
+    """Return the frames of a message.
+
+    Raises:
+        ValueError: It is cut off.
+    """
+    frames, at = [], 0
+    while at < len(message):
+        (length,) = _LENGTH.unpack_from(message.ljust(at + _LENGTH.size), at)
+        frames.append(message[at + _LENGTH.size :][:length])
+        if len(frames[-1]) < length:
+            raise ValueError(f"a frame of {length} bytes is cut off after {len(frames[-1])}")
+        at += _LENGTH.size + length
+    return frames
+
+
+class SendQueue:
+    """Sends the frames of one turn of the event loop as one message: a message costs more than what is in it.
+
+    Args:
+        send: Sends a message.
+    """
+
+    def __init__(self, send: Callable[[bytes], Awaitable[None]]) -> None:
+        self._send, self._frames = send, list[bytes]()
+        self._sending: asyncio.Task[None] | None = None
+
+    def put(self, frame: bytes) -> None:
+        """Send a frame soon, after those that were put before."""
+        self._frames.append(frame)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_all())
+
+    def close(self) -> None:
+        """Send nothing more."""
+        if self._sending is not None:
+            self._sending.cancel()
+
+    async def _send_all(self) -> None:
+        try:
+            while self._frames:
+                frames, self._frames = self._frames, []
+                await self._send(join(frames))
+        finally:
+            self._sending = None
 
 
 class HashedIds:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from tessy_hf.vllm_middleware.frames import (
@@ -26,6 +26,8 @@ from tessy_hf.vllm_middleware.frames import (
     Ask,
     Piece,
     Rows,
+    SendQueue,
+    split,
 )
 
 Message = MutableMapping[str, Any]
@@ -72,7 +74,8 @@ class Endpoint:
         connection = _Connection(self._generate, scope["app"].state.engine_client, self._rows, send)
         try:
             while (message := await receive())["type"] != "websocket.disconnect":
-                await connection.take(message.get("bytes") or b"")
+                for frame in split(message.get("bytes") or b""):
+                    connection.take(frame)
         finally:
             self._rows.drop(connection)
             connection.close()
@@ -83,10 +86,11 @@ class _Connection:
 
     def __init__(self, generate: Generate, engine: Any, rows: Rows, send: Send) -> None:
         self._generate, self._engine, self._rows, self._send = generate, engine, rows, send
+        self._outgoing = SendQueue(self._reply)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
-    async def take(self, frame: bytes) -> None:
+    def take(self, frame: bytes) -> None:
         """Do what a frame says."""
         kind, profile, number = HEAD.unpack_from(frame)
         if kind == PROFILE:
@@ -97,13 +101,14 @@ class _Connection:
         elif number in self._tasks:
             return  # it came twice
         elif (prompt := self._rows.prompt(self, ask := Ask.decode(frame))) is None:
-            await self._reply(HEAD.pack(UNKNOWN, 0, number))
+            self._outgoing.put(HEAD.pack(UNKNOWN, 0, number))
         else:
             self._tasks[number] = task = asyncio.create_task(self._answer(ask, prompt))
             task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
     def close(self) -> None:
         """Abort what is being answered."""
+        self._outgoing.close()
         for task in self._tasks.values():
             task.cancel()
 
@@ -111,13 +116,14 @@ class _Connection:
         try:
             async with aclosing(self._generate(self._engine, prompt, self._profiles[ask.profile], ask)) as pieces:
                 async for piece in pieces:
-                    await self._reply(piece.encode())
+                    self._outgoing.put(piece.encode())
         except Exception as error:  # noqa: BLE001 - whatever the engine says, the client is told
             status = 400 if isinstance(error, ValueError | TypeError) else 500
-            await self._reply(HEAD.pack(ERROR, status, ask.number) + str(error).encode())
+            self._outgoing.put(HEAD.pack(ERROR, status, ask.number) + str(error).encode())
 
-    async def _reply(self, frame: bytes) -> None:
-        await self._send({"type": "websocket.send", "bytes": frame})
+    async def _reply(self, message: bytes) -> None:
+        with suppress(OSError):  # the client is gone, which the next receive() says
+            await self._send({"type": "websocket.send", "bytes": message})
 
 
 async def generate(engine: Any, prompt: list[int], sampling: dict[str, Any], ask: Ask) -> AsyncGenerator[Piece, None]:

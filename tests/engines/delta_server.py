@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from aiohttp import WSMsgType, web
 
-from tessy_hf.vllm_middleware.frames import GOES_ON, OUT_OF_TOKENS, PATH, STOPPED, Piece
+from tessy_hf.vllm_middleware.frames import GOES_ON, OUT_OF_TOKENS, PATH, STOPPED, Piece, join, split
 from tessy_hf.vllm_middleware.middleware import Endpoint
 from tests.engines.contract import VOCABULARY
 from tests.engines.servers import THINK, go_on
@@ -28,13 +28,14 @@ async def carry(endpoint, asked, received=None, copies=lambda: 1):
         if message.type is not WSMsgType.BINARY:
             return {"type": "websocket.disconnect"}
         if received is not None:
-            received.append(len(message.data))
+            received.extend(map(len, split(message.data)))
         return {"type": "websocket.receive", "bytes": message.data}
 
     async def send(message):
         if message["type"] == "websocket.send":
-            for _ in range(copies()):
-                await socket.send_bytes(message["bytes"])
+            frames = [frame for frame in split(message["bytes"]) for _ in range(copies())]
+            if frames:
+                await socket.send_bytes(join(frames))
 
     app = SimpleNamespace(state=SimpleNamespace(engine_client=None))
     await endpoint({"type": "websocket", "app": app}, receive, send)

@@ -1,12 +1,24 @@
 """The protocol of deltas: whatever becomes of frames, a prompt that is used is the one that was meant."""
 
+import asyncio
 from array import array
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from tessy_hf.vllm_middleware.frames import BLOCK, ROW_BYTES, TOKEN_BYTES, Ask, HashedIds, Piece, Rows
+from tessy_hf.vllm_middleware.frames import (
+    BLOCK,
+    ROW_BYTES,
+    TOKEN_BYTES,
+    Ask,
+    HashedIds,
+    Piece,
+    Rows,
+    SendQueue,
+    join,
+    split,
+)
 
 IDS = st.lists(st.integers(0, 9), max_size=6).flatmap(
     lambda few: st.sampled_from([few, few * 50, few * (BLOCK // 2)])  # so that blocks are filled now and then
@@ -101,3 +113,37 @@ def test_frames_are_read_as_they_were_written():
     sent = Ask(2**31, 65535, 5, -1, -(2**40), True, 9, 0, b"12345678", array("i", [1, 150_000]))
     assert Ask.decode(sent.encode()) == sent
     assert Piece.decode(Piece(3, 1, 9, -1, [5, 6]).encode()) == Piece(3, 1, 9, -1, [5, 6])
+
+
+@given(st.lists(st.binary(max_size=9), max_size=5), st.integers(1, 9))
+def test_a_message_has_the_frames_that_were_joined_and_one_that_is_cut_off_is_refused(frames, cut):
+    message = join(frames)
+    assert split(message) == frames
+    try:
+        assert split(message[:-cut]) == frames[: len(split(message[:-cut]))]
+    except ValueError as error:
+        assert "is cut off after" in str(error)
+
+
+def test_frames_of_one_turn_of_the_event_loop_go_out_as_one_message_in_order():
+    sent = []
+
+    async def send(message):
+        sent.append(split(message))
+        if len(sent) == 1:
+            queue.put(b"3")  # while a message is under way
+            await asyncio.sleep(0)
+
+    async def put():
+        queue.put(b"1")
+        queue.put(b"2")
+        await asyncio.sleep(0.01)
+        queue.put(b"4")
+        await asyncio.sleep(0.01)
+        queue.put(b"5")
+        queue.close()
+        await asyncio.sleep(0.01)
+
+    queue = SendQueue(send)
+    asyncio.run(put())
+    assert sent == [[b"1", b"2"], [b"3"], [b"4"]]
