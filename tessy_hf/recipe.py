@@ -191,7 +191,8 @@ def _validate(kind: type[Read], given: Any, path: Path | str, expected: str) -> 
         return kind.model_validate(given)
     except ValidationError as error:
         first = max(error.errors(), key=lambda fault: len(fault["loc"]))  # of several alternatives, the closest match
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        parts = [str(part) for part in first["loc"]]  # among them the names of alternatives
+        where = ".".join(part for part in parts if part != _Boundary.__name__) or "the file"
         hint = _hint(first, given)
         raise SettingsError(
             f"The recipe {str(path)!r} is invalid at {where}: {first['msg'].lower()}. {hint}Expected: {expected}."
@@ -204,7 +205,9 @@ def _hint(fault: Any, given: Any) -> str:
     if fault["type"] == "extra_forbidden":
         kinds: dict[str, type[BaseModel]] = {"boundary": _Boundary, "cluster": Placement}
         kind = kinds.get(str((above[1:2] or above)[0]), _Speaker)
-        hint = nearest(last, kind.model_fields)
+        hint = nearest(last, kind.model_fields, 0.6)
+        if not hint and "options" in kind.model_fields:
+            hint = f"What its engine takes goes under `options`: {last}."
     elif fault["type"] == "missing" and isinstance(given, dict):
         inner = given
         for name in above:

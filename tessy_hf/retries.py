@@ -18,6 +18,7 @@ import math
 import random
 import re
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
@@ -77,6 +78,7 @@ class Rules(TypedDict, total=False):
     retry_on: Callable[[BaseException], bool]  # which errors to try again after; by default is_transient
     notify: Callable[[Failures], Any]  # called before each pause
     stop: Callable[[Failures], bool]  # when to give up; by default RetryPolicy.exhausted
+    ended: threading.Event  # once it is set a pause ends, and with it the call
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,12 @@ class RetryPolicy:
             failures = Failures(error, state.attempt_number, elapsed, pause)
             return pause
 
-        return {
+        ended = rules.get("ended")
+        wake = {} if ended is None else {"sleep": tenacity.sleep_using_event(ended)}
+        return wake | {
             "retry": tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and retry_on(error)),
             "wait": wait,
-            "stop": lambda _: stop(failures),
+            "stop": lambda _: stop(failures) or (ended is not None and ended.is_set()),
             "before_sleep": lambda _: "notify" in rules and rules["notify"](failures),
             "reraise": True,
         }

@@ -8,12 +8,13 @@ so labels depend on the text alone and not on how it was cut into chunks.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from tessy_hf.boundary.torch_reader import TorchReader
 from tessy_hf.engines.model_files import ModelFiles
@@ -160,9 +161,30 @@ class BoundaryPredictor:
             _convention(self.model, _describe(self.files.path, self.revision)[0], self._stated)
 
     def start(self) -> None:
-        """Load the model, if it is not loaded yet."""
+        """Load the model, or reach the servers that have it, if that is not done yet.
+
+        Raises:
+            BoundaryError: The model cannot be loaded, or is no predictor.
+            EngineDeadError: A server cannot be reached or has another model, or vLLM does not run.
+        """
         if self._live is None:
             self._live = _Live(self)
+        if self._engine == "server":
+            self._reach(self._live)
+
+    async def ready(self) -> None:
+        """Do as :meth:`start` does; servers are waited for beside the event loop."""
+        if self._engine == "server":
+            await asyncio.to_thread(self.start)
+        else:
+            self.start()
+
+    def _reach(self, live: _Live) -> None:
+        try:
+            cast("ServerReader", live.reader).start()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Unload the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ class ServerReader:
 
     Raises:
         BoundaryError: The options are not known.
-        EngineDeadError: No server offers the classifier.
     """
 
     def __init__(self, model: str, style_label: int, window: int, options: dict[str, Any]) -> None:
@@ -26,15 +26,22 @@ class ServerReader:
             self._client = PoolingClient(model, **options)
         except TypeError as error:
             raise BoundaryError(f'BoundaryPredictor(engine="server") got unknown options: {error}.') from error
-        self._style_label = style_label
+        self._style_label, self._window = style_label, window
+        self._checking, self._checked = threading.Lock(), False
         self._batches = Batches(self._read, AT_ONCE)
         self.submit = self._batches.submit
-        try:
-            self._client.start(window)
-            self._client.logits([[0, 0]])
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self) -> None:
+        """Check the servers, once.
+
+        Raises:
+            EngineDeadError: One does not offer the classifier, or cannot be reached.
+        """
+        with self._checking:
+            if not self._checked:
+                self._client.start(self._window)
+                self._client.logits([[0, 0]])
+                self._checked = True
 
     def _read(self, windows: Sequence[Sequence[int]], since: Sequence[int]) -> list[list[bool]]:
         logits = self._client.logits(windows)
@@ -43,6 +50,6 @@ class ServerReader:
         ]
 
     def close(self) -> None:
-        """End the threads and close the connections."""
-        self._batches.close()
+        """Close the connections, and so end what is waited for; then the threads."""
         self._client.close()
+        self._batches.close()

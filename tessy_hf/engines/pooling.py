@@ -5,10 +5,12 @@ Knows nothing of labels or batching. Blocks, so it is called from threads; failu
 
 from __future__ import annotations
 
+import logging
+import threading
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import numpy as np
@@ -16,8 +18,13 @@ import numpy as np
 from tessy_hf.engines import completions_api as api
 from tessy_hf.engines.addresses import Addresses
 from tessy_hf.engines.connections import CONNECT_SECONDS, read_key
+from tessy_hf.engines.notices import FIRST_NOTICE, NEXT_NOTICE
 from tessy_hf.errors import EngineDeadError, SettingsError
-from tessy_hf.retries import TRANSIENT_STATUSES, RetryPolicy, TransientError, own_words, retry_after
+from tessy_hf.retries import TRANSIENT_STATUSES, Failures, RetryPolicy, TransientError, own_words, retry_after
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class PoolingClient:
@@ -47,7 +54,8 @@ class PoolingClient:
             raise SettingsError(
                 f"base_url={base_url!r} may change. A boundary predictor takes fixed addresses; list them."
             )
-        key, self._turns, self._policy = read_key(api_key_env), count(), RetryPolicy(timeout=retry_timeout)
+        key, self._turns = read_key(api_key_env), count()
+        self._policy = RetryPolicy(timeout=retry_timeout, longest_pause=2.0)
         self._key, self._key_name = key, api_key_env
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -55,6 +63,7 @@ class PoolingClient:
             limits=httpx2.Limits(keepalive_expiry=3.0),  # uvicorn closes idle connections after 5 s
         )
         self._names: dict[str, str] = {}
+        self._closed = threading.Event()
 
     def start(self, window: int) -> None:
         """Check that each server has this classifier, and room for windows of so many tokens.
@@ -63,7 +72,7 @@ class PoolingClient:
             EngineDeadError: One does not, or cannot be reached.
         """
         for server in self._servers:
-            answer = self._policy.call(lambda: self._ask(server, "GET", server + "/models"))  # noqa: B023 - at once
+            answer = self._retry(lambda: self._ask(server, "GET", server + "/models"))  # noqa: B023 - at once
             roots, lengths = api.roots(answer), api.served(answer)
             names = [name for name, root in roots.items() if self._model in (name, root)]
             if not names or (lengths[names[0]] or window) < window:
@@ -98,16 +107,30 @@ class PoolingClient:
                     f"vllm serve {self._model} --runner pooling, from a token classifier."
                 ) from error
 
-        try:
-            return self._policy.call(attempt)
-        except TransientError as error:
-            raise EngineDeadError(
-                f"The boundary predictor {self._model!r} is gone: {error} Look at its log."
-            ) from error
+        return self._retry(attempt)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections and try nothing again."""
+        self._closed.set()
         self._http.close()
+
+    def _retry(self, attempt: Callable[[], T]) -> T:
+        noticed = FIRST_NOTICE - NEXT_NOTICE
+
+        def note(failures: Failures) -> None:
+            nonlocal noticed
+            if failures.elapsed >= noticed + NEXT_NOTICE:
+                noticed = failures.elapsed
+                words = "boundary predictor %s: no answer for %.0f s. %s Giving up after %g s (retry_timeout)."
+                logger.warning(words, self._model, failures.elapsed, failures.error, self._policy.timeout)
+
+        try:
+            return self._policy.call(attempt, notify=note, ended=self._closed)
+        except TransientError as error:
+            raise EngineDeadError(
+                f"The boundary predictor {self._model!r} is gone: {error} Look at its log; retry_timeout= says how "
+                "long it is waited for."
+            ) from error
 
     def _ask(self, server: str, method: str, url: str, body: dict[str, Any] | None = None) -> Any:
         try:

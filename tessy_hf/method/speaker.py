@@ -202,7 +202,7 @@ class Speaker:
         """Start engine and predictor: the engine first, so that a server that is not up is named at once."""
         await self.engine.start()
         if self.boundary is not None:
-            self.boundary.start()
+            await self.boundary.ready()
 
     async def close(self) -> None:
         """Close engine and predictor."""

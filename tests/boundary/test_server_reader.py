@@ -108,6 +108,16 @@ def test_servers_that_are_gone_end_the_run():
     predictor.close()
 
 
+def test_servers_that_are_not_up_are_named_while_they_are_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr("tessy_hf.engines.pooling.FIRST_NOTICE", 0.1)
+    with pytest.raises(
+        EngineDeadError, match="'tessy_hf.boundary.small' is gone: The server at http://127.0.0.1:9/v1"
+    ):
+        labels("http://127.0.0.1:9/v1", windows=WINDOWS[:1])
+    (told,) = [line for line in caplog.messages if "no answer for" in line]
+    assert "did not answer" in told and told.endswith("Giving up after 0.3 s (retry_timeout).")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "message"),

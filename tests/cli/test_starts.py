@@ -15,6 +15,7 @@ from tests.cli.test_cli import tessy as tessy  # noqa: PLC0414 - a fixture
 
 PROJECT = Path(__file__).parents[2]
 SERVER = {"engine": "server", "model": "student"}
+GONE = {"base_url": "http://127.0.0.1:9/v1", "retry_timeout": 0.2}
 DOWN = {"base_url": "http://127.0.0.1:9/v1", "tokenizer": str(demo.STUDENT), "retry_timeout": 0.2}
 
 RECIPES = {
@@ -22,6 +23,10 @@ RECIPES = {
     "a value": ({"temperature": "warm"}, "temperature='warm' cannot be used"),
     "a key of an author": ({"teacher": {"modelx": "x"}}, "invalid at teacher.modelx"),
     "a key of a predictor": ({"teacher": {"boundary": {"modelx": "x"}}}, "invalid at teacher.boundary"),
+    "a key of its engine": (
+        {"teacher": {"boundary": {"model": "x", "base_url": "http://t1/v1"}}},
+        "invalid at teacher.boundary.base_url: .*under `options`: base_url",
+    ),
     "an option": ({"teacher": {"options": {"max_bacth": 4}}}, "'max_bacth'.*Did you mean 'max_batch'"),
     "a server's option": ({"teacher": {**SERVER, "options": {"base_ulr": "x"}}}, "Did you mean 'base_url'"),
     "an engine": ({"teacher": {"engine": "vlm"}}, "asks for the engine 'vlm'"),
@@ -49,6 +54,10 @@ RECIPES = {
     "a server": (
         {"method": "student-only", "student": {**SERVER, "options": DOWN}},
         "127.0.0.1:9/v1 cannot be reached",
+    ),
+    "a predictor's server": (
+        {"teacher": {"boundary": {"model": str(demo.BOUNDARY_TEACHER), "engine": "server", "options": GONE}}},
+        "boundary predictor .* is gone: The server at http://127.0.0.1:9/v1 did not answer",
     ),
     "a device": ({"student": {"options": {"device": "gpu"}}}, "device 'gpu' cannot be used"),
     "a precision": ({"student": {"options": {"dtype": "float17"}}}, "could not be loaded.*float17"),
