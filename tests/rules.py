@@ -86,7 +86,7 @@ class RulePredictor:
         self.identity = {"rule": rule.__name__, "kind": kind, "label_shift": label_shift, "window": window}
         self.longest = 0
 
-    def start(self):
+    async def ready(self):
         """Nothing to load."""
 
     def close(self):
