@@ -90,9 +90,12 @@ def read_traces(paths: Sequence[Path], held_out: set[str]) -> list[Trace]:
 
 
 def read_all_segments(paths: Sequence[Path]) -> list[Segment]:
-    """Read the segments of all files; of two with the same text the first counts."""
-    found = {segment.text: segment for path in reversed(paths) for segment in reversed(read_segments(path))}
-    return sorted(found.values(), key=lambda segment: segment.key)
+    """Read the segments of all files, of a later one those whose text no earlier one has."""
+    found: list[Segment] = []
+    for path in paths:
+        known = {segment.text for segment in found}
+        found += [segment for segment in read_segments(path) if segment.text not in known]
+    return found
 
 
 # --- 1. tokenizer
