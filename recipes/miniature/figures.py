@@ -69,11 +69,10 @@ def bars(found: Found, names: Sequence[str], claim: Claim) -> Seen:
     rows = [
         [name, *(results.spread((one[at] for one in each), sign) for at in (0, 1))] for name, each in values.items()
     ]
-    nothing = [(0.0, 0.0)] * max(map(len, values.values()))
+    known = {"": [(0.0, 0.0)] * max(map(len, values.values())), **values}
     differences = {
-        f"{above} above {below}": [
-            one[0] - other[0]
-            for one, other in zip(values.get(above, nothing), values.get(below, nothing), strict=True)
+        f"{above or 'no training'} above {below}": [
+            one[0] - other[0] for one, other in zip(known[above], known[below], strict=True)
         ]
         for above, below in claim.pairs
     }
