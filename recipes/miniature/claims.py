@@ -141,7 +141,8 @@ CLAIMS = {
         "repairs runs that fail.",
         "TRL's DistillationTrainer with the `related` teacher, which shares the vocabulary as it must; 144 steps "
         "alone, or 72 after 72 steps on 250 rows of tessy; against 144 steps on 500 rows of tessy with that "
-        "teacher.",
+        "teacher. Distillation left hardly any right answer either way, which may be a fault of its settings: nothing "
+        "is said of the start.",
         (
             ("C: tessy-related, then on-policy", ALONE),
             ("C: tessy-related, then on-policy", "C: tessy-related"),
