@@ -56,11 +56,12 @@ def split(message: bytes) -> list[bytes]:
     """
     frames, at = [], 0
     while at < len(message):
-        (length,) = _LENGTH.unpack_from(message.ljust(at + _LENGTH.size), at)
-        frames.append(message[at + _LENGTH.size :][:length])
-        if len(frames[-1]) < length:
-            raise ValueError(f"a frame of {length} bytes is cut off after {len(frames[-1])}")
-        at += _LENGTH.size + length
+        length = int.from_bytes(message[at : at + _LENGTH.size], "little")
+        begin = at + _LENGTH.size
+        at = begin + length
+        if at > len(message):
+            raise ValueError(f"a frame of {length} bytes is cut off after {max(0, len(message) - begin)}")
+        frames.append(message[begin:at])
     return frames
 
 
