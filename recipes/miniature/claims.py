@@ -140,11 +140,15 @@ CLAIMS = {
         "arXiv 2604.13016: on-policy distillation needs compatible thinking patterns; a start on given texts "
         "repairs runs that fail.",
         "TRL's DistillationTrainer with the `related` teacher, which shares the vocabulary as it must; 144 steps "
-        "alone, or 72 after 72 steps on 250 rows of tessy; against 144 steps on 500 rows of tessy with that "
-        "teacher. Distillation left hardly any right answer either way, which may be a fault of its settings: nothing "
-        "is said of the start.",
+        "alone, or 72 after 72 steps on 250 rows of tessy or of the teacher; against 144 steps on 500 rows of tessy "
+        "with that teacher. The learning rate, 3e-5, was chosen after a first run, on prompts that nothing else is "
+        "examined on: with fine-tuning's 3e-4 hardly any answer stayed right in any seed (-54 points alone, -55 after "
+        "tessy), nor, tried with one seed, at 1e-4 with beta 0, 0.5 or 1, or at 3e-5 with beta 0; 3e-5 with beta 0.5 "
+        "did as well as with 1, TRL's default. What breaks is the answer, not the thinking: the teacher words it "
+        "otherwise, gives the student's words no probability, and is at a loss after them.",
         (
             ("C: tessy-related, then on-policy", ALONE),
+            ("C: teacher-only-related, then on-policy", ALONE),
             ("C: tessy-related, then on-policy", "C: tessy-related"),
         ),
     ),

@@ -75,7 +75,10 @@ FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "figure 7": tuple(("tune", level, method) for level in ("base", "C") for method in CORE),
     "figure 15": tuple(("tune", level, method) for level in ("base", "C") for method in CORE),
     "figures 8, 14": (("compare", "C", ""), ("compare", "C", "related"), ("compare", "C", "other")),
-    "on-policy": (("tune", "C", "tessy-related"), ("distill", "C", ""), ("distill", "C", "tessy-related")),
+    "on-policy": (
+        ("tune", "C", "tessy-related"),
+        *(("distill", "C", start) for start in ("", "tessy-related", "teacher-only-related")),
+    ),
     "figure 5": tuple(
         ("tune", "C", f"{method}{teacher}") for teacher in ("", "-related", "-other") for method in CORE
     ),
@@ -297,7 +300,7 @@ def do_distill(unit: Unit, out: Path, scale: Scale) -> dict[str, Any]:
             DistillationConfig(
                 scratch,
                 max_steps=scale.epochs * -(-unit.n // 32),  # as many as fine-tuning on so many rows takes
-                learning_rate=3e-4,
+                learning_rate=3e-5,
                 per_device_train_batch_size=min(32, unit.n),
                 max_completion_length=192,
                 gradient_checkpointing=False,
