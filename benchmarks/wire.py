@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from array import array
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`, which serv
 
 from tessy_hf import ServerEngine, demo
 from tessy_hf.engines.base import Request
+from tessy_hf.text.growing_ids import GrowingIds
 from tessy_hf.vllm_middleware.frames import OUT_OF_TOKENS, PATH, Piece
 from tessy_hf.vllm_middleware.middleware import Endpoint
 from tests.engines.delta_server import carry
@@ -99,12 +99,13 @@ async def counted(url):
 async def measure(engine, url, tokens, steps):
     """Return processor microseconds a request, and bytes on the wire per kept token."""
     draw = Random(0)
-    rows = [array("i", draw.choices(range(300), k=tokens)) for _ in range(AT_ONCE)]
+    rows = [GrowingIds(draw.choices(range(300), k=tokens)) for _ in range(AT_ONCE)]  # as a run keeps them
 
     async def write(row, steps):
         for _ in range(steps):
             asked = Request(str(row), row, "thinking", rows[row], ASKED, 0.0, 1.0, 0, STOP_IDS)
-            rows[row].extend((await engine.complete(asked)).token_ids[:KEPT])
+            rows[row].extend((await engine.complete(asked)).token_ids)
+            rows[row].cut(len(rows[row]) - ASKED + KEPT)
 
     await asyncio.gather(*(write(row, 2) for row in range(AT_ONCE)))
     sent, begin = await counted(url), time.process_time()

@@ -14,13 +14,14 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
 from tessy_hf.engines.base import Request
 from tessy_hf.engines.completions_api import MOST_ROWS, AnswerError, sampling, seed
 from tessy_hf.engines.connections import Connections, ReplicaError
+from tessy_hf.text.growing_ids import Watch
 from tessy_hf.vllm_middleware import frames
 from tessy_hf.vllm_middleware.frames import HEAD, Ask, HashedIds, Piece
 
@@ -110,13 +111,21 @@ class Deltas:
             raise AnswerError("refused a WebSocket", error.status, error.message) from error
 
 
+class _Slot(NamedTuple):
+    """What the server knows of a row, by what number, and how much of it stands."""
+
+    number: int
+    known: HashedIds
+    watch: Watch
+
+
 class _Channel:
     """One connection: what the server knows by it, and who waits for an answer."""
 
     def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.numbers, self.inboxes = itertools.count(), dict[int, asyncio.Queue[bytes | None]]()
         self._server, self._socket = server, socket
-        self._slots: OrderedDict[str, tuple[int, HashedIds]] = OrderedDict()
+        self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._free: list[int] = []
         self._profiles: dict[tuple[Any, ...], int] = {}
         self._resent = 0  # prompts that were sent whole again
@@ -130,8 +139,8 @@ class _Channel:
         if profile is None:
             profile = self._profiles[*of, request.stop_ids] = len(self._profiles)
             self._outgoing.put(HEAD.pack(frames.PROFILE, profile, 0) + sampling(request))
-        slot, known = self._slot(request.row)
-        begin = known.common(request.prompt_ids)
+        slot, known, watch = self._slot(request.row)
+        begin = known.common(request.prompt_ids, watch.unchanged(request.prompt_ids))
         new = array("i", request.prompt_ids[begin:])
         known.replace(begin, new)
         ask = Ask(
@@ -153,7 +162,8 @@ class _Channel:
         self._resent += 1
         if self._resent.bit_count() == 1:
             logger.info("The server at %s did not know %d prompts; they were sent again.", self._server, self._resent)
-        self._slot(request.row)[1].replace(0, ())
+        slot = self._slot(request.row)
+        self._slots[request.row] = _Slot(slot.number, HashedIds(), Watch())
         self.ask(request, number, stream)
 
     def cancel(self, number: int) -> None:
@@ -163,18 +173,19 @@ class _Channel:
     def release(self, row: str) -> None:
         """Let another row have a row's slot."""
         if (slot := self._slots.pop(row, None)) is not None:
-            self._free.append(slot[0])
+            self._free.append(slot.number)
 
     async def close(self) -> None:
         self._outgoing.close()
         self.reading.cancel()
         await self._socket.close()
 
-    def _slot(self, row: str) -> tuple[int, HashedIds]:
+    def _slot(self, row: str) -> _Slot:
         if row not in self._slots:
             if len(self._slots) >= MOST_ROWS:
                 self.release(next(iter(self._slots)))
-            self._slots[row] = (self._free.pop() if self._free else len(self._slots), HashedIds())
+            number = self._free.pop() if self._free else len(self._slots)
+            self._slots[row] = _Slot(number, HashedIds(), Watch())
         self._slots.move_to_end(row)
         return self._slots[row]
 

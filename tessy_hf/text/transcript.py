@@ -8,12 +8,12 @@ boundaries or engines.
 from __future__ import annotations
 
 import re
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tessy_hf.text.growing_ids import GrowingIds
 from tessy_hf.text.vocabulary import CLAUSE_END, Encoding, Vocabulary
 from tessy_hf.trajectory import Author
 
@@ -31,7 +31,7 @@ class Preview(NamedTuple):
         ends: Where each of them ends in the new text, in characters (below 0 for the tail before it).
     """
 
-    ids: array[int]
+    ids: GrowingIds
     begin: int
     new: list[int]
     ends: list[int]
@@ -88,7 +88,7 @@ class TokenList:
 
     def __init__(self, vocabulary: Vocabulary, ids: Sequence[int] = (), tail: str = "") -> None:
         self.vocabulary = vocabulary
-        self.ids = array("i", ids)
+        self.ids = GrowingIds(ids)
         self.start = len(self.ids)
         self._tentative = 0
         self._tail, self._tail_tokens = "", 0
@@ -140,7 +140,7 @@ class TokenList:
         if text:
             begin, text = len(self.ids) - self._tail_tokens, self._tail + text
             encoded = self._encode(text, begin)
-            del self.ids[begin:]
+            self.ids.cut(begin)
             self.ids.extend(encoded.ids)
             self._move_seam(text, encoded)
         self._begin_turn()
@@ -210,7 +210,7 @@ class TokenList:
         dropped, turn = self._tentative - count, self.turn
         if turn.trimmed or len(text) < end:
             turn.text += text
-            del self.ids[turn.begin :]
+            self.ids.cut(turn.begin)
             self._tentative, self._tail, self._tail_tokens = 0, turn.tail, turn.tail_tokens
             self.append(turn.text)
         else:
@@ -226,7 +226,7 @@ class TokenList:
         """Drop all tentative ids and return how many there were."""
         count = self._tentative
         if count:
-            del self.ids[-count:]
+            self.ids.cut(len(self.ids) - count)
         self._tentative = 0
         return count
 

@@ -108,11 +108,11 @@ class HashedIds:
         del self.ids[begin:], self._blocks[begin // BLOCK + 1 :]
         self.ids.extend(new)
 
-    def common(self, ids: Sequence[int]) -> int:
-        """Return how many ids both begin with."""
+    def common(self, ids: Sequence[int], begin: int = 0) -> int:
+        """Return how many ids both begin with, of which the first ``begin`` are known to be the same."""
         most = min(len(ids), len(self.ids))
-        differ = np.asarray(self.ids)[:most] != np.asarray(ids)[:most]
-        return int(differ.argmax()) if differ.any() else most
+        differ = np.asarray(self.ids)[begin:most] != np.asarray(ids)[begin:most]
+        return begin + int(differ.argmax()) if differ.any() else most
 
     def checksum(self) -> bytes:
         """Return the checksum of all ids."""

@@ -1,0 +1,75 @@
+"""Readers of a long row look only at what has changed, and miss nothing."""
+
+import copy
+import json
+import pickle
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tessy_hf.engines.encoded_prompt import EncodedPrompt
+from tessy_hf.text.growing_ids import GrowingIds, Watch
+from tessy_hf.vllm_middleware.frames import HashedIds
+
+IDS = st.lists(st.integers(0, 3), max_size=6)  # few values: what replaces an id is often the same
+EDITS = st.lists(st.tuples(st.integers(0, 8), IDS, st.booleans()), max_size=30)
+
+
+@given(IDS, EDITS)
+def test_a_watch_never_calls_changed_ids_unchanged(begin, edits):
+    ids, watch, seen = GrowingIds(begin), Watch(), []
+    for removed, added, looks in edits:
+        if removed:
+            ids.cut(max(0, len(ids) - removed))
+        ids.extend(added)
+        if looks:
+            unchanged = watch.unchanged(ids)
+            assert list(ids[:unchanged]) == seen[:unchanged]
+            assert len(seen) >= unchanged
+            seen = list(ids)
+
+
+@given(IDS, EDITS)
+def test_copies_of_growing_ids_are_those_of_plain_ones(begin, edits):
+    ids, watch, hashed, fresh = GrowingIds(begin), Watch(), HashedIds(), HashedIds()
+    prompt = EncodedPrompt()
+    for removed, added, looks in edits:
+        ids.cut(max(0, len(ids) - removed))
+        ids.extend(added)
+        if looks:
+            common = hashed.common(ids, watch.unchanged(ids))
+            assert common == hashed.common(list(ids))
+            hashed.replace(common, ids[common:])
+            fresh.replace(0, list(ids))
+            assert hashed.checksum() == fresh.checksum()
+            assert json.loads(prompt.update(ids)) == list(ids)
+
+
+def test_only_what_changed_is_looked_at():
+    ids, watch = GrowingIds(range(100)), Watch()
+    assert watch.unchanged(ids) == 0
+    ids.extend([1, 2, 3])
+    assert watch.unchanged(ids) == 100
+    ids.cut(98)
+    ids.extend([98, 99, 1, 2])
+    assert watch.unchanged(ids) == 98
+    assert watch.unchanged(ids) == 102
+
+
+def test_other_ids_and_plain_arrays_are_read_whole():
+    ids, watch = GrowingIds([1, 2, 3]), Watch()
+    watch.unchanged(ids)
+    assert watch.unchanged(GrowingIds([1, 2, 3])) == 0
+    assert watch.unchanged(ids) == 0
+    assert watch.unchanged(array("i", ids)) == 0
+    assert watch.unchanged(ids) == 0
+
+
+def test_copies_can_be_cut():
+    ids = GrowingIds([1, 2, 3])
+    ids.cut(2)
+    for other in (copy.deepcopy(ids), pickle.loads(pickle.dumps(ids))):
+        other.cut(1)
+        assert list(other) == [1]
+    assert list(ids) == [1, 2]
