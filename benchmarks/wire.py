@@ -13,21 +13,15 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
-from pathlib import Path
 from random import Random
 
 import aiohttp
 from aiohttp import web
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for `tests`, which serves WebSockets here as well
-
 from tessy_hf import ServerEngine, demo
 from tessy_hf.engines.base import Request
 from tessy_hf.text.growing_ids import GrowingIds
-from tessy_hf.vllm_middleware.frames import OUT_OF_TOKENS, PATH, Piece
-from tessy_hf.vllm_middleware.middleware import Endpoint
-from tests.engines.delta_server import carry
+from tessy_hf.vllm_middleware.frames import OUT_OF_TOKENS, PATH, REQUEST, Ask, Piece, join, split
 
 AT_ONCE, KEPT, ASKED = 64, 14, 20
 STOP_IDS = frozenset(range(500, 528))
@@ -37,9 +31,15 @@ WAYS = {"deltas": ("deltas",), "generate": ("generate",)}
 # --- the server
 
 
-async def answer(engine, prompt, sampling, ask):
-    """Write at once."""
-    yield Piece(ask.number, OUT_OF_TOKENS, 0, 20, range(100, 100 + ask.max_tokens))
+async def by_deltas(asked):
+    """Answer all requests of a message in one, and keep nothing."""
+    socket = web.WebSocketResponse(max_msg_size=1 << 30)
+    await socket.prepare(asked)
+    async for message in socket:
+        asks = [Ask.decode(frame) for frame in split(message.data) if frame[0] == REQUEST]
+        pieces = [Piece(ask.number, OUT_OF_TOKENS, 0, 20, range(100, 100 + ask.max_tokens)) for ask in asks]
+        await socket.send_bytes(join(piece.encode() for piece in pieces))
+    return socket
 
 
 async def by_http(asked):
@@ -70,7 +70,7 @@ async def serve():
     app.router.add_get("/v1/models", lambda _: models())
     app.router.add_get("/bytes", lambda _: told())
     app.router.add_post("/inference/v1/generate", by_http)
-    app.router.add_get(PATH, partial(carry, Endpoint(answer, 1 << 30)))
+    app.router.add_get(PATH, by_deltas)
 
     async def models():
         return web.json_response({"data": [{"id": "student", "max_model_len": 1 << 20}]})
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 10_000, 40_000])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     if arguments.serve:
         asyncio.run(serve())
