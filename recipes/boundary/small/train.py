@@ -2,7 +2,7 @@
 
 In: segments with marked style spans, and whole traces of thinking. Out: a folder with a stock token classifier.
 
-    python recipes/boundary/small/train.py --segments style_spans*.jsonl --traces traces_*.jsonl --out output/small
+    python recipes/boundary/small/train.py --segments style_spans_v2.jsonl --traces traces_*.jsonl --out output/small
 
 The predictor reads forwards only, but who marked the spans saw both sides. So a teacher that reads both ways judges
 whole traces for it:
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from tessy_hf.boundary.predictor import BoundaryPredictor
 from tessy_hf.boundary_training.fit import LABELS
 from tessy_hf.boundary_training.metrics import Evaluation, evaluate
 from tessy_hf.boundary_training.segments import Segment, read_segments
+from tessy_hf.errors import DatasetError
 from tessy_hf.text.traces import thinking
 from tessy_hf.text.vocabulary import Vocabulary
 
@@ -90,11 +92,21 @@ def read_traces(paths: Sequence[Path], held_out: set[str]) -> list[Trace]:
 
 
 def read_all_segments(paths: Sequence[Path]) -> list[Segment]:
-    """Read the segments of all files, of a later one those whose text no earlier one has."""
+    """Read the segments of all files, of a later one those whose text no earlier one has.
+
+    Raises:
+        DatasetError: Two files mark a text differently, so that their order would decide.
+    """
     found: list[Segment] = []
     for path in paths:
-        known = {segment.text for segment in found}
-        found += [segment for segment in read_segments(path) if segment.text not in known]
+        known, new = {segment.text: segment for segment in found}, read_segments(path)
+        other = [one for one in new if one.text in known and one.spans != known[one.text].spans]
+        if other:
+            raise DatasetError(
+                f"{path} marks {len(other)} texts otherwise than the files before it, the first is {other[0].key!r}. "
+                "Give --segments only the file whose marks are to be learnt."
+            )
+        found += [segment for segment in new if segment.text not in known]
     return found
 
 
@@ -288,7 +300,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    print(build(args).model_dump_json(include=SHOWN))
+    try:
+        print(build(args).model_dump_json(include=SHOWN))
+    except DatasetError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
