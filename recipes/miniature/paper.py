@@ -6,7 +6,7 @@ In: seeds. Out: one small JSON file for each unit of work, and PAPER.md with a s
 
 Goes on where it was stopped, as `reproduce.py` does, with whose units it works. Figures are completed one after
 another, the cheapest first; ``--write`` writes PAPER.md from what is there. All settings were fixed before the first
-run.
+run, but for the learning rate of on-policy distillation, see there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SETS: dict[str, dict[str, Any]] = {
 }
 """The settings of each set; those that end in the name of another teacher are written with it."""
 RULES = ("every-5", "entropy", "student-accepts", "likeliest")
-ELSEWHERE = ("student-only", "teacher-mix", "best-of-5", "teacher-answer", "teacher-think", "tessy-teacher-answer")
+ELSEWHERE = ("student-only", "teacher-mix", "best-of-5", "teacher-answer", "teacher-think")
 """Sets that are only scored here: what their students learned is in RESULTS.md."""
 
 FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -65,10 +65,12 @@ FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "figure 11": (("fewer", "C", ""), ("tune", "C", "tessy"), ("tune", "C", "teacher-only")),
     "rules": tuple(("tune", "C", method) for method in (*CORE, *RULES)),
     "best-of-n": (("tune", "C", "tessy"), ("tune", "C", "tessy-best-of-5")),
-    "figure 9": (),
+    "figure 9": tuple(("tune", "C", method) for method in ("tessy", "tessy-teacher-answer", "teacher-only")),
     "RSR": (
         *(("rows", "C", method) for method in ELSEWHERE),
-        *(("tune", "C", method) for method in (*CORE, *RULES, "tessy-best-of-5")),
+        *(("tune", "C", method) for method in (*CORE, *RULES, "tessy-best-of-5", "tessy-teacher-answer")),
+        *(("tune", "C", f"{method}-{teacher}") for method in CORE for teacher in world.TEACHERS),
+        ("tune", "C", "tessy of large"),
     ),
     "figure 10": (("tune", "C", "tessy"), ("tune", "C", "teacher-only"), ("system", "C", "teacher-only")),
     "figure 13": tuple((kind, "C", method) for kind in ("tune", "lora") for method in CORE),

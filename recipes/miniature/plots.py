@@ -61,10 +61,19 @@ def draw_lines(axes: Any, series: Series, x: str, y: str) -> None:
 
 
 def draw_points(axes: Any, points: Mapping[str, Sequence[float]], x: str, y: str) -> None:
-    """Draw named points."""
-    for name, (across, up) in points.items():
+    """Draw named points; a name that would lie over another one is moved up."""
+    width, height = (max(values) - min(values) or 1 for values in zip(*points.values(), strict=True))
+    line = {"arrowstyle": "-", "linewidth": 0.5, "color": COLORS[5], "shrinkA": 0, "shrinkB": 0}
+    placed: list[tuple[float, float]] = []
+    for name, (across, up) in sorted(points.items(), key=lambda point: point[1][1]):
+        place = up
+        while any(abs(across - x) < width / 4 and abs(place - y) < height / 18 for x, y in placed):
+            place += height / 100
+        placed.append((across, place))
+        edge = max(x for x, _ in points.values() if across <= x < across + width / 15)  # right of the points beside it
+        look = {"fontsize": 7, "verticalalignment": "center", "arrowprops": line}
+        axes.annotate(name, (across, up), xytext=(edge + width / 40, place), **look)
         axes.plot([across], [up], "o", color=COLORS[0], markersize=5)
-        axes.annotate(name, (across, up), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel(x, fontsize=8)
     axes.set_ylabel(y, fontsize=8)
 
