@@ -221,3 +221,14 @@ def test_an_engine_that_is_gone_is_told_by_every_way():
             list(ask(url, "calc", stream=True))
         with pytest.raises(HTTPError, match="503"):
             urlopen(health)
+
+
+def test_a_pair_whose_recipe_chooses_among_candidates_answers_with_one_text():
+    """Its engines need not measure anything."""
+    engine = ScriptedEngine(lambda row: Script(WHOLE, ANSWER))
+    given = {"method": "student-only", "best_of": 4, "chosen_by": "rsr"}
+    with running(TessyTransform(teacher=Speaker(ScriptedEngine({})), student=Speaker(engine), **given)) as url:
+        before = engine.requests
+        assert ask(url, "calc").choices[0].message.content == ANSWER
+        once = engine.requests - before
+        assert ask(url, "calc").choices[0].message.content == ANSWER and engine.requests == before + 2 * once
