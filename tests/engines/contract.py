@@ -243,10 +243,8 @@ class LikelihoodContract(EngineContract):
     def test_scores_of_given_ids_are_those_of_the_model_itself(self, ask, live, loop):
         if "score" not in self.measures:
             pytest.skip("This way of asking has no scores.")
-        prompt, text = (
-            request().prompt_ids,
-            VOCABULARY.encode("okay so 1 + 2 = 3 and then 7 + 1 = 8 , wait").ids * self.times,
-        )
+        prompt = request().prompt_ids
+        text = VOCABULARY.encode("okay so 1 + 2 = 3 and then 7 + 1 = 8 , wait").ids * self.times
         grown = [text[:3], text[:9], text[:9], text[3:], text]  # of a row that is cached further and further
         (written,) = ask(request("r", tokens=20))
         every = [(prompt, ids) for ids in grown] + [([*prompt, *written.token_ids], text[:2])]
