@@ -204,6 +204,11 @@ class Settings(Checked):
                 f"The method {self.method!r} chooses by the teacher's scores. Leave out chosen_by={self.chosen_by!r}, "
                 "or pass another method."
             )
+        if self.chosen_by and self.max_candidates == 1:
+            raise SettingsError(
+                f"Setting chosen_by={self.chosen_by!r} leaves nothing to choose from: best_of={self.best_of} is one "
+                "candidate a row. Pass for instance best_of=4, or leave out chosen_by."
+            )
         if self.max_candidates > 1 and not any(self.sampling(author).temperature for author in self.plan("").writers):
             raise SettingsError(
                 f"At temperature=0 all {self.max_candidates} candidates of a row would be the same. Pass a higher "

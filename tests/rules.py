@@ -97,6 +97,24 @@ class RulePredictor:
         return [self.rule(self.vocabulary, window_ids[: i + 1]) for i in range(since, len(window_ids))]
 
 
+# --- who writes next by a user's own function
+
+
+def own_rule(word):
+    """All that a rule may look at: the author, the word, its place, what is before it, and how likely it is."""
+    if word.author == "teacher":
+        return word.place >= 3 or word.before.endswith("=")
+    return word.logprob < -0.4 or word.text.strip() == "="
+
+
+own_rule.needs = {"logprobs"}
+
+
+def rule_name(rule):
+    """A rule's name as an id of a test: a function's is the same in all processes."""
+    return getattr(rule, "__name__", str(rule))
+
+
 # --- engines
 
 

@@ -183,7 +183,8 @@ CHANGES = {
 def test_all_that_decides_the_rows_is_in_the_fingerprint():
     speed = {"rows_in_flight", "journal", "parts", "request_timeout", "max_attempts"}
     assert set(CHANGES) | speed == set(Settings.model_fields), "a new setting: say here whether it decides the rows"
-    prints = {Settings.check(**{name: value}).fingerprint(SPEAKERS) for name, value in CHANGES.items()}
+    # Not by `check`, which refuses some values that stand alone.
+    prints = {Settings(**{name: value}).fingerprint(SPEAKERS) for name, value in CHANGES.items()}
     assert len(prints | {Settings.check().fingerprint(SPEAKERS)}) == len(CHANGES) + 1
 
 

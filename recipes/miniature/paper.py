@@ -236,7 +236,7 @@ def surprise_of(rows: datasets.Dataset, student: Path) -> dict[str, Any]:
     from tessy_hf.report.surprise import of_set
 
     some = rows.select(range(min(SCORED, len(rows))))
-    scored = with_surprise(some, vocabulary(student), Scorer(TransformersEngine(str(student))))
+    scored, _ = with_surprise(some, vocabulary(student), Scorer(TransformersEngine(str(student))))
     pairs = zip(scored["student_surprisal"], scored["student_rank"], strict=True)
     return of_set(None if surprisal is None else Surprise(surprisal, rank, 0) for surprisal, rank in pairs)
 

@@ -83,6 +83,12 @@ def analyze(
     split: Annotated[str, typer.Option(help="Which split, if there are several.")] = "train",
     limit: Annotated[int, typer.Option(help="The most prompts to compare.")] = 10_000,
     nll_rows: Annotated[int, typer.Option(help="Rows of each dataset that the student reads.")] = 200,
+    nll_tokens: Annotated[
+        int,
+        typer.Option(
+            min=3, help="Tokens of a row, prompt included, that the student reads; what comes after has no figures."
+        ),
+    ] = 4096,
     columns: Annotated[
         Path | None,
         typer.Option(help="A folder to write the datasets to, with columns for the student's surprise."),
@@ -105,8 +111,10 @@ def analyze(
     vocabulary, scorer = load_student(tokenizer or str(student), student)
     if scorer is not None:
         for rows, file in zip(datasets.values(), files, strict=False):
-            with_surprise(rows, vocabulary, scorer).to_parquet(str(file))
-    result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows)
+            scored, cut = with_surprise(rows, vocabulary, scorer, nll_tokens)
+            scored.to_parquet(str(file))
+            _tell_cut(str(file), cut, len(rows), nll_tokens)
+    result = compare(datasets, vocabulary, limit=limit, scorer=scorer, nll_rows=nll_rows, nll_tokens=nll_tokens)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -120,7 +128,16 @@ def analyze(
         lines.append(f"{name}: no text scored" if one["rsr"] is None else f"{name}: RSR {one['rsr']:.2f} ({means})")
     for line in lines:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    for name, one in (result["surprise"] or {}).items():
+        _tell_cut(name, one["cut"], min(nll_rows, result["prompts"]), nll_tokens)
     Console().print(f"{result['prompts']:,} prompts compared in {out}. Open it in a browser.", soft_wrap=True)
+
+
+def _tell_cut(name: str, cut: int, rows: int, tokens: int) -> None:
+    """Say on stderr that rows are longer than what the student reads of them."""
+    if cut:
+        told = f"{name}: {cut:,} of {rows:,} rows have more than {tokens:,} tokens; the student read only the first "
+        typer.echo(f"{told}{tokens:,} of each, prompt included. Pass a higher --nll-tokens.", err=True)
 
 
 def _new_files(names: Iterable[str], folder: Path) -> list[Path]:

@@ -46,7 +46,7 @@ MEASURED: Mapping[Protocol, frozenset[Measure]] = {
     **dict.fromkeys(("deltas", "generate", "ids"), frozenset[Measure](("logprobs", "score"))),
     "sglang": frozenset(("score",)),
 }
-"""What servers tell of ids, by protocol; see :func:`measuring`."""
+"""What servers tell of ids, by protocol, nothing where it is not listed; see :func:`measuring`."""
 
 PROBE = "Okay, so f(x) = x² + 3x.\n\n1. Wait,\tnaïve 123 你好 🙂<think>\n</think>\n"
 """Text that a server has to tokenize as the local tokenizer does, followed by the markers of the chat template."""

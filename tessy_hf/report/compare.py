@@ -36,6 +36,9 @@ QUANTILES = (0.05, 0.5, 0.95)
 WORDS = 12
 """How many typical words are reported for each dataset."""
 
+NLL_TOKENS = 4096
+"""The most tokens of prompt and text that are scored, unless one says; what is behind them has no figures."""
+
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['’][^\W\d_]+)?")
 Numbers = npt.NDArray[Any]
 
@@ -137,7 +140,7 @@ def match(datasets: Mapping[str, Iterable[Mapping[str, Any]]], limit: int) -> li
 
 def analyze(
     datasets: Mapping[str, Iterable[Mapping[str, Any]]], vocabulary: Vocabulary, *, limit: int = 10_000,
-    scorer: Scorer | None = None, nll_rows: int = 200, nll_tokens: int = 4096,
+    scorer: Scorer | None = None, nll_rows: int = 200, nll_tokens: int = NLL_TOKENS,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare datasets of the same prompts.
 
@@ -150,7 +153,8 @@ def analyze(
         nll_tokens: How many tokens of prompt and text are scored at most.
 
     Returns:
-        Plain values, ready for JSON. Similarities are cosines of TF-IDF vectors over token counts.
+        Plain values, ready for JSON. Similarities are cosines of TF-IDF vectors over token counts. ``cut`` in
+        ``surprise`` is how many of the scored rows are longer than ``nll_tokens``.
 
     Raises:
         DatasetError: The datasets share too few prompts, or hold no texts.
@@ -290,12 +294,16 @@ def _words(side: Side) -> Iterable[str]:
 
 
 class Scored(NamedTuple):
-    """A text under the student: the prompt, and for each token log-probability, rank, and author and part."""
+    """A text under the student: the prompt, and for each token log-probability, rank, and author and part.
+
+    ``cut`` says whether tokens at the end were not scored, because there are too many.
+    """
 
     prompt: str
     logprobs: Sequence[float]
     ranks: Sequence[int]
     wrote: list[str]
+    cut: bool
 
 
 def score(side: Side, vocabulary: Vocabulary, scorer: Scorer, rows: int, most: int) -> list[Scored]:
@@ -304,8 +312,8 @@ def score(side: Side, vocabulary: Vocabulary, scorer: Scorer, rows: int, most: i
     laid = [_as_trained(text, vocabulary) for text in texts]
     scores = scorer([(ids[:most], begins) for ids, begins, _ in laid])
     return [
-        Scored(text.prompt, logprobs, ranks, wrote)
-        for text, (logprobs, ranks), (*_, wrote) in zip(texts, scores, laid, strict=True)
+        Scored(text.prompt, logprobs, ranks, wrote, len(ids) > most)
+        for text, (logprobs, ranks), (ids, _, wrote) in zip(texts, scores, laid, strict=True)
     ]
 
 
@@ -320,14 +328,19 @@ def likelihood(texts: Iterable[Scored]) -> dict[str, dict[str, float]]:
 
 
 def _surprise(texts: Sequence[Scored]) -> dict[str, Any]:
-    """Return the Rank-Surprisal Ratio of the set, and that of each text with its surprisal and rank."""
+    """Return the set's Rank-Surprisal Ratio, how many texts were cut, and ratio, surprisal and rank of each text."""
     each = [(text.prompt, surprise(text.logprobs, text.ranks)) for text in texts]
     rows = [{"prompt": prompt, "rsr": one.rsr, **one._asdict()} for prompt, one in each if one is not None]
-    return {**of_set(one for _, one in each), "rows": rows}
+    return {**of_set(one for _, one in each), "cut": sum(text.cut for text in texts), "rows": rows}
 
 
-def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: int = 4096) -> Dataset:
-    """Return a dataset with the columns :data:`tessy_hf.report.heat.COLUMNS` anew, null where a row has no text."""
+def with_surprise(
+    rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: int = NLL_TOKENS
+) -> tuple[Dataset, int]:
+    """Return a dataset with the columns :data:`tessy_hf.report.heat.COLUMNS` anew, null where a row has no text.
+
+    With it comes the number of rows of which only the first ``most`` tokens, prompt included, were scored.
+    """
     texts = list(map(read, rows))
     laid = [_as_trained(text, vocabulary)[:2] if text else ([], 0) for text in texts]
     scores = scorer([(ids[:most], begins) for ids, begins in laid])
@@ -336,7 +349,8 @@ def with_surprise(rows: Dataset, vocabulary: Vocabulary, scorer: Scorer, most: i
     for name in ("surprisal", "rank", "rsr"):
         rows = rows.add_column(f"student_{name}", [one and getattr(one, name) for one in found])
     each = zip(texts, scores, strict=True)
-    return rows.add_column(heat.WORDS, [text and _by_word(text, vocabulary, logprobs) for text, (logprobs, _) in each])
+    rows = rows.add_column(heat.WORDS, [text and _by_word(text, vocabulary, logprobs) for text, (logprobs, _) in each])
+    return rows, sum(len(ids) > most for ids, _ in laid)
 
 
 def _by_word(text: Text, vocabulary: Vocabulary, logprobs: Sequence[float]) -> list[float]:

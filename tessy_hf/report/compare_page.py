@@ -211,6 +211,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
             for kind, one in found["nll"][name].items()
         ]
         note = "After the prompt, in the student's own format. High values for style mean a style that is not its own."
+        cut = ", ".join(f"{one['cut']:,} of {name}" for name, one in (found["surprise"] or {}).items() if one["cut"])
+        note += f" Rows too long to be read whole, of which only the beginning counts: {cut}." if cut else ""
         made.append(Table("Negative log-likelihood under the student", ("", "nats per token", "tokens"), lines, note))
     return made
 

@@ -22,7 +22,7 @@ def opened(
     """Bind the port and load the models; yield a server to be run with the socket, and its base URL.
 
     Args:
-        transform: The pair; its journal, parts and verifier are not used.
+        transform: The pair; its journal, parts, verifier, best_of and chosen_by are not used.
         name: The model's name for clients.
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
@@ -44,7 +44,13 @@ def opened(
             'one text is expected, such as "tessy"; pass --set method=tessy.'
         )
     served = transform.with_settings(
-        journal=None, parts=None, verifier=None, best_of=None, id_column=None, prompt_column="messages"
+        journal=None,
+        parts=None,
+        verifier=None,
+        best_of=None,
+        chosen_by=None,
+        id_column=None,
+        prompt_column="messages",
     )
     with _bound(host, port) as listener, served:
         served.submit({"messages": []}).result()  # loads the models

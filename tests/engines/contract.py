@@ -214,10 +214,56 @@ class EngineContract:
         assert first == second
 
 
-class ModelContract(EngineContract):
-    """For engines that run a model: they read their prompt, and draw by the seed."""
+class LikelihoodContract(EngineContract):
+    """For engines that measure how likely ids are, as the miniature student finds them."""
 
     measures = frozenset({"logprobs", "entropies", "score"})
+    reference = staticmethod(reference)
+    times = 20  # how long the longest text is that is scored
+
+    def test_log_probabilities_are_those_of_the_model_itself_however_tokens_are_drawn(self, ask, stream):
+        if "logprobs" not in self.measures:
+            pytest.skip("This way of asking gives none.")
+        wanted = {"tokens": 60, "logprobs": True, "entropies": "entropies" in self.measures}
+        hot = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "seed": 3}
+        requests = [request("greedy", **wanted), request("drawn", prompt=1, **hot, **wanted), request("plain")]
+        *measured, plain = ask(*requests)
+        assert plain.logprobs is plain.entropies is None
+        pieces = stream(request("streamed", **wanted))[0]
+        streamed = [value for piece in pieces for value in piece.logprobs]
+        assert streamed == pytest.approx(list(measured[0].logprobs), abs=1e-3)
+        for asked, completion in zip(requests, measured, strict=False):
+            logprobs, _, entropies = self.reference(asked.prompt_ids, list(completion.token_ids))
+            assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)
+            if wanted["entropies"]:
+                assert list(completion.entropies) == pytest.approx(entropies, abs=1e-3)
+            else:
+                assert completion.entropies is None
+
+    def test_scores_of_given_ids_are_those_of_the_model_itself(self, ask, live, loop):
+        if "score" not in self.measures:
+            pytest.skip("This way of asking has no scores.")
+        prompt = request().prompt_ids
+        text = VOCABULARY.encode("okay so 1 + 2 = 3 and then 7 + 1 = 8 , wait").ids * self.times
+        grown = [text[:3], text[:9], text[:9], text[3:], text]  # of a row that is cached further and further
+        (written,) = ask(request("r", tokens=20))
+        every = [(prompt, ids) for ids in grown] + [([*prompt, *written.token_ids], text[:2])]
+
+        async def score():
+            alone = [await live.score(before, ids, row="r") for before, ids in every]
+            return alone, await asyncio.gather(*(live.score(*one, row=f"s{at}") for at, one in enumerate(every)))
+
+        for scored in loop.run_until_complete(score()):
+            for (before, ids), told in zip(every, scored, strict=True):
+                logprobs, ranks, _ = self.reference(before, ids)
+                assert told.logprobs == pytest.approx(logprobs, abs=1e-3)
+                assert told.ranks == ranks
+        (again,) = ask(request("r", tokens=20))
+        assert list(again.token_ids) == list(written.token_ids)
+
+
+class ModelContract(LikelihoodContract):
+    """For engines that run a model: they read their prompt, and draw by the seed."""
 
     def test_goes_on_after_foreign_ids(self, ask, live):
         """What was rolled back is forgotten, what the other author wrote is read."""
@@ -265,42 +311,3 @@ class ModelContract(EngineContract):
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
             )
             assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
-
-    def test_log_probabilities_are_those_of_the_model_itself_however_tokens_are_drawn(self, ask, stream):
-        if "logprobs" not in self.measures:
-            pytest.skip("This way of asking gives none.")
-        wanted = {"tokens": 60, "logprobs": True, "entropies": "entropies" in self.measures}
-        hot = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "seed": 3}
-        requests = [request("greedy", **wanted), request("drawn", prompt=1, **hot, **wanted), request("plain")]
-        *measured, plain = ask(*requests)
-        assert plain.logprobs is plain.entropies is None
-        pieces = stream(request("streamed", **wanted))[0]
-        streamed = [value for piece in pieces for value in piece.logprobs]
-        assert streamed == pytest.approx(list(measured[0].logprobs), abs=1e-3)
-        for asked, completion in zip(requests, measured, strict=False):
-            logprobs, _, entropies = reference(asked.prompt_ids, list(completion.token_ids))
-            assert list(completion.logprobs) == pytest.approx(logprobs, abs=1e-3)
-            if wanted["entropies"]:
-                assert list(completion.entropies) == pytest.approx(entropies, abs=1e-3)
-            else:
-                assert completion.entropies is None
-
-    def test_scores_of_given_ids_are_those_of_the_model_itself(self, ask, live, loop):
-        if "score" not in self.measures:
-            pytest.skip("This way of asking has no scores.")
-        prompt, text = request().prompt_ids, VOCABULARY.encode("okay so 1 + 2 = 3 and then 7 + 1 = 8 , wait").ids * 20
-        grown = [text[:3], text[:9], text[:9], text[3:], text]  # of a row that is cached further and further
-        (written,) = ask(request("r", tokens=20))
-        every = [(prompt, ids) for ids in grown] + [([*prompt, *written.token_ids], text[:2])]
-
-        async def score():
-            alone = [await live.score(before, ids, row="r") for before, ids in every]
-            return alone, await asyncio.gather(*(live.score(*one, row=f"s{at}") for at, one in enumerate(every)))
-
-        for scored in loop.run_until_complete(score()):
-            for (before, ids), told in zip(every, scored, strict=True):
-                logprobs, ranks, _ = reference(before, ids)
-                assert told.logprobs == pytest.approx(logprobs, abs=1e-3)
-                assert told.ranks == ranks
-        (again,) = ask(request("r", tokens=20))
-        assert list(again.token_ids) == list(written.token_ids)

@@ -1,10 +1,13 @@
 import asyncio
+import math
+from array import array
+from functools import lru_cache
 
 import pytest
 
 from tessy_hf import Script, ScriptedEngine
 from tessy_hf.errors import RequestError
-from tests.engines.contract import VOCABULARY, EngineContract, request
+from tests.engines.contract import TOKENIZER, VOCABULARY, LikelihoodContract, network, reference, request
 
 TEXT = "okay so 1 + 1 = 2 and that is how it goes when one counts with care from one to the next number"
 
@@ -13,10 +16,39 @@ def same_text(row):
     return Script(TEXT)
 
 
-class TestScriptedEngine(EngineContract):
+@lru_cache(maxsize=1024)
+def distribution(before):
+    import torch
+
+    with torch.inference_mode():
+        return network()(torch.tensor([array("i", before).tolist()])).logits[0, -1].double().softmax(-1).tolist()
+
+
+def probability(before, token):
+    """How likely the miniature student finds an id."""
+    return distribution(before.tobytes())[token]
+
+
+class TestScriptedEngine(LikelihoodContract):
+    times = 1
+
     @staticmethod
     def make():
-        return ScriptedEngine(same_text)
+        return ScriptedEngine(same_text, probability=probability)
+
+    @staticmethod
+    def reference(prompt_ids, ids):
+        """The student's log-probabilities; ranks and entropies are those of other ids that share the rest evenly."""
+        logprobs, _, _ = reference(prompt_ids, ids)
+        count, found = len(TOKENIZER), list(map(math.exp, logprobs))
+        rest = [(1 - one) / (count - 1) for one in found]
+        ranks = [1 if one >= other else 2 for one, other in zip(found, rest, strict=True)]
+        each = zip(found, rest, strict=True)
+        return logprobs, ranks, [-one * math.log(one) - (count - 1) * other * math.log(other) for one, other in each]
+
+
+def test_without_probabilities_it_measures_nothing():
+    assert ScriptedEngine(same_text).measures == frozenset()
 
 
 def texts(script, *turns):

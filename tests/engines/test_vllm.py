@@ -22,7 +22,7 @@ from tessy_hf.method.methods import write
 from tessy_hf.settings import Settings
 from tessy_hf.trajectory import Draft, Prompt
 from tests.engines.contract import ModelContract, request
-from tests.rules import CannedEngine, said
+from tests.rules import CannedEngine, own_rule, said
 from tests.worlds import R1_KEEPS, save_models
 
 pytestmark = [
@@ -294,6 +294,7 @@ RULES = {
     "student-accepts": {"student-accepts": 0.3},
     "entropy": {"name": "entropy", "threshold": 0.4, "words": 4},
     "surprise": {"name": "entropy", "threshold": 0.4, "words": 4, "measure": "surprise"},
+    "own": own_rule,
 }
 
 

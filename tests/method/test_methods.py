@@ -457,3 +457,6 @@ def test_engines_that_cannot_score_are_refused_where_the_ratio_chooses():
         Cast(play(), play(**STUDENT), best_of=2, chosen_by="rsr", temperature=0.6).row()
     with pytest.raises(SettingsError, match="by the teacher's scores"):
         Settings.check(method="teacher-score", chosen_by="rsr")
+    for few in ({}, {"best_of": 1}):
+        with pytest.raises(SettingsError, match="nothing to choose from: best_of="):
+            Settings.check(chosen_by="rsr", **few)

@@ -199,11 +199,28 @@ def test_rows_and_sets_have_their_ratio_under_the_student(student):
 def test_columns_on_request_are_those_figures(student):
     rows = load_dataset("parquet", data_files=str(ROWS), split="train").select(range(4))
     scorer = Scorer(TransformersEngine(demo.STUDENT))
-    made = analysis.with_surprise(rows, student[0], scorer)
+    made, cut = analysis.with_surprise(rows, student[0], scorer)
+    assert cut == 0
     told = analysis.analyze({"a": rows, "b": rows}, student[0], scorer=scorer)["surprise"]["a"]["rows"]
     assert made["student_rsr"][:] == pytest.approx([row["rsr"] for row in told])
     assert made["student_surprisal"][:] == pytest.approx([row["surprisal"] for row in told])
-    assert analysis.with_surprise(made, student[0], scorer)[:] == made[:]  # those that are there are replaced
+    assert analysis.with_surprise(made, student[0], scorer)[0][:] == made[:]  # those that are there are replaced
+
+
+def test_rows_too_long_to_be_read_whole_are_counted(student):
+    rows = load_dataset("parquet", data_files=str(ROWS), split="train").select(range(6))
+    scorer, texts = Scorer(TransformersEngine(demo.STUDENT)), list(map(analysis.read, rows))
+    whole = analysis.score(analysis.Side("a", texts), student[0], scorer, 6, 4096)
+    ids = [len(student[0].encode_template(student[0].chat_text(row["messages"]).removesuffix("<|im_end|>\n")))
+           for row in rows]  # fmt: skip
+    most = sorted(ids)[2]
+    made, cut = analysis.with_surprise(rows, student[0], scorer, most)
+    told = analysis.analyze({"a": rows, "b": rows}, student[0], scorer=scorer, nll_tokens=most)
+    assert cut == told["surprise"]["a"]["cut"] == sum(length > most for length in ids) > 0
+    assert f"only the beginning counts: {cut} of a, {cut} of b." in page.tables(told)[-1].note
+    for row, text, length in zip(made, whole, ids, strict=True):
+        read = text.logprobs[: len(text.logprobs) - max(0, length - most)]
+        assert row["student_surprisal"] == pytest.approx(-sum(read) / len(read), rel=1e-4)
 
 
 def test_words_of_doubt_are_counted_by_method():
@@ -258,13 +275,17 @@ def test_the_command_compares_miniature_datasets(tessy, tmp_path):  # noqa: F811
     given = ["analyze", tmp_path / "tessy.parquet", tmp_path / "plain.jsonl"]
     code, printed = tessy(*given, "--student", demo.STUDENT, "--out", tmp_path / "a.html", "--nll-rows", 3)
     assert code == 0 and "similarity 0.9" in printed and "8 prompts compared" in printed
+    assert "--nll-tokens" not in printed
     written = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert written.count("<figure") == 5 and "Negative log-likelihood under the student" in written
     code, printed = tessy(*given, "--tokenizer", demo.STUDENT, "--json")
     told = json.loads(printed[printed.index('{"names"') :])
     assert code == 0 and told["prompts"] == 8 and told["nll"] is None and told["authors"]["plain.jsonl"] is None
     assert told["authors"]["tessy.parquet"]["teacher"] == sum(rows["teacher_tokens"])
-    code, _ = tessy(*given, "--student", demo.STUDENT, "--out", tmp_path / "b.html", "--columns", tmp_path / "scored")
+    more = ["--out", tmp_path / "b.html", "--columns", tmp_path / "scored", "--nll-tokens", 40]
+    code, printed = tessy(*given, "--student", demo.STUDENT, *more)
+    for name in ("tessy.parquet", "scored/plain.jsonl.parquet"):
+        assert f"{name}: 8 of 8 rows have more than 40 tokens" in printed
     scored = load_dataset("parquet", data_files=str(tmp_path / "scored" / "tessy.parquet"), split="train")
     assert code == 0 and min(scored["student_rsr"]) > 0
     before = (tmp_path / "tessy.parquet").read_bytes()

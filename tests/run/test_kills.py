@@ -14,6 +14,7 @@ import pytest
 
 from tests import crashes
 from tests.crashes import Work
+from tests.rules import own_rule, rule_name
 
 pytestmark = pytest.mark.slow
 
@@ -81,14 +82,16 @@ RULES = [
     {"every": 4},
     {"student-accepts": 0.3},
     {"name": "entropy", "threshold": 0.5, "words": 3},
+    {"name": "entropy", "threshold": 0.5, "words": 3, "measure": "surprise"},
     {"name": "likeliest", "words": 6, "candidates": 2},
+    own_rule,
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_runs_of_each_rule_that_are_killed_end_as_unbroken_ones(tmp_path, rule):
-    settings = {"chunk_tokens": 8, "switch": rule, "temperature": 0.6 if "candidates" in rule else 0}
-    work = Work("models", tmp_path / "killed", tuple(range(16)), settings)
+    settings = {"chunk_tokens": 8, "switch": rule, "temperature": 0.6 if "candidates" in str(rule) else 0}
+    work = Work("models", tmp_path / "killed", tuple(range(10)), settings)
     expected, _ = crashes.unbroken(work, tmp_path / "unbroken")
     total = os.path.getsize(tmp_path / "unbroken" / "calls")
     for _ in range(3):

@@ -17,6 +17,7 @@ from tessy_hf.errors import EngineDeadError
 
 openai = pytest.importorskip("openai", reason="pip install openai")
 pytest.importorskip("uvicorn", reason='pip install "tessy-hf[serve]"')
+from tessy_hf.serve.app import MOST_BYTES  # noqa: E402
 from tests.serve.running import running  # noqa: E402
 
 PROMPTS = demo.prompts(4)["prompt"]
@@ -206,6 +207,18 @@ def test_a_client_that_goes_away_stops_its_row(gated, stream):
     assert ask(url, "calc 2").choices[0].message.content == ANSWER
 
 
+def test_a_body_that_is_too_large_is_refused_and_the_next_is_answered(gated):
+    engine, url = gated
+    engine.gate.set()
+    with closing(HTTPConnection(urlsplit(url).netloc, timeout=60)) as connection:
+        connection.request("POST", "/v1/chat/completions", b" " * (MOST_BYTES + 1))
+        response = connection.getresponse()
+        told = json.loads(response.read())["error"]
+    assert response.status == told["code"] == 413 and told["type"] == "invalid_request_error"
+    assert told["message"] == "The request has more than 16,777,216 bytes. Send a shorter one."
+    assert ask(url, "calc 1").choices[0].message.content == ANSWER
+
+
 def test_an_engine_that_is_gone_is_told_by_every_way():
     def fault(request):
         return EngineDeadError("The server is gone.")
@@ -221,3 +234,14 @@ def test_an_engine_that_is_gone_is_told_by_every_way():
             list(ask(url, "calc", stream=True))
         with pytest.raises(HTTPError, match="503"):
             urlopen(health)
+
+
+def test_a_pair_whose_recipe_chooses_among_candidates_answers_with_one_text():
+    """Its engines need not measure anything."""
+    engine = ScriptedEngine(lambda row: Script(WHOLE, ANSWER))
+    given = {"method": "student-only", "best_of": 4, "chosen_by": "rsr"}
+    with running(TessyTransform(teacher=Speaker(ScriptedEngine({})), student=Speaker(engine), **given)) as url:
+        before = engine.requests
+        assert ask(url, "calc").choices[0].message.content == ANSWER
+        once = engine.requests - before
+        assert ask(url, "calc").choices[0].message.content == ANSWER and engine.requests == before + 2 * once

@@ -85,5 +85,5 @@ def check_engines(needs: Callable[[Author], frozenset[Measure]], speakers: Mappi
             raise SettingsError(
                 f"This run needs {' and '.join(sorted(lacking))} of the {author} {speaker.engine.model!r} (switch, "
                 "chosen_by), which its engine cannot tell. TransformersEngine and VLLMEngine tell all, vLLM's servers "
-                "log-probabilities and scores. Use one of these, or other settings."
+                "logprobs and score, SGLang's servers score. Use one of these, or other settings."
             )

@@ -18,7 +18,7 @@ class Entropy(Rule):
         threshold: The uncertainty in nats above which the student hands over.
         words: How many words the teacher then writes.
         measure: ``entropy``, the largest among the word's tokens, over the whole vocabulary; or ``surprise``, the
-            negative log-probability of the word, which servers tell too.
+            negative log-probability of the word, which vLLM's servers tell too.
     """
 
     name: ClassVar[str] = "entropy"
