@@ -29,8 +29,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tessy_hf import demo
-from tessy_hf.vllm_middleware import middleware
-from tessy_hf.vllm_middleware.frames import HEAD, PROFILE, Ask, HashedIds, Piece, Rows
+from tessy_hf.vllm_middleware import frames, middleware
+from tessy_hf.vllm_middleware.frames import HEAD, PROFILE, Ask, HashedIds, Piece, Rows, join, split
 
 ROWS, NEW = 4, 2
 STAGES = {
@@ -41,6 +41,10 @@ STAGES = {
     "handover": "vLLM's generate: encodes the ids and hands them over",
     "other": "API server: loop, threads, answers, metrics",
     "core": "engine core",
+}
+SUMS = {
+    "without": "API server but for the hand-over",
+    "neither": "API server but for the hand-over and the look for unknown ids",
 }
 spent = Counter()
 
@@ -98,13 +102,15 @@ def instrument(engine):
 def instrument_middleware():
     """Count the time of our methods."""
     Rows.prompt = timed(Rows.prompt, "rows")
-    for name in ("take", "_answer"):
-        own = getattr(middleware._Connection, name)
-        setattr(middleware._Connection, name, lambda *given, own=own: _awaited(own(*given)))
+    connection, answer = middleware._Connection, middleware._Connection._answer
+    connection.take = timed(connection.take, "in middleware")
+    middleware.split = timed(middleware.split, "in middleware")
+    frames.join = timed(frames.join, "in middleware")
 
+    async def answered(*given):
+        return await Timed(answer(*given), "in middleware")
 
-async def _awaited(coroutine):
-    return await Timed(coroutine, "in middleware")
+    connection._answer = answered
 
 
 # --- client and server in one process
@@ -113,10 +119,10 @@ async def _awaited(coroutine):
 class Client:
     """Speaks to the endpoint without a network."""
 
-    def __init__(self, engine):
+    def __init__(self, engine, generate=middleware.generate):
         self._to, self._answers, self._numbers = asyncio.Queue(), {}, itertools.count()
         scope = {"app": SimpleNamespace(state=SimpleNamespace(engine_client=engine))}
-        endpoint = middleware.Endpoint(middleware.generate, 1 << 30)
+        endpoint = middleware.Endpoint(generate, 1 << 30)
         self.serving = asyncio.create_task(endpoint(scope, self._to.get, self._receive))
         self._send({"type": "websocket.connect"})
         self._send_bytes(HEAD.pack(PROFILE, 0, 0) + json.dumps({"temperature": 0.0}).encode())
@@ -125,12 +131,13 @@ class Client:
         self._to.put_nowait(message)
 
     def _send_bytes(self, frame):
-        self._send({"type": "websocket.receive", "bytes": frame})
+        self._send({"type": "websocket.receive", "bytes": join([frame])})
 
     async def _receive(self, message):
-        if (frame := message.get("bytes")) is not None:
-            piece = Piece.decode(frame)
+        begin = time.thread_time()
+        for piece in map(Piece.decode, split(message.get("bytes") or b"")):
             self._answers[piece.number].set_result(piece)
+        spent["client"] += time.thread_time() - begin
 
     async def write(self, slot, row, known, steps):
         """Ask for two tokens, so many times."""
@@ -166,7 +173,9 @@ async def measure(client, tokens, steps, rows):
     spent["middleware"] = spent["in middleware"] - spent["in generate"] - spent["rows"]
     spent["generate"] = spent["in generate"] - spent["scan"] - spent["handover"]
     spent["other"] = whole - spent["client"] - spent["in middleware"]
-    return {stage: 1e6 * spent[stage] / steps / ROWS for stage in STAGES}
+    spent["without"] = whole - spent["client"] - spent["handover"]
+    spent["neither"] = spent["without"] - spent["scan"]
+    return {stage: 1e6 * spent[stage] / steps / ROWS for stage in (*STAGES, *SUMS)}
 
 
 def long_model(folder):
@@ -205,7 +214,7 @@ async def run(model, block_size, algorithm, arguments):
     await client.serving
     engine.shutdown()
     return {
-        tokens: {stage: statistics.median(each[stage] for each in figures) for stage in STAGES}
+        tokens: {stage: statistics.median(each[stage] for each in figures) for stage in (*STAGES, *SUMS)}
         for tokens, figures in found.items()
     }
 
@@ -228,7 +237,7 @@ def main():
         for block_size, algorithm in itertools.product(arguments.block_sizes, arguments.hashes):
             found = asyncio.run(run(model, block_size, algorithm, arguments))
             print(f"\nblocks of {block_size}, {algorithm}: CPU us a request, by tokens of the row", arguments.tokens)
-            for stage, words in STAGES.items():
+            for stage, words in {**STAGES, **SUMS}.items():
                 print(f"| {words} |", *(f"{round(figures[stage]):,} |" for figures in found.values()), flush=True)
 
 

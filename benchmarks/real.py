@@ -7,6 +7,10 @@ protocol on the same servers. `make test-real` fetches the model::
     python benchmarks/real.py                                            # all, some 40 minutes on two idle cores
     python benchmarks/real.py --modes server deltas --tokens 64 --repeats 3
 
+    python benchmarks/real.py --random-weights Qwen3-8B --rows 64 --in-flight 64 --repeats 2     # on a GPU of 80 GB
+
+`--random-weights` makes a model of a real shape, which needs no download; its authors take turns after ten words each,
+since what it writes has no boundaries. Only `transformers` runs it.
 `vllm` and servers need vLLM; `deltas` are servers with the middleware of :mod:`tessy_hf.vllm_middleware`.
 """
 
@@ -15,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -22,16 +27,17 @@ import time
 from operator import eq
 from pathlib import Path
 
+import torch
 from datasets import Dataset, disable_progress_bars
 from lockstep import LockStep
 from speed import Meter, MeteredPredictor, bound, tessy, texts
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, Qwen3Config, Qwen3MoeConfig
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tessy_hf
-from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, TransformersEngine, VLLMEngine
+from tessy_hf import BoundaryPredictor, ServerEngine, Speaker, TessyTransform, TransformersEngine, VLLMEngine, demo
 from tessy_hf.boundary.predictor import SHIPPED
 from tests import real_models, real_pair
 
@@ -58,6 +64,22 @@ SHOWN = {
     "rows_as_the_first_mode": "rows equal to those of the first mode",
 }
 AUTHORS = ("teacher", "student")
+SHAPES = {
+    "miniature": Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=2_000, tie_word_embeddings=False,
+    ),
+    "Qwen3-8B": Qwen3Config(
+        hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151_936, tie_word_embeddings=False,
+    ),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        norm_topk_prob=True, vocab_size=151_936, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Shapes of models for random weights."""
 
 
 def prompts(count):
@@ -65,6 +87,30 @@ def prompts(count):
     given = real_pair.prompts()["prompt"]
     numbered = (f"{given[i % len(given)]} Then double it {i // len(given) + 2} times." for i in range(count))
     return Dataset.from_list([{"id": str(i), "prompt": text} for i, text in enumerate(numbered)])
+
+
+def random_model(shape, folder):
+    """Save a model of a shape that writes tokens of the miniature models' tokenizer; greedily, no others."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(demo.STUDENT / file, folder)
+    known = len(TransformersEngine(str(demo.STUDENT)).tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[known:] = 0
+    model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def written(shape):
+    """Yield the folder of a random model, on the disk or in memory, where there is more room."""
+    places = filter(os.path.isdir, (tempfile.gettempdir(), "/dev/shm"))
+    roomy = max(places, key=lambda place: shutil.disk_usage(place).free)
+    with tempfile.TemporaryDirectory(dir=roomy) as folder:
+        random_model(shape, folder)
+        torch.cuda.empty_cache()  # of the model that was saved
+        yield folder
 
 
 @contextlib.contextmanager
@@ -116,6 +162,7 @@ def transform(mode, model, template, urls, arguments):
         rows_in_flight=arguments.in_flight,
         max_thinking_tokens=arguments.tokens,
         max_answer_tokens=arguments.tokens // 4,
+        **({"switch": {"every": 10}} if arguments.random_weights else {}),
     )
 
 
@@ -141,9 +188,8 @@ def once(made, data, arguments):
     return texts(rows), figures
 
 
-def measure(modes, data, urls, arguments, reference):
+def measure(modes, data, urls, arguments, reference, model, template):
     """Return the figures of each pass by mode, all of them in turns, and the rows of the first mode."""
-    model, template = str(real_models.model("smollm2")), real_pair.transform().student.chat_template
     found = {mode: [] for mode in modes}
     with contextlib.ExitStack() as stack:
         made = {mode: stack.enter_context(transform(mode, model, template, urls, arguments)) for mode in modes}
@@ -189,17 +235,28 @@ def main():
     parser.add_argument(
         "--lockstep", type=int, default=1, help="in how many repeats the released protocol is measured"
     )
+    parser.add_argument("--random-weights", choices=SHAPES, help="instead of SmolLM2-135M; by transformers alone")
     arguments = parser.parse_args()
+    if arguments.random_weights:
+        arguments.modes = ["transformers"]
     logging.disable(logging.WARNING)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     disable_progress_bars()
     disable_progress_bar()
+    if arguments.random_weights:
+        with written(arguments.random_weights) as model:
+            found, _ = measure(
+                ["transformers"], demo.prompts(arguments.rows, seed=77), {}, arguments, None, model, None
+            )
+        print(table(found))
+        return
+    model, template = str(real_models.model("smollm2")), real_pair.transform().student.chat_template
     data, reference, found = prompts(arguments.rows), None, {}
     behind = [mode for mode in arguments.modes if MODES[mode][0] == "servers"]
     groups = [[mode] for mode in arguments.modes if mode not in behind]
     for modes in [*groups, behind] if behind else groups:
-        with servers(modes is behind, str(real_models.model("smollm2"))) as urls:
-            figures, reference = measure(modes, data, urls, arguments, reference)
+        with servers(modes is behind, model) as urls:
+            figures, reference = measure(modes, data, urls, arguments, reference, model, template)
         found |= figures
     print(table(found))
 

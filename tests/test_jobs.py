@@ -87,7 +87,9 @@ def test_a_server_of_each_model_runs_while_rows_are_written(tmp_path, monkeypatc
     with synthesize.served(recipe, given):
         first, second = sorted((tmp_path / "served").read_text().splitlines())
     local = f"--host 127.0.0.1 --port {ports[0]} --tensor-parallel-size 2"
-    assert first == f"0,1 serve teacher {local} --enable-scale-out --enable-prompt-tokens-details --seed 3"
+    options = "--enable-scale-out --enable-prompt-tokens-details --scheduling-policy priority"
+    options += " --middleware tessy_hf.vllm_middleware.Deltas"
+    assert first == f"0,1 serve teacher {local} {options} --seed 3"
     assert second.startswith("1 serve student ")
     command.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(SystemExit, match="ended with 3"), synthesize.served(recipe, given):

@@ -26,6 +26,12 @@ RECIPES = ROOT / "recipes"
 RUNS = sorted([*RECIPES.glob("*.yaml"), RECIPES / "miniature" / "tessy.yaml"])
 CLUSTER = sorted((RECIPES / "cluster").glob("*.yaml"))
 PROMPTS = sorted((RECIPES / "prompts").glob("*.yaml"))
+GUIDES = ["docs/guides/servers.md", "docs/guides/large-runs.md"]
+SERVED_WITH = (
+    "--enable-scale-out --enable-prompt-tokens-details --scheduling-policy priority "
+    "--middleware tessy_hf.vllm_middleware.Deltas"
+)
+"""What docs/guides/servers.md recommends for all vLLM servers."""
 
 
 def name_of(path):
@@ -69,9 +75,19 @@ def test_each_served_model_has_its_command():
     }
     assert len(served) == 3
     for model, port in served:
-        assert re.search(
-            rf"vllm serve {re.escape(model)} --port {port} --enable-scale-out --enable-prompt-tokens-details", text
-        ), model
+        assert re.search(rf"vllm serve {re.escape(model)} --port {port} {re.escape(SERVED_WITH)}", text), model
+
+
+@pytest.mark.parametrize(
+    "path", ["recipes/README.md", "recipes/prompts/contest.yaml", "recipes/cluster/servers.sh", *GUIDES]
+)
+def test_servers_are_started_with_the_options_that_were_measured(path):
+    text = re.sub(r"\\\n[\s#]*", "", (ROOT / path).read_text())
+    commands = re.findall(r"vllm serve \S+ .*", text)
+    generating = [command for command in commands if "--runner pooling" not in command]
+    assert generating
+    for command in generating:
+        assert SERVED_WITH in command, command
 
 
 def test_the_recipes_for_clusters_say_what_they_take_and_where_rows_go():
@@ -136,8 +152,8 @@ def test_a_server_is_listed_for_as_long_as_it_answers(tmp_path):
     task = run_script("servers.sh", servers, port, "me/model", "--dtype", "half", path=tmp_path, environment=given)
     wait_until(lambda: len(servers.read_text().splitlines()) == 2)
     assert servers.read_text() == f"http://other:8000/v1\nhttp://localhost:{port}/v1\n"
-    options = "--enable-scale-out --enable-prompt-tokens-details --scheduling-policy priority --dtype half"
-    assert (tmp_path / "asked").read_text() == f"serve me/model --port {port} {options}\n"
+    asked = (tmp_path / "asked").read_text()
+    assert asked == f"serve me/model --port {port} {SERVED_WITH} --dtype half\n"
     task.terminate()
     assert task.wait(60) != 0 and servers.read_text() == "http://other:8000/v1\n"
     with pytest.raises(ConnectionRefusedError):
@@ -153,8 +169,16 @@ def wait_until(condition):
 
 def test_the_code_recipe_has_the_paper_s_figures():
     settings = read(RECIPES / "qwen3-8b--gpt-oss-120b--code.yaml")[2]
-    assert (settings["chunk_tokens"], settings["temperature"]) == (20, 0.6)
+    assert (settings["chunk_tokens"], settings["temperature"]) == (20, 0.6) and "stream" not in settings
     assert settings["max_thinking_tokens"] + settings["max_answer_tokens"] == 40 * 1024
+
+
+def test_the_other_recipes_ask_in_the_way_that_was_faster():
+    own = {RECIPES / "qwen3-8b--gpt-oss-120b--code.yaml", RECIPES / "miniature" / "tessy.yaml"}  # chunks of their own
+    for path in {*RUNS, *CLUSTER} - own:
+        settings, engine = read(path)[2], read(path)[0].engine
+        assert settings.get("chunk_tokens", "auto") == "auto", path
+        assert settings.get("stream", False) is isinstance(engine, ServerEngine), path
 
 
 def test_the_template_of_the_distilled_student_keeps_the_thinking():

@@ -117,7 +117,8 @@ def command(model: str, port: int, gpus: str) -> list[str]:
     """Return the words that serve a model."""
     size = str(len(gpus.split(",")))
     local = ["--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", size]
-    return ["vllm", "serve", model, *local, "--enable-scale-out", "--enable-prompt-tokens-details"]
+    told = ["--enable-scale-out", "--enable-prompt-tokens-details", "--scheduling-policy", "priority"]
+    return ["vllm", "serve", model, *local, *told, "--middleware", "tessy_hf.vllm_middleware.Deltas"]
 
 
 def wait(process: subprocess.Popen[bytes], health: str, seconds: float) -> None:
