@@ -66,7 +66,7 @@ class Deltas:
                     continue
                 answers = []
                 while arrived and not ended:
-                    piece = _piece(server, arrived.pop(0))
+                    piece = _piece(channel, arrived.pop(0))
                     if piece.at != at % frames.AT:
                         raise ReplicaError(f"The server at {server} left a piece of its answer out.", "lost")
                     at, ended = at + len(piece.ids), piece.ending != frames.GOES_ON
@@ -124,7 +124,8 @@ class _Channel:
 
     def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.numbers, self.inboxes = itertools.count(), dict[int, asyncio.Queue[bytes | None]]()
-        self._server, self._socket = server, socket
+        self.server, self.broken = server, ""  # and why the connection broke off
+        self._socket = socket
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._free: list[int] = []
         self._profiles: dict[tuple[Any, ...], int] = {}
@@ -161,7 +162,7 @@ class _Channel:
         """Send a request with its whole prompt, which the server has forgotten."""
         self._resent += 1
         if self._resent.bit_count() == 1:
-            logger.info("The server at %s did not know %d prompts; they were sent again.", self._server, self._resent)
+            logger.info("The server at %s did not know %d prompts; they were sent again.", self.server, self._resent)
         slot = self._slot(request.row)
         self._slots[request.row] = _Slot(slot.number, HashedIds(), Watch())
         self.ask(request, number, stream)
@@ -193,7 +194,8 @@ class _Channel:
         try:
             await self._socket.send_bytes(message)
         except (aiohttp.ClientError, ConnectionError):
-            self._broken()
+            await asyncio.wait([self.reading], timeout=1.0)  # it hears why
+            self._tell_broken()
 
     async def _read(self) -> None:
         """Hand out what arrives; once the connection breaks, tell all who wait."""
@@ -203,20 +205,28 @@ class _Channel:
                     inbox = self.inboxes.get(HEAD.unpack_from(frame.ljust(HEAD.size))[2])
                     if inbox is not None:  # else it was taken back
                         inbox.put_nowait(frame)
+            self.broken = _closed(message)
         except ValueError as error:
-            logger.warning("The server at %s sent a message that cannot be read: %s.", self._server, error)
+            logger.warning("The server at %s sent a message that cannot be read: %s.", self.server, error)
         finally:
             await self._socket.close()
-            self._broken()
+            self._tell_broken()
 
-    def _broken(self) -> None:
+    def _tell_broken(self) -> None:
         for inbox in self.inboxes.values():
             inbox.put_nowait(None)
 
 
-def _piece(server: str, frame: bytes | None) -> Piece:
+def _closed(message: aiohttp.WSMessage) -> str:
+    """Return the code and reason with which a connection was closed, or the error that broke it; empty for none."""
+    if message.type is aiohttp.WSMsgType.CLOSE:
+        return f" (code {message.data}{message.extra and f': {message.extra}'})"
+    return f" ({message.data!r})" if message.type is aiohttp.WSMsgType.ERROR else ""
+
+
+def _piece(channel: _Channel, frame: bytes | None) -> Piece:
     if frame is None:
-        raise _lost(server)
+        raise ReplicaError(f"The server at {channel.server} broke the connection off{channel.broken}.", "lost")
     kind, status, _ = HEAD.unpack_from(frame)
     if kind == frames.ERROR:
         words = frame[HEAD.size :].decode(errors="replace")
@@ -232,7 +242,3 @@ def _answer(piece: Piece, request: Request) -> dict[str, Any]:
     choice, tokens = {"token_ids": piece.ids, "finish_reason": REASONS.get(piece.ending)}, len(request.prompt_ids)
     usage = {"prompt_tokens": tokens, "prompt_tokens_details": {"cached_tokens": tokens - piece.uncached}}
     return {"choices": [choice], "usage": usage if piece.uncached >= 0 else None}
-
-
-def _lost(server: str) -> ReplicaError:
-    return ReplicaError(f"The server at {server} broke the connection off.", "lost")

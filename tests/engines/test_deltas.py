@@ -4,16 +4,18 @@ import asyncio
 import importlib.util
 import logging
 from array import array
+from dataclasses import replace
 
 import aiohttp
 import pytest
 
 from tessy_hf import ServerEngine, demo
+from tessy_hf.engines import deltas
 from tessy_hf.errors import EngineDeadError, RequestError
 from tessy_hf.vllm_middleware.frames import PATH
 from tests.engines import servers
 from tests.engines.contract import EngineContract, ModelContract, request
-from tests.engines.delta_server import DeltaServer
+from tests.engines.delta_server import MOST_BYTES, DeltaServer
 from tests.engines.test_server import engine, expected, run, together
 
 
@@ -92,6 +94,28 @@ def test_rows_that_the_server_forgot_are_sent_again_and_that_is_told(caplog):
     with DeltaServer(most_bytes=1) as server:
         written(engine(server))
     assert "did not know 1 prompts; they were sent again" in caplog.text
+
+
+def test_many_long_prompts_at_once_are_no_message_that_a_server_refuses(monkeypatch):
+    monkeypatch.setattr(deltas, "CONNECTIONS", 1)
+    asked = [request(f"r{row}", prompt=row, tokens=3) for row in range(24)]
+    long = [replace(each, prompt_ids=array("i", [300] * 200_000 + list(each.prompt_ids))) for each in asked]
+    assert sum(len(each.prompt_ids) for each in long) * 4 > MOST_BYTES
+
+    with DeltaServer(most_bytes=1) as server:
+        live = engine(server, retry_timeout=2.0)
+        live.protocols = ("deltas",)
+        completions = run(live, *long)
+        assert len(server.connections) == 1  # none broke off
+    assert [list(completion.token_ids) for completion in completions] == [expected(each) for each in long]
+
+
+def test_why_a_connection_broke_off_is_told():
+    with DeltaServer(longest=1000) as server:
+        live = engine(server, retry_timeout=1.0)
+        live.protocols = ("deltas",)
+        with pytest.raises(EngineDeadError, match=r"broke the connection off \(code 1009\)"):
+            run(live, request(ids=[300] * 1000))
 
 
 def test_a_server_that_is_started_anew_in_mid_run_gets_the_rows_again():
