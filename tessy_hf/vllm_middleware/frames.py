@@ -80,15 +80,17 @@ class SendQueue:
     def __init__(self, send: Callable[[bytes], Awaitable[None]]) -> None:
         self._send, self._frames = send, deque[bytes]()
         self._sending: asyncio.Task[None] | None = None
+        self._closed = False
 
     def put(self, frame: bytes) -> None:
         """Send a frame soon, after those that were put before."""
         self._frames.append(frame)
-        if self._sending is None:
+        if self._sending is None and not self._closed:
             self._sending = asyncio.create_task(self._send_all())
 
     def close(self) -> None:
         """Send nothing more."""
+        self._closed = True
         if self._sending is not None:
             self._sending.cancel()
 

@@ -165,6 +165,7 @@ def test_frames_of_one_turn_of_the_event_loop_go_out_as_one_message_in_order():
         await asyncio.sleep(0.01)
         queue.put(b"5")
         queue.close()
+        queue.put(b"6")
         await asyncio.sleep(0.01)
 
     queue = SendQueue(send)
