@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 
 class GrowingIds(array):  # type: ignore[type-arg]
-    """An array of token ids that is only appended to and cut back at its end, and remembers where it was cut.
+    """An array of token ids that is only appended to and cut back at its end: all else that would change it raises.
 
     Args:
         ids: What it begins with.
@@ -26,8 +27,18 @@ class GrowingIds(array):  # type: ignore[type-arg]
 
     def cut(self, begin: int) -> None:
         """Drop all ids from an index on."""
-        del self[begin:]
+        if not 0 <= begin <= len(self):
+            raise IndexError(f"{len(self)} ids cannot be cut at {begin}")
+        super().__delitem__(slice(begin, None))
         self.cuts.append(begin)
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise TypeError("growing ids are only appended to and cut at their end; make a plain array of them to change it")
+
+
+for _name in ("__setitem__", "__delitem__", "__imul__", "insert", "pop", "remove", "reverse", "byteswap", "clear"):
+    setattr(GrowingIds, _name, _refuse)
 
 
 class Watch:

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import operator
 import pickle
 from array import array
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +66,42 @@ def test_other_ids_and_plain_arrays_are_read_whole():
     assert watch.unchanged(ids) == 0
     assert watch.unchanged(array("i", ids)) == 0
     assert watch.unchanged(ids) == 0
+
+
+CHANGES = {
+    "an id": lambda ids: operator.setitem(ids, 0, 9),
+    "a slice": lambda ids: operator.setitem(ids, slice(0, 1), array("i", [9])),
+    "del": lambda ids: operator.delitem(ids, 0),
+    "*=": lambda ids: operator.imul(ids, 2),
+    "insert": lambda ids: ids.insert(0, 9),
+    "pop": lambda ids: ids.pop(),
+    "remove": lambda ids: ids.remove(1),
+    "reverse": lambda ids: ids.reverse(),
+    "byteswap": lambda ids: ids.byteswap(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_ids_change_in_no_other_way(change):
+    ids = GrowingIds([1, 2, 3])
+    with pytest.raises(TypeError, match="only appended to and cut"):
+        change(ids)
+    assert list(ids) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("begin", [-1, 4])
+def test_ids_are_not_cut_outside(begin):
+    with pytest.raises(IndexError, match=f"3 ids cannot be cut at {begin}"):
+        GrowingIds([1, 2, 3]).cut(begin)
+
+
+def test_ids_grow_by_all_that_appends():
+    ids = GrowingIds([1])
+    ids.append(2)
+    ids += array("i", [3])
+    ids.extend([4])
+    ids.fromlist([5])
+    assert list(ids) == [1, 2, 3, 4, 5] and ids == array("i", [1, 2, 3, 4, 5]) and isinstance(ids, GrowingIds)
 
 
 def test_copies_can_be_cut():
