@@ -4,17 +4,22 @@ import asyncio
 import importlib.util
 import logging
 from array import array
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tessy_hf import ServerEngine, demo
 from tessy_hf.engines import deltas
 from tessy_hf.errors import EngineDeadError, RequestError
-from tessy_hf.vllm_middleware.frames import PATH
+from tessy_hf.text.transcript import TokenList
+from tessy_hf.vllm_middleware.frames import HEAD, OUT_OF_TOKENS, PATH, REQUEST, UNKNOWN, Ask, Piece, Rows, join, split
 from tests.engines import servers
-from tests.engines.contract import EngineContract, ModelContract, request
+from tests.engines.contract import VOCABULARY, EngineContract, ModelContract, request
 from tests.engines.delta_server import MOST_BYTES, DeltaServer
 from tests.engines.test_server import engine, expected, run, together
 
@@ -158,6 +163,102 @@ def test_what_the_engine_refuses_fails_the_row():
 
     with DeltaServer() as server, pytest.raises(RequestError, match="status 400.*the prompt is too long"):
         run(engine(server), then=refused)
+
+
+# --- rows as they grow
+
+
+class Wire:
+    """Connections and a socket in one, to a server that keeps rows: what it understands as prompts is kept."""
+
+    def __init__(self):
+        self.rows, self.prompts, self._arrives = Rows(1 << 30), [], asyncio.Queue()
+
+    async def websocket(self, server, url):
+        return self
+
+    @asynccontextmanager
+    async def limits(self, server):
+        yield
+
+    async def send_bytes(self, message):
+        for frame in split(message):
+            if frame[0] == REQUEST:
+                asked = Ask.decode(frame)
+                known = (prompt := self.rows.prompt(self, asked)) is not None
+                self.prompts.extend([prompt] * known)
+                piece = Piece(asked.number, OUT_OF_TOKENS, 0, -1, [])
+                answer = piece.encode() if known else HEAD.pack(UNKNOWN, 0, asked.number)
+                self._arrives.put_nowait(SimpleNamespace(type=aiohttp.WSMsgType.BINARY, data=join([answer])))
+
+    async def receive(self):
+        return await self._arrives.get()
+
+    async def close(self):
+        pass
+
+
+WRITING = st.one_of(
+    st.sampled_from(["drop", "retry", "release", "evict", "forget"]),
+    st.tuples(
+        st.sampled_from(["append", "push", "commit", "cut"]),
+        st.sampled_from([" okay", " 1 + 2", ".", "\n wait", " and then" * 150]),  # the last fills blocks
+        st.integers(0, 1000),
+    ),
+)
+
+
+def write(row, step):
+    """Change a row as its authors do."""
+    if step == "drop":
+        row.drop()
+    elif isinstance(step, tuple):
+        kind, text, at = step
+        row.push(VOCABULARY.encode(text).ids)
+        tentative, ends = row.tentative()
+        if kind == "append":
+            row.drop()
+            row.append(text)
+        elif kind == "commit":
+            end = ends[at % len(ends)]
+            row.commit(ends, end, tentative[:end])
+        elif kind == "cut":
+            end = at % (len(tentative) + 1)
+            row.cut(ends, end, tentative[:end])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 0, 0, 1, 2]), WRITING, st.sampled_from("aaap-")), min_size=9, max_size=40),
+    st.integers(1, 2),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_server_understands_the_rows_as_they_are_written(steps, most_rows):
+    def new(number):
+        return TokenList(VOCABULARY, request(prompt=number).prompt_ids)
+
+    async def session():
+        wire, rows, meant = Wire(), [new(number) for number in range(3)], []
+        client = deltas.Deltas(wire)
+        for number, step, asks in steps:
+            write(rows[number], step)
+            if step == "retry":
+                rows[number] = new(number)
+            elif step == "release":
+                client.release(f"r{number}")
+            elif step in ("evict", "forget"):
+                wire.rows = Rows(1 if step == "evict" else 1 << 30)
+            if asks != "-":
+                ids = rows[number].ids if asks == "a" else array("i", rows[number].ids)  # a plain array
+                asked = replace(request(f"r{number}"), prompt_ids=ids)
+                async for _ in client.answers("server", asked, stream=False):
+                    meant.append(list(ids))
+        await client.close()
+        assert wire.prompts == meant
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deltas, "MOST_ROWS", most_rows)
+        patch.setattr(deltas, "CONNECTIONS", 1)
+        asyncio.run(session())
 
 
 # --- vLLM
