@@ -13,7 +13,7 @@ import struct
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -106,9 +106,12 @@ class Deltas:
     async def _open(self, server: str) -> _Channel:
         url = server.removesuffix("/v1") + frames.PATH
         try:
-            return _Channel(server, await self._connections.websocket(server, url))
+            return _Channel(server, await self._connections.websocket(server, url), self._redacted)
         except aiohttp.WSServerHandshakeError as error:
-            raise AnswerError("refused a WebSocket", error.status, error.message) from error
+            raise AnswerError("refused a WebSocket", error.status, self._redacted(error.message)) from None
+
+    def _redacted(self, words: str) -> str:
+        return self._connections.redact(words.encode()).decode()
 
 
 class _Slot(NamedTuple):
@@ -122,10 +125,10 @@ class _Slot(NamedTuple):
 class _Channel:
     """One connection: what the server knows by it, and who waits for an answer."""
 
-    def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse) -> None:
+    def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse, redacted: Callable[[str], str]) -> None:
         self.numbers, self.inboxes = itertools.count(), dict[int, asyncio.Queue[bytes | None]]()
         self.server, self.broken = server, ""  # and why the connection broke off
-        self._socket = socket
+        self._socket, self.redacted = socket, redacted
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._free: list[int] = []
         self._profiles: dict[tuple[Any, ...], int] = {}
@@ -205,7 +208,7 @@ class _Channel:
                     inbox = self.inboxes.get(HEAD.unpack_from(frame.ljust(HEAD.size))[2])
                     if inbox is not None:  # else it was taken back
                         inbox.put_nowait(frame)
-            self.broken = _closed(message)
+            self.broken = self.redacted(_closed(message))
         except ValueError as error:
             logger.warning("The server at %s sent a message that cannot be read: %s.", self.server, error)
         finally:
@@ -229,7 +232,7 @@ def _piece(channel: _Channel, frame: bytes | None) -> Piece:
         raise ReplicaError(f"The server at {channel.server} broke the connection off{channel.broken}.", "lost")
     kind, status, _ = HEAD.unpack_from(frame)
     if kind == frames.ERROR:
-        words = frame[HEAD.size :].decode(errors="replace")
+        words = channel.redacted(frame[HEAD.size :].decode(errors="replace"))
         raise AnswerError(f"answered with an error: {words!r}", status, words)
     try:
         return Piece.decode(frame)

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import logging
+import traceback
 from array import array
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -165,6 +166,19 @@ def test_what_the_engine_refuses_fails_the_row():
         run(engine(server), then=refused)
 
 
+def test_a_key_that_a_server_sends_back_is_not_told(monkeypatch):
+    key = "-".join(["hush"] * 3)
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    async def again(live):
+        server.refusal = f"who is {key}?"
+        return await live.complete(request())
+
+    with DeltaServer() as server, pytest.raises(RequestError, match=r"who is \[key\]\?") as caught:
+        run(engine(server), then=again)
+    assert key not in "".join(traceback.format_exception(caught.value))
+
+
 # --- rows as they grow
 
 
@@ -180,6 +194,9 @@ class Wire:
     @asynccontextmanager
     async def limits(self, server):
         yield
+
+    def redact(self, content):
+        return content
 
     async def send_bytes(self, message):
         for frame in split(message):
