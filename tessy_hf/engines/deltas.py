@@ -21,6 +21,7 @@ import aiohttp
 from tessy_hf.engines.base import Request
 from tessy_hf.engines.completions_api import MOST_ROWS, AnswerError, sampling, seed
 from tessy_hf.engines.connections import Connections, ReplicaError
+from tessy_hf.retries import TRANSIENT_STATUSES
 from tessy_hf.text.growing_ids import Watch
 from tessy_hf.vllm_middleware import frames
 from tessy_hf.vllm_middleware.frames import HEAD, Ask, HashedIds, Piece
@@ -30,7 +31,14 @@ CONNECTIONS = 4
 
 REASONS = {frames.GOES_ON: None, frames.STOPPED: "stop", frames.OUT_OF_TOKENS: "length"}
 
+UNAUTHORIZED = frozenset({401, 402})
+"""What a server answers to a handshake whose key it does not know."""
+
 logger = logging.getLogger(__name__)
+
+
+class NoDeltasError(ReplicaError):
+    """A server refuses WebSockets, and not for the key: it has no middleware (Starlette answers 403), or no longer."""
 
 
 class Deltas:
@@ -80,6 +88,14 @@ class Deltas:
             if not ended:
                 channel.cancel(number)
 
+    async def connect(self, server: str, row: str) -> None:
+        """Open the connection of a row, if it is not.
+
+        Raises:
+            NoDeltasError: The server has no middleware.
+        """
+        await self._channel(server, row)
+
     def release(self, row: str) -> None:
         """Forget a row."""
         for channel in self._open_channels():
@@ -108,7 +124,10 @@ class Deltas:
         try:
             return _Channel(server, await self._connections.websocket(server, url), self._redacted)
         except aiohttp.WSServerHandshakeError as error:
-            raise AnswerError("refused a WebSocket", error.status, self._redacted(error.message)) from None
+            if error.status in UNAUTHORIZED or error.status in TRANSIENT_STATUSES:
+                raise AnswerError("refused a WebSocket", error.status, self._redacted(error.message)) from None
+            refused = f"The server at {server} refused a WebSocket (status {error.status})"
+            raise NoDeltasError(f"{refused}: it has no middleware Deltas.", "invalid") from None
 
     def _redacted(self, words: str) -> str:
         return self._connections.redact(words.encode()).decode()

@@ -54,6 +54,7 @@ class DeltaServer:
         copies: Turns the number of a frame to a client into how often it is sent: 0 for a frame that is lost.
         port: Where to listen; by default at any free port.
         longest: The longest message that it takes, in bytes.
+        failures: To how many of the first connections it answers 503.
 
     Attributes:
         prompts: What the engine was asked to continue, rows only.
@@ -62,9 +63,9 @@ class DeltaServer:
         refusal: Why the engine refuses all requests, if it does.
     """
 
-    def __init__(self, *, most_bytes=1 << 30, copies=lambda number: 1, port=0, longest=MOST_BYTES):
+    def __init__(self, *, most_bytes=1 << 30, copies=lambda number: 1, port=0, longest=MOST_BYTES, failures=0):
         self._endpoint, self._copies, self._sent = Endpoint(self._generate, most_bytes), copies, 0
-        self._longest = longest
+        self._longest, self._failures = longest, failures
         self.prompts, self.received, self.refusal = [], [], None
         self._loop, started = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(port, started)))
@@ -103,6 +104,9 @@ class DeltaServer:
         return web.json_response({"data": [{"id": "student", "max_model_len": 2048}]})
 
     async def _socket(self, asked):
+        if self._failures:
+            self._failures -= 1
+            return web.Response(status=503)
         self.connections.add(asked.transport)
         return await carry(self._endpoint, asked, self.received, self._next_copies, self._longest)
 

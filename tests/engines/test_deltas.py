@@ -179,6 +179,40 @@ def test_a_key_that_a_server_sends_back_is_not_told(monkeypatch):
     assert key not in "".join(traceback.format_exception(caught.value))
 
 
+def test_a_server_that_no_longer_takes_deltas_is_asked_by_another_protocol(caplog):
+    """It answers 403 to the handshake, as Starlette does where there is no such route."""
+    with DeltaServer() as first:
+        others = []
+
+        def restart():
+            first.kill()
+            others.append(servers.FakeServer(at=("127.0.0.1", first.port), paths={PATH: servers.status(403)}))
+
+        try:
+            written(engine(first), before_last=restart)
+        finally:
+            for server in others:
+                server.kill()
+    assert caplog.text.count("It is asked by generate from now on") == 1
+
+
+def test_deltas_that_fail_for_a_moment_at_the_start_are_tried_again():
+    async def asked(live):
+        return live.servers
+
+    with DeltaServer(failures=1) as server:
+        assert run(engine(server), then=asked) == {server.url: "deltas"}
+
+
+def test_deltas_that_go_on_failing_at_the_start_are_given_up_and_that_is_told(caplog):
+    async def asked(live):
+        return live.servers
+
+    with servers.FakeServer(paths={PATH: servers.status(503)}) as server:
+        assert run(engine(server), then=asked) == {server.url: "generate"}
+    assert caplog.text.count("It is not asked by deltas") == 1
+
+
 # --- rows as they grow
 
 
