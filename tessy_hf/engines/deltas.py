@@ -34,6 +34,14 @@ REASONS = {frames.GOES_ON: None, frames.STOPPED: "stop", frames.OUT_OF_TOKENS: "
 UNAUTHORIZED = frozenset({401, 402})
 """What a server answers to a handshake whose key it does not know."""
 
+RESENDS = 8
+"""After so many resends for each row of a connection a server is said to forget too much: restarts take one each."""
+
+FORGETS = (
+    "The server at %s keeps forgetting rows: for %d rows of a connection, %d prompts were sent whole again. Give it "
+    "more memory for rows: TESSY_DELTAS_MIB in its environment."
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -151,7 +159,7 @@ class _Channel:
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._free: list[int] = []
         self._profiles: dict[tuple[Any, ...], int] = {}
-        self._resent = 0  # prompts that were sent whole again
+        self._resent, self._forgets = 0, False  # prompts that were sent whole again; whether too many were
         self._outgoing = frames.SendQueue(self._send)
         self.reading = asyncio.create_task(self._read())
 
@@ -185,6 +193,10 @@ class _Channel:
         self._resent += 1
         if self._resent.bit_count() == 1:
             logger.info("The server at %s did not know %d prompts; they were sent again.", self.server, self._resent)
+        slots = len(self._slots) + len(self._free)
+        if not self._forgets and self._resent > RESENDS * slots:
+            self._forgets = True
+            logger.warning(FORGETS, self.server, slots, self._resent)
         slot = self._slot(request.row)
         self._slots[request.row] = _Slot(slot.number, HashedIds(), Watch())
         self.ask(request, number, stream)

@@ -102,6 +102,20 @@ def test_rows_that_the_server_forgot_are_sent_again_and_that_is_told(caplog):
     assert "did not know 1 prompts; they were sent again" in caplog.text
 
 
+@pytest.mark.parametrize(("asks", "told"), [(4, 0), (20, 1)])
+def test_a_server_that_keeps_forgetting_rows_is_told_of_once(asks, told, caplog, monkeypatch):
+    monkeypatch.setattr(deltas, "CONNECTIONS", 1)
+
+    async def in_turn(live):
+        for step in range(asks):
+            for row in ("a", "b"):
+                await live.complete(request(row, ids=array("i", [*request(row).prompt_ids, *[300] * step]), tokens=1))
+
+    with DeltaServer(most_bytes=1) as server:
+        run(engine(server), then=in_turn)
+    assert caplog.text.count("keeps forgetting rows") == caplog.text.count("TESSY_DELTAS_MIB") == told
+
+
 def test_many_long_prompts_at_once_are_no_message_that_a_server_refuses(monkeypatch):
     monkeypatch.setattr(deltas, "CONNECTIONS", 1)
     asked = [request(f"r{row}", prompt=row, tokens=3) for row in range(24)]
