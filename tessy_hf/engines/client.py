@@ -171,19 +171,8 @@ class Client:
 
     async def _context_length(self, server: str) -> int:
         answer = await self._json(server, "GET", server + "/models")
-        models, self.roots[server] = api.served(answer), api.roots(answer).get(self._model, self._model)
-        if self._model not in models:
-            raise EngineDeadError(
-                f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "
-                "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
-            )
-        lengths = [length for length in (models[self._model], self._context) if length and length > 0]
-        if not lengths:
-            raise EngineDeadError(
-                f"The server at {server} does not say how long a context {self._model!r} has. "
-                "Pass ServerEngine(..., context_length=)."
-            )
-        return min(lengths)
+        self.roots[server] = api.roots(answer).get(self._model, self._model)
+        return _context_length(server, self._model, api.served(answer), self._context)
 
     async def _check_tokenizer(self, server: str) -> None:
         """Compare the server's tokenizer with the local one, where the server shows it, as vLLM does."""
@@ -206,14 +195,13 @@ class Client:
                 await self.complete(server, protocol, self._api.probe())
                 return protocol
             except (ReplicaError, EngineError) as error:  # some gateways answer 401 to paths they do not know
-                if protocol == protocols[-1]:
-                    if isinstance(error, NoDeltasError):
-                        raise RequestError(str(error)) from error
+                if protocol == protocols[-1] and isinstance(error, NoDeltasError):
+                    raise RequestError(str(error)) from error
+                again, transient = protocol != "deltas" or server not in self._failed_deltas, _is_transient(error)
+                self._failed_deltas |= {server} if protocol == "deltas" and transient else set()
+                if protocol == protocols[-1] or again and transient:
                     raise
-                if _is_transient(error):
-                    if protocol != "deltas" or server not in self._failed_deltas:
-                        self._failed_deltas.add(server)
-                        raise
+                if transient:
                     logger.warning("%s It is not asked by deltas, which send only what is new.", error)
         raise AssertionError("an engine has protocols")
 
@@ -278,6 +266,22 @@ def _refusal(key_env: str, server: str, url: str, status: int, answer: bytes, he
         "An OpenAI-compatible completions server is expected; check base_url, which mostly ends in /v1, and the "
         "server's log."
     )
+
+
+def _context_length(server: str, model: str, models: Mapping[str, int | None], most: int | None) -> int:
+    """Return how long a context is, by what a server says of its models and by what the user says."""
+    if model not in models:
+        raise EngineDeadError(
+            f"The server at {server} serves {', '.join(models) or 'nothing'}, not {model!r}. "
+            "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
+        )
+    lengths = [length for length in (models[model], most) if length and length > 0]
+    if not lengths:
+        raise EngineDeadError(
+            f"The server at {server} does not say how long a context {model!r} has. "
+            "Pass ServerEngine(..., context_length=)."
+        )
+    return min(lengths)
 
 
 def _is_transient(error: Exception) -> bool:
