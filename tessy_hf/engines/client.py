@@ -6,6 +6,7 @@ server (:class:`ReplicaError`), for the row, for the run. Knows neither other se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tessy_hf.engines import completions_api as api
 from tessy_hf.engines.base import Completion, Request, Scores
 from tessy_hf.engines.completions_api import STREAMS, AnswerError, CompletionsAPI, Protocol
 from tessy_hf.engines.connections import Connections, Kind, ReplicaError, read_key
-from tessy_hf.engines.deltas import Deltas
+from tessy_hf.engines.deltas import Deltas, NoDeltasError
 from tessy_hf.engines.replicas import Service
 from tessy_hf.engines.sessions import SessionHeaders
 from tessy_hf.errors import EngineDeadError, EngineError, RequestError
@@ -25,6 +26,8 @@ from tessy_hf.retries import TRANSIENT_STATUSES, retry_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 DOWN_STATUSES = frozenset({502, 503, 504, *range(520, 529), 530})
 """What gateways (Cloudflare too) answer for a server that is gone, and servers that are starting or stopping."""
@@ -69,6 +72,8 @@ class Client:
         self._connections = Connections(read_key(api_key_env), timeout)
         self._sessions = SessionHeaders(session_headers)
         self._deltas = Deltas(self._connections)
+        self._failed_deltas: set[str] = set()  # servers at whose start deltas failed once
+        self._instead: dict[str, Protocol] = {}  # how servers are asked that no longer take deltas
 
     async def close(self) -> None:
         """Close all connections."""
@@ -83,7 +88,7 @@ class Client:
 
     async def complete(self, server: str, protocol: Protocol, request: Request) -> Completion:
         """Ask for a completion."""
-        protocol = api.measuring(protocol, request)
+        protocol = await self._current(server, api.measuring(protocol, request), request)
         url = api.address(server, protocol)
         with self._reading(server, url):
             if protocol == "deltas":
@@ -104,7 +109,7 @@ class Client:
 
     async def stream(self, server: str, protocol: Protocol, request: Request) -> AsyncGenerator[Completion, None]:
         """Ask for one stream; what arrives at once is one piece."""
-        protocol = api.measuring(protocol, request)
+        protocol = await self._current(server, api.measuring(protocol, request), request)
         url, left = api.address(server, protocol), request.max_tokens
         by_delta = protocol == "deltas"
         answers = (
@@ -138,29 +143,36 @@ class Client:
                 async for events in batches:
                     yield [api.parse(event) for event in events]
 
+    async def _current(self, server: str, protocol: Protocol, request: Request) -> Protocol:
+        """Return how a server is asked now: one that was started anew without the middleware, by another protocol."""
+        if protocol == "deltas" and server not in self._instead:
+            try:
+                with self._reading(server, api.address(server, protocol)):
+                    await self._deltas.connect(server, request.row)
+            except NoDeltasError as error:
+                others = [each for each in self._protocols if each != "deltas"]
+                if not others or not request.row:  # it is a probe
+                    raise
+                protocol = await self._find_protocol(server, others)
+                await self._try_priority(server, protocol)
+                if server not in self._instead:  # else another row was first
+                    self._instead[server] = protocol
+                    logger.warning("%s It is asked by %s from now on.", error, protocol)
+        return self._instead.get(server, protocol) if protocol == "deltas" else protocol
+
     async def inspect(self, server: str) -> Service:
         """Find out what a server offers."""
         length = await self._context_length(server)
         await self._check_tokenizer(server)
-        protocol = await self._find_protocol(server)
+        self._instead.pop(server, None)
+        protocol = await self._find_protocol(server, self._protocols)
         await self._try_priority(server, protocol)
         return Service(protocol, protocol in STREAMS, length, await self._cache_tokens(server))
 
     async def _context_length(self, server: str) -> int:
         answer = await self._json(server, "GET", server + "/models")
-        models, self.roots[server] = api.served(answer), api.roots(answer).get(self._model, self._model)
-        if self._model not in models:
-            raise EngineDeadError(
-                f"The server at {server} serves {', '.join(models) or 'nothing'}, not {self._model!r}. "
-                "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
-            )
-        lengths = [length for length in (models[self._model], self._context) if length and length > 0]
-        if not lengths:
-            raise EngineDeadError(
-                f"The server at {server} does not say how long a context {self._model!r} has. "
-                "Pass ServerEngine(..., context_length=)."
-            )
-        return min(lengths)
+        self.roots[server] = api.roots(answer).get(self._model, self._model)
+        return _context_length(server, self._model, api.served(answer), self._context)
 
     async def _check_tokenizer(self, server: str) -> None:
         """Compare the server's tokenizer with the local one, where the server shows it, as vLLM does."""
@@ -176,15 +188,21 @@ class Client:
                 "Pass ServerEngine(..., tokenizer=) with the tokenizer of the served model."
             )
 
-    async def _find_protocol(self, server: str) -> Protocol:
+    async def _find_protocol(self, server: str, protocols: Sequence[Protocol]) -> Protocol:
         """Return the first protocol in which the server answers a small request."""
-        for protocol in self._protocols:
+        for protocol in protocols:
             try:
                 await self.complete(server, protocol, self._api.probe())
                 return protocol
             except (ReplicaError, EngineError) as error:  # some gateways answer 401 to paths they do not know
-                if protocol == self._protocols[-1] or protocol != "deltas" and _is_transient(error):
+                if protocol == protocols[-1] and isinstance(error, NoDeltasError):
+                    raise RequestError(str(error)) from error
+                again, transient = protocol != "deltas" or server not in self._failed_deltas, _is_transient(error)
+                self._failed_deltas |= {server} if protocol == "deltas" and transient else set()
+                if protocol == protocols[-1] or again and transient:
                     raise
+                if transient:
+                    logger.warning("%s It is not asked by deltas, which send only what is new.", error)
         raise AssertionError("an engine has protocols")
 
     async def _try_priority(self, server: str, protocol: Protocol) -> None:
@@ -248,6 +266,22 @@ def _refusal(key_env: str, server: str, url: str, status: int, answer: bytes, he
         "An OpenAI-compatible completions server is expected; check base_url, which mostly ends in /v1, and the "
         "server's log."
     )
+
+
+def _context_length(server: str, model: str, models: Mapping[str, int | None], most: int | None) -> int:
+    """Return how long a context is, by what a server says of its models and by what the user says."""
+    if model not in models:
+        raise EngineDeadError(
+            f"The server at {server} serves {', '.join(models) or 'nothing'}, not {model!r}. "
+            "Pass the served name as the model, with tokenizer= for its tokenizer, or correct base_url."
+        )
+    lengths = [length for length in (models[model], most) if length and length > 0]
+    if not lengths:
+        raise EngineDeadError(
+            f"The server at {server} does not say how long a context {model!r} has. "
+            "Pass ServerEngine(..., context_length=)."
+        )
+    return min(lengths)
 
 
 def _is_transient(error: Exception) -> bool:

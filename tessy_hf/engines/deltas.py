@@ -13,7 +13,7 @@ import struct
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -21,6 +21,7 @@ import aiohttp
 from tessy_hf.engines.base import Request
 from tessy_hf.engines.completions_api import MOST_ROWS, AnswerError, sampling, seed
 from tessy_hf.engines.connections import Connections, ReplicaError
+from tessy_hf.retries import TRANSIENT_STATUSES
 from tessy_hf.text.growing_ids import Watch
 from tessy_hf.vllm_middleware import frames
 from tessy_hf.vllm_middleware.frames import HEAD, Ask, HashedIds, Piece
@@ -30,7 +31,22 @@ CONNECTIONS = 4
 
 REASONS = {frames.GOES_ON: None, frames.STOPPED: "stop", frames.OUT_OF_TOKENS: "length"}
 
+UNAUTHORIZED = frozenset({401, 402})
+"""What a server answers to a handshake whose key it does not know."""
+
+RESENDS = 8
+"""After so many resends for each row of a connection a server is said to forget too much: restarts take one each."""
+
+FORGETS = (
+    "The server at %s keeps forgetting rows: for %d rows of a connection, %d prompts were sent whole again. Give it "
+    "more memory for rows: TESSY_DELTAS_MIB in its environment."
+)
+
 logger = logging.getLogger(__name__)
+
+
+class NoDeltasError(ReplicaError):
+    """A server refuses WebSockets, and not for the key: it has no middleware (Starlette answers 403), or no longer."""
 
 
 class Deltas:
@@ -66,7 +82,7 @@ class Deltas:
                     continue
                 answers = []
                 while arrived and not ended:
-                    piece = _piece(server, arrived.pop(0))
+                    piece = _piece(channel, arrived.pop(0))
                     if piece.at != at % frames.AT:
                         raise ReplicaError(f"The server at {server} left a piece of its answer out.", "lost")
                     at, ended = at + len(piece.ids), piece.ending != frames.GOES_ON
@@ -79,6 +95,14 @@ class Deltas:
             del channel.inboxes[number]
             if not ended:
                 channel.cancel(number)
+
+    async def connect(self, server: str, row: str) -> None:
+        """Open the connection of a row, if it is not.
+
+        Raises:
+            NoDeltasError: The server has no middleware.
+        """
+        await self._channel(server, row)
 
     def release(self, row: str) -> None:
         """Forget a row."""
@@ -106,9 +130,15 @@ class Deltas:
     async def _open(self, server: str) -> _Channel:
         url = server.removesuffix("/v1") + frames.PATH
         try:
-            return _Channel(server, await self._connections.websocket(server, url))
+            return _Channel(server, await self._connections.websocket(server, url), self._redacted)
         except aiohttp.WSServerHandshakeError as error:
-            raise AnswerError("refused a WebSocket", error.status, error.message) from error
+            if error.status in UNAUTHORIZED or error.status in TRANSIENT_STATUSES:
+                raise AnswerError("refused a WebSocket", error.status, self._redacted(error.message)) from None
+            refused = f"The server at {server} refused a WebSocket (status {error.status})"
+            raise NoDeltasError(f"{refused}: it has no middleware Deltas.", "invalid") from None
+
+    def _redacted(self, words: str) -> str:
+        return self._connections.redact(words.encode()).decode()
 
 
 class _Slot(NamedTuple):
@@ -122,13 +152,14 @@ class _Slot(NamedTuple):
 class _Channel:
     """One connection: what the server knows by it, and who waits for an answer."""
 
-    def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse) -> None:
+    def __init__(self, server: str, socket: aiohttp.ClientWebSocketResponse, redacted: Callable[[str], str]) -> None:
         self.numbers, self.inboxes = itertools.count(), dict[int, asyncio.Queue[bytes | None]]()
-        self._server, self._socket = server, socket
+        self.server, self.broken = server, ""  # and why the connection broke off
+        self._socket, self.redacted = socket, redacted
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._free: list[int] = []
         self._profiles: dict[tuple[Any, ...], int] = {}
-        self._resent = 0  # prompts that were sent whole again
+        self._resent, self._forgets = 0, False  # prompts that were sent whole again; whether too many were
         self._outgoing = frames.SendQueue(self._send)
         self.reading = asyncio.create_task(self._read())
 
@@ -161,7 +192,11 @@ class _Channel:
         """Send a request with its whole prompt, which the server has forgotten."""
         self._resent += 1
         if self._resent.bit_count() == 1:
-            logger.info("The server at %s did not know %d prompts; they were sent again.", self._server, self._resent)
+            logger.info("The server at %s did not know %d prompts; they were sent again.", self.server, self._resent)
+        slots = len(self._slots) + len(self._free)
+        if not self._forgets and self._resent > RESENDS * slots:
+            self._forgets = True
+            logger.warning(FORGETS, self.server, slots, self._resent)
         slot = self._slot(request.row)
         self._slots[request.row] = _Slot(slot.number, HashedIds(), Watch())
         self.ask(request, number, stream)
@@ -193,7 +228,8 @@ class _Channel:
         try:
             await self._socket.send_bytes(message)
         except (aiohttp.ClientError, ConnectionError):
-            self._broken()
+            await asyncio.wait([self.reading], timeout=1.0)  # it hears why
+            self._tell_broken()
 
     async def _read(self) -> None:
         """Hand out what arrives; once the connection breaks, tell all who wait."""
@@ -203,23 +239,31 @@ class _Channel:
                     inbox = self.inboxes.get(HEAD.unpack_from(frame.ljust(HEAD.size))[2])
                     if inbox is not None:  # else it was taken back
                         inbox.put_nowait(frame)
+            self.broken = self.redacted(_closed(message))
         except ValueError as error:
-            logger.warning("The server at %s sent a message that cannot be read: %s.", self._server, error)
+            logger.warning("The server at %s sent a message that cannot be read: %s.", self.server, error)
         finally:
             await self._socket.close()
-            self._broken()
+            self._tell_broken()
 
-    def _broken(self) -> None:
+    def _tell_broken(self) -> None:
         for inbox in self.inboxes.values():
             inbox.put_nowait(None)
 
 
-def _piece(server: str, frame: bytes | None) -> Piece:
+def _closed(message: aiohttp.WSMessage) -> str:
+    """Return the code and reason with which a connection was closed, or the error that broke it; empty for none."""
+    if message.type is aiohttp.WSMsgType.CLOSE:
+        return f" (code {message.data}{message.extra and f': {message.extra}'})"
+    return f" ({message.data!r})" if message.type is aiohttp.WSMsgType.ERROR else ""
+
+
+def _piece(channel: _Channel, frame: bytes | None) -> Piece:
     if frame is None:
-        raise _lost(server)
+        raise ReplicaError(f"The server at {channel.server} broke the connection off{channel.broken}.", "lost")
     kind, status, _ = HEAD.unpack_from(frame)
     if kind == frames.ERROR:
-        words = frame[HEAD.size :].decode(errors="replace")
+        words = channel.redacted(frame[HEAD.size :].decode(errors="replace"))
         raise AnswerError(f"answered with an error: {words!r}", status, words)
     try:
         return Piece.decode(frame)
@@ -232,7 +276,3 @@ def _answer(piece: Piece, request: Request) -> dict[str, Any]:
     choice, tokens = {"token_ids": piece.ids, "finish_reason": REASONS.get(piece.ending)}, len(request.prompt_ids)
     usage = {"prompt_tokens": tokens, "prompt_tokens_details": {"cached_tokens": tokens - piece.uncached}}
     return {"choices": [choice], "usage": usage if piece.uncached >= 0 else None}
-
-
-def _lost(server: str) -> ReplicaError:
-    return ReplicaError(f"The server at {server} broke the connection off.", "lost")

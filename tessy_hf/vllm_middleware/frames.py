@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,6 +25,9 @@ BLOCK = 256
 
 TOKEN_BYTES, ROW_BYTES = 13, 500
 """What a kept row takes in the server: 4 bytes a token, 8 for a reference, and its checksums."""
+
+MESSAGE_BYTES = 1 << 20
+"""The most that frames are joined to: uvicorn, under vLLM, closes a WebSocket at a message of more than 16 MiB."""
 
 PROFILE, REQUEST, CANCEL = 0, 1, 2
 """Kinds of frames to the server."""
@@ -66,31 +69,38 @@ def split(message: bytes) -> list[bytes]:
 
 
 class SendQueue:
-    """Sends the frames of one turn of the event loop as one message: a message costs more than what is in it.
+    """Sends the frames of one turn of the event loop as few messages: a message costs more than what is in it.
+
+    A frame is never divided; one of more than ``MESSAGE_BYTES`` is a message of its own.
 
     Args:
         send: Sends a message.
     """
 
     def __init__(self, send: Callable[[bytes], Awaitable[None]]) -> None:
-        self._send, self._frames = send, list[bytes]()
+        self._send, self._frames = send, deque[bytes]()
         self._sending: asyncio.Task[None] | None = None
+        self._closed = False
 
     def put(self, frame: bytes) -> None:
         """Send a frame soon, after those that were put before."""
         self._frames.append(frame)
-        if self._sending is None:
+        if self._sending is None and not self._closed:
             self._sending = asyncio.create_task(self._send_all())
 
     def close(self) -> None:
         """Send nothing more."""
+        self._closed = True
         if self._sending is not None:
             self._sending.cancel()
 
     async def _send_all(self) -> None:
         try:
             while self._frames:
-                frames, self._frames = self._frames, []
+                frames = [self._frames.popleft()]
+                size = len(frames[0])
+                while self._frames and (size := size + len(self._frames[0])) <= MESSAGE_BYTES:
+                    frames.append(self._frames.popleft())
                 await self._send(join(frames))
         finally:
             self._sending = None

@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 from tessy_hf.vllm_middleware.frames import (
@@ -122,8 +122,19 @@ class _Connection:
             self._outgoing.put(HEAD.pack(ERROR, status, ask.number) + str(error).encode())
 
     async def _reply(self, message: bytes) -> None:
-        with suppress(OSError):  # the client is gone, which the next receive() says
+        try:
             await self._send({"type": "websocket.send", "bytes": message})
+        except Exception as error:
+            if not _says_closed(error):  # else the next receive() says so too
+                raise
+
+
+def _says_closed(error: Exception) -> bool:
+    """Whether uvicorn (OSError, RuntimeError) or Starlette, in a middleware between, says that a socket is closed."""
+    from starlette.websockets import WebSocketDisconnect
+
+    closed = isinstance(error, RuntimeError) and "close" in str(error)
+    return closed or isinstance(error, OSError | WebSocketDisconnect)
 
 
 async def generate(engine: Any, prompt: list[int], sampling: dict[str, Any], ask: Ask) -> AsyncGenerator[Piece, None]:

@@ -11,13 +11,17 @@ from tessy_hf.vllm_middleware.middleware import Endpoint
 from tests.engines.contract import VOCABULARY
 from tests.engines.servers import THINK, go_on
 
+MOST_BYTES = 16 << 20
+"""The longest message that uvicorn takes by default, as under vLLM."""
 
-async def carry(endpoint, asked, received=None, copies=lambda: 1):
+
+async def carry(endpoint, asked, received=None, copies=lambda: 1, longest=MOST_BYTES):
     """Serve a WebSocket of aiohttp by an endpoint, which speaks ASGI.
 
-    ``received`` gets the lengths of the frames that came; ``copies`` says how often a frame to the client is sent.
+    ``received`` gets the lengths of the frames that came; ``copies`` says how often a frame to the client is sent;
+    a message of more than ``longest`` bytes closes the connection.
     """
-    socket = web.WebSocketResponse(compress=False, max_msg_size=0)
+    socket = web.WebSocketResponse(compress=False, max_msg_size=longest)
     await socket.prepare(asked)
     connect = iter([{"type": "websocket.connect"}])
 
@@ -49,15 +53,19 @@ class DeltaServer:
         most_bytes: The memory for rows.
         copies: Turns the number of a frame to a client into how often it is sent: 0 for a frame that is lost.
         port: Where to listen; by default at any free port.
+        longest: The longest message that it takes, in bytes.
+        failures: To how many of the first connections it answers 503.
 
     Attributes:
         prompts: What the engine was asked to continue, rows only.
         received: The lengths of the frames that came.
+        connections: The connections that were made.
         refusal: Why the engine refuses all requests, if it does.
     """
 
-    def __init__(self, *, most_bytes=1 << 30, copies=lambda number: 1, port=0):
+    def __init__(self, *, most_bytes=1 << 30, copies=lambda number: 1, port=0, longest=MOST_BYTES, failures=0):
         self._endpoint, self._copies, self._sent = Endpoint(self._generate, most_bytes), copies, 0
+        self._longest, self._failures = longest, failures
         self.prompts, self.received, self.refusal = [], [], None
         self._loop, started = asyncio.new_event_loop(), threading.Event()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(port, started)))
@@ -78,7 +86,7 @@ class DeltaServer:
             self._thread.join()
 
     async def _serve(self, port, started):
-        self._end, self._sockets = asyncio.Event(), set()
+        self._end, self.connections = asyncio.Event(), set()
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_get(PATH, self._socket)
@@ -88,7 +96,7 @@ class DeltaServer:
         self.port = site._server.sockets[0].getsockname()[1]
         started.set()
         await self._end.wait()
-        for transport in self._sockets:
+        for transport in self.connections:
             transport.abort()
         await runner.cleanup()
 
@@ -96,8 +104,11 @@ class DeltaServer:
         return web.json_response({"data": [{"id": "student", "max_model_len": 2048}]})
 
     async def _socket(self, asked):
-        self._sockets.add(asked.transport)
-        return await carry(self._endpoint, asked, self.received, self._next_copies)
+        if self._failures:
+            self._failures -= 1
+            return web.Response(status=503)
+        self.connections.add(asked.transport)
+        return await carry(self._endpoint, asked, self.received, self._next_copies, self._longest)
 
     def _next_copies(self):
         self._sent += 1

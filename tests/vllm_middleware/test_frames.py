@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from tessy_hf.vllm_middleware.frames import (
     BLOCK,
+    MESSAGE_BYTES,
     ROW_BYTES,
     TOKEN_BYTES,
     Ask,
@@ -125,6 +126,28 @@ def test_a_message_has_the_frames_that_were_joined_and_one_that_is_cut_off_is_re
         assert "is cut off after" in str(error)
 
 
+@given(st.lists(st.integers(0, 2 * MESSAGE_BYTES), max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_messages_are_bounded_and_their_frames_whole_and_in_order(lengths):
+    frames, sent = [bytes([number]) * length for number, length in enumerate(lengths)], []
+
+    async def send(message):
+        sent.append(split(message))
+
+    async def put():
+        queue = SendQueue(send)
+        for frame in frames:
+            queue.put(frame)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    asyncio.run(put())
+    assert [frame for message in sent for frame in message] == frames
+    assert all(len(message) == 1 or sum(map(len, message)) <= MESSAGE_BYTES for message in sent)
+    together = [sum(map(len, [*message, after[0]])) for message, after in zip(sent, sent[1:], strict=False)]
+    assert all(size > MESSAGE_BYTES for size in together)
+
+
 def test_frames_of_one_turn_of_the_event_loop_go_out_as_one_message_in_order():
     sent = []
 
@@ -142,6 +165,7 @@ def test_frames_of_one_turn_of_the_event_loop_go_out_as_one_message_in_order():
         await asyncio.sleep(0.01)
         queue.put(b"5")
         queue.close()
+        queue.put(b"6")
         await asyncio.sleep(0.01)
 
     queue = SendQueue(send)
