@@ -7,7 +7,7 @@ server (:class:`ReplicaError`), for the row, for the run. Knows neither other se
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -66,6 +66,7 @@ class Client:
     ) -> None:
         self._model, self._tokenizer_name = model, tokenizer.name_or_path
         self._context, self._protocols, self._refusal = context_length, protocols, partial(_refusal, api_key_env)
+        self._reading = partial(_reading, self._refusal)
         self._api = CompletionsAPI(model, tokenizer)
         self.roots: dict[str, str] = {}
         self._by_priority: set[str] = set()  # servers that take a request's priority
@@ -239,15 +240,16 @@ class Client:
                 raise self._refusal(server, url, reply.status, answer, reply.headers)
             return answer
 
-    @contextmanager
-    def _reading(self, server: str, url: str) -> Iterator[None]:
-        """Raise what is wrong with an answer as an error of its server."""
-        try:
-            yield
-        except AnswerError as error:
-            if error.status is not None:
-                raise self._refusal(server, url, error.status, error.words.encode(), {}) from error
-            raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
+
+@contextmanager
+def _reading(refusal: Callable[..., Exception], server: str, url: str) -> Iterator[None]:
+    """Raise what is wrong with an answer as an error of its server."""
+    try:
+        yield
+    except AnswerError as error:
+        if error.status is not None:
+            raise refusal(server, url, error.status, error.words.encode(), {}) from error
+        raise ReplicaError(f"The server at {server} {error}.", "invalid") from error
 
 
 def _refusal(key_env: str, server: str, url: str, status: int, answer: bytes, headers: Mapping[str, str]) -> Exception:

@@ -254,7 +254,7 @@ class _Channel:
 def _closed(message: aiohttp.WSMessage) -> str:
     """Return the code and reason with which a connection was closed, or the error that broke it; empty for none."""
     if message.type is aiohttp.WSMsgType.CLOSE:
-        return f" (code {message.data}{message.extra and f': {message.extra}'})"
+        return f" (code {message.data}: {message.extra})" if message.extra else f" (code {message.data})"
     return f" ({message.data!r})" if message.type is aiohttp.WSMsgType.ERROR else ""
 
 

@@ -143,7 +143,7 @@ class CompletionRequest(Asked):
 
 
 class Stops:
-    """Cut a growing text at the first of several texts: what may be the beginning of one waits."""
+    """Cut a growing text before the text that ends first of several: what may be the beginning of one waits."""
 
     def __init__(self, stops: list[str]) -> None:
         self._stops, self._held = stops, ""
@@ -154,10 +154,10 @@ class Stops:
         if self.hit:
             return ""
         text = self._held + text
-        places = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        places = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if places:
             self.hit = True
-            return text[: min(places)]
+            return text[: min(places)[1]]
         tails = (n for n in range(len(text), 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops))
         held = 0 if last else next(tails, 0)
         self._held = text[len(text) - held :]

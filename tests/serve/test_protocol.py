@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -14,12 +14,14 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=3), max_size=3)
 
 
 @given(st.lists(LETTERS, max_size=6), STOPS)
+@example(["b", "\n", "\n"], ["\n", "b\n\n"])  # the shorter one ends first, within the longer
+@example(["ab\n"], ["b\n", "ab\n"])  # both end at once
 def test_a_growing_text_is_cut_where_the_whole_text_is(pieces, stops):
     cutter, text = Stops(stops), "".join(pieces)
     shown = "".join([*map(cutter.feed, pieces), cutter.feed("", last=True)])
-    places = [text.find(stop) for stop in stops if stop in text]
-    assert shown == text[: min(places)] if places else shown == text
-    assert cutter.hit == bool(places)
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert shown == (text[: min(ends)[1]] if ends else text)
+    assert cutter.hit == bool(ends)
 
 
 def asked(**options):
